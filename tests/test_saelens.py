@@ -1,0 +1,201 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from legato.errors import LegatoError, UsageError
+from legato.interop.saelens import read_saelens_folder, write_saelens_folder
+
+D, F, K = 24, 80, 6
+ARCHITECTURES = ("standard", "topk", "jumprelu", "batchtopk", "gated")
+
+
+def random_weights(architecture: str) -> dict:
+    """Raw-space weights as a folded normaliser leaves them: activations of norm ~6e3 as Gemma's, unit decoder rows."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    W_dec = torch.nn.functional.normalize(randn(F, D), dim=1)
+    weights = {"W_dec": W_dec, "W_enc": W_dec.T.clone() + 0.05 * randn(D, F), "b_dec": 500 * randn(D)}
+    if architecture == "gated":
+        return weights | {"b_gate": 100 * randn(F), "b_mag": 100 * randn(F), "r_mag": 0.1 * randn(F)}
+    weights["b_enc"] = 100 * randn(F)
+    if architecture == "topk":
+        weights["k"] = K
+    if architecture == "jumprelu":
+        weights["threshold"] = 800 + 100 * randn(F)
+    if architecture == "batchtopk":
+        weights["threshold"] = 900.0
+    return weights
+
+
+def reference_encode(acts_ND, architecture, weights, apply_b_dec_to_input=True):
+    centred_ND = acts_ND - weights["b_dec"] if apply_b_dec_to_input else acts_ND
+    if architecture == "gated":
+        gate_NF = centred_ND @ weights["W_enc"] + weights["b_gate"] > 0
+        return gate_NF * torch.relu(centred_ND @ (weights["W_enc"] * weights["r_mag"].exp()) + weights["b_mag"])
+    pre_NF = centred_ND @ weights["W_enc"] + weights["b_enc"]
+    if architecture == "topk":
+        kth_N1 = pre_NF.sort(dim=1, descending=True).values[:, K - 1 : K]
+        return torch.where(pre_NF >= kth_N1, pre_NF, 0.0).relu()
+    if architecture in ("jumprelu", "batchtopk"):
+        return torch.where(pre_NF > weights["threshold"], pre_NF, 0.0).relu()
+    return pre_NF.relu()
+
+
+def raw_activations(rows=64):
+    return 1200 * torch.randn(rows, D, generator=torch.Generator().manual_seed(1)) + 300
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_is_written_is_read_back(tmp_path, architecture):
+    weights = random_weights(architecture)
+    write_saelens_folder(
+        tmp_path / "sae",
+        architecture=architecture,
+        metadata={"model_name": "demo", "hook_name": "model.layers.9"},
+        legato={"objective": {"temporal": "contrastive"}},
+        **weights,
+    )
+    folder = read_saelens_folder(tmp_path / "sae")
+    assert folder.architecture == {"batchtopk": "jumprelu"}.get(architecture, architecture)
+    assert folder.k == weights.pop("k", None)
+    assert folder.apply_b_dec_to_input is True
+    assert folder.metadata["hook_name"] == "model.layers.9"
+    assert folder.legato == {"objective": {"temporal": "contrastive"}}
+    assert folder.weights.keys() == weights.keys()
+    for name, value in weights.items():
+        expected = torch.full((F,), value) if isinstance(value, float) else value
+        assert torch.equal(folder.weights[name], expected), name
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["sae"]  # no temporary left
+
+
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.filterwarnings("default")  # SAELens and its dependencies warn at import
+def test_saelens_opens_it_and_computes_the_same(tmp_path, architecture, apply_b_dec_to_input):
+    SAE = pytest.importorskip("sae_lens", reason="sae-lens is not installed", exc_type=ImportError).SAE
+    weights = random_weights(architecture)
+    path = write_saelens_folder(
+        tmp_path / "sae", architecture=architecture, apply_b_dec_to_input=apply_b_dec_to_input, **weights
+    )
+    sae = SAE.load_from_disk(path)
+    acts_ND = raw_activations()
+    with torch.no_grad():
+        codes_NF = sae.encode(acts_ND)
+        recon_ND = sae.decode(codes_NF)
+    expected_NF = reference_encode(acts_ND, architecture, weights, apply_b_dec_to_input)
+    assert 0 < (expected_NF > 0).float().mean() < 1
+    expected_ND = expected_NF @ weights["W_dec"] + weights["b_dec"]
+    assert (codes_NF - expected_NF).abs().max() <= 1e-4 * expected_NF.abs().max()
+    assert (recon_ND - expected_ND).abs().max() <= 1e-4 * expected_ND.abs().max()
+    assert torch.equal(codes_NF > 0, expected_NF > 0)
+
+
+@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])
+@pytest.mark.filterwarnings("default")
+def test_folder_has_exactly_the_keys_saelens_saves(tmp_path, architecture):
+    pytest.importorskip("sae_lens", reason="sae-lens is not installed", exc_type=ImportError)
+    from sae_lens.registry import get_sae_class
+    from safetensors.torch import load_file
+
+    sae_class, cfg_class = get_sae_class(architecture)
+    theirs = sae_class(cfg_class(d_in=D, d_sae=F, **({"k": K} if architecture == "topk" else {})))
+    theirs.save_model(tmp_path / "theirs")
+    write_saelens_folder(tmp_path / "ours", architecture=architecture, **random_weights(architecture))
+    cfg = {who: json.loads((tmp_path / who / "cfg.json").read_text()) for who in ("theirs", "ours")}
+    assert cfg["ours"].keys() == cfg["theirs"].keys()
+    stored = {who: load_file(tmp_path / who / "sae_weights.safetensors") for who in ("theirs", "ours")}
+    assert {n: (t.shape, t.dtype) for n, t in stored["ours"].items()} == {
+        n: (t.shape, t.dtype) for n, t in stored["theirs"].items()
+    }
+
+
+@pytest.mark.filterwarnings("default")
+def test_reads_what_saelens_writes_with_decoder_norms_unfolded(tmp_path):
+    pytest.importorskip("sae_lens", reason="sae-lens is not installed", exc_type=ImportError)
+    from sae_lens.registry import get_sae_class
+
+    sae_class, cfg_class = get_sae_class("topk")
+    theirs = sae_class(cfg_class(d_in=D, d_sae=F, k=K, rescale_acts_by_decoder_norm=True))
+    theirs.save_model(tmp_path / "sae")
+    folder = read_saelens_folder(tmp_path / "sae")
+    acts_ND = raw_activations()
+    codes_NF = reference_encode(acts_ND, "topk", folder.weights)
+    with torch.no_grad():
+        expected_NF = theirs.encode(acts_ND)
+        expected_ND = theirs.decode(expected_NF)
+    torch.testing.assert_close(codes_NF, expected_NF, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(codes_NF @ folder.weights["W_dec"], expected_ND, rtol=1e-4, atol=1e-2)
+
+
+def test_saving_again_replaces_the_whole_folder(tmp_path):
+    weights = random_weights("standard")
+    write_saelens_folder(tmp_path / "sae", architecture="standard", legato={"seed": 1}, **weights)
+    weights["b_dec"] = weights["b_dec"] + 1
+    write_saelens_folder(tmp_path / "sae", architecture="standard", **weights)
+    folder = read_saelens_folder(tmp_path / "sae")
+    assert torch.equal(folder.weights["b_dec"], weights["b_dec"])
+    assert folder.legato is None
+
+
+def test_a_foreign_folder_is_not_replaced(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(LegatoError, match="not a SAE folder"):
+        write_saelens_folder(tmp_path, architecture="standard", **random_weights("standard"))
+    assert (tmp_path / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change", "message"),
+    [
+        ("standard", {"b_enc": None}, "missing b_enc"),
+        ("standard", {"threshold": 1.0}, "unexpected threshold"),
+        ("standard", {"k": 3}, "takes no k"),
+        ("topk", {"k": None}, "needs k"),
+        ("jumprelu", {"b_dec": torch.zeros(D + 1)}, "b_dec has shape"),
+        ("jumprelu", {"threshold": float("nan")}, "not finite"),
+        ("matching_pursuit", {}, "choose one of"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path, architecture, change, message):
+    weights = random_weights(architecture) | change
+    with pytest.raises(LegatoError, match=message):
+        write_saelens_folder(tmp_path / "sae", architecture=architecture, **weights)
+    assert list(tmp_path.iterdir()) == []
+
+
+def edit_cfg(folder, **change):
+    path = folder / "cfg.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+def test_folders_that_cannot_be_reproduced_are_refused(tmp_path):
+    def fresh(name):
+        return write_saelens_folder(tmp_path / name, architecture="standard", **random_weights("standard"))
+
+    with pytest.raises(UsageError, match=r"no cfg\.json"):
+        read_saelens_folder(tmp_path / "absent")
+    for change, message in [
+        ({"metadata": {}}, "before version 6"),
+        ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm'"),
+        ({"reshape_activations": "hook_z"}, "reshape_activations='hook_z'"),
+        ({"architecture": "temporal"}, "architecture 'temporal'"),
+        ({"architecture": "topk"}, "without a usable k"),
+    ]:
+        folder = fresh("changed")
+        edit_cfg(folder, **change)
+        with pytest.raises(LegatoError, match=message):
+            read_saelens_folder(folder)
+    folder = fresh("cut")
+    whole = (folder / "sae_weights.safetensors").read_bytes()
+    (folder / "sae_weights.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(LegatoError, match="damaged"):
+        read_saelens_folder(folder)
+    folder = fresh("wrong")
+    save_file({"W_enc": torch.zeros(D, F)}, folder / "sae_weights.safetensors")
+    with pytest.raises(LegatoError, match="missing W_dec"):
+        read_saelens_folder(folder)
