@@ -1,0 +1,164 @@
+"""The trained SAE: raw activations in, raw activations out.
+
+Shape legend: B rows, L positions, N flat tokens, D width, F latents.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from legato import kernels
+from legato.activations import ActivationBatch
+from legato.codes import SparseCodes
+from legato.errors import LegatoError, UsageError
+from legato.interop.saelens import read_saelens_folder, write_saelens_folder
+
+_TOKENS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class SparseAutoencoder:
+    """codes = activation(acts @ W_enc + b_enc), reconstruction = codes @ W_dec + b_dec, all in raw activation units.
+
+    W_enc (D, F), b_enc (F), W_dec (F, D) with unit rows where Legato trained it, b_dec (D): float32.
+    architecture: "standard" (ReLU), "topk" (k) or "jumprelu" (threshold (F); a latent fires strictly above it).
+    details: what made it (objective, model, layer, normaliser, versions); saved as legato.json.
+    """
+
+    architecture: str
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    threshold: Tensor | None = None
+    k: int | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.architecture not in ("standard", "topk", "jumprelu"):
+            raise UsageError(f"architecture {self.architecture!r} is unknown; choose standard, topk or jumprelu")
+        if (self.architecture == "topk") != (self.k is not None):
+            raise UsageError(f"k = {self.k} does not fit architecture {self.architecture!r}")
+        if (self.architecture == "jumprelu") != (self.threshold is not None):
+            raise UsageError(f"architecture {self.architecture!r} is given with the wrong threshold")
+        if not bool(self.W_dec.any()) or not bool(self.W_enc.any()):
+            raise LegatoError("the SAE's weights are all zero: it was never trained; train it before using it")
+
+    @property
+    def d_in(self) -> int:
+        return self.W_enc.shape[0]
+
+    @property
+    def d_sae(self) -> int:
+        return self.W_enc.shape[1]
+
+    def encode(self, acts: Tensor, mask: Tensor | None = None, doc: Tensor | None = None) -> Tensor:
+        """Codes [..., L, F] of raw activations [..., L, D]; zero where mask [..., L] is False.
+
+        doc [..., L] matters only to SAEs with state along the sequence. Raises LegatoError on another width or on
+        non-finite activations.
+        """
+        self._check(acts)
+        codes = self._activate(acts.to(self.W_enc.dtype) @ self.W_enc + self.b_enc)
+        return codes if mask is None else codes * mask.unsqueeze(-1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Reconstruction [..., L, D] of codes [..., L, F], in raw activation units."""
+        return codes @ self.W_dec + self.b_dec
+
+    def __call__(self, acts: Tensor) -> Tensor:
+        return self.decode(self.encode(acts))
+
+    def encode_sparse(self, batch: ActivationBatch) -> SparseCodes:
+        """The active pairs of a batch's valid positions; codes are rescaled by their decoder norm."""
+        B, L, D = batch.acts_BLD.shape
+        acts_ND, mask_N = batch.acts_BLD.reshape(-1, D), batch.mask_BL.reshape(-1)
+        norm_F = self.W_dec.norm(dim=-1)
+        tokens, latents, values = [], [], []
+        for start in range(0, B * L, _TOKENS_AT_ONCE):
+            part = slice(start, start + _TOKENS_AT_ONCE)
+            codes_NF = self.encode(acts_ND[part], mask_N[part])
+            token_P, latent_P = kernels.scan(
+                codes_NF.numpy(), mask_N[part].numpy(), np.zeros(len(codes_NF), np.float32), 64 * len(codes_NF)
+            )
+            token_P, latent_P = torch.from_numpy(token_P).long(), torch.from_numpy(latent_P).long()
+            tokens.append(token_P + start)
+            latents.append(latent_P)
+            values.append(codes_NF[token_P, latent_P] * norm_F[latent_P])
+        return SparseCodes(torch.cat(tokens), torch.cat(latents), torch.cat(values), (B, L, self.d_sae))
+
+    def decode_sparse(self, codes: SparseCodes) -> Tensor:
+        """Reconstruction [B, L, D] of sparse codes; positions without any code decode to b_dec."""
+        B, L, _ = codes.shape
+        value_P = codes.value_P / self.W_dec.norm(dim=-1)[codes.latent_P]
+        offsets = torch.searchsorted(codes.token_P, torch.arange(B * L))
+        acts_ND = torch.nn.functional.embedding_bag(
+            codes.latent_P, self.W_dec, offsets, mode="sum", per_sample_weights=value_P
+        )
+        return (acts_ND + self.b_dec).view(B, L, self.d_in)
+
+    def save(self, path: str | Path) -> Path:
+        """Save as a SAELens inference folder with Legato's details beside it (see interop/saelens.py)."""
+        details = dict(self.details)
+        return write_saelens_folder(
+            path,
+            architecture=self.architecture,
+            W_enc=self.W_enc,
+            W_dec=self.W_dec,
+            b_enc=self.b_enc,
+            b_dec=self.b_dec,
+            threshold=self.threshold,
+            k=self.k,
+            apply_b_dec_to_input=False,
+            metadata={
+                "model_name": details.get("model"),
+                "model_class_name": "AutoModelForCausalLM",
+                "hook_name": details.get("module_path"),
+                "context_size": details.get("context_length"),
+                "prepend_bos": details.get("bos"),
+                "dataset_path": details.get("dataset"),
+            },
+            legato=details,
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SparseAutoencoder":
+        """Open a SAELens inference folder (standard, topk, jumprelu), one of Legato's or another's."""
+        folder = read_saelens_folder(path)
+        weights = folder.weights
+        if folder.architecture == "gated":
+            raise LegatoError(f"{path} is a gated SAE, which cannot be opened yet; use standard, topk or jumprelu")
+        b_enc = weights["b_enc"]
+        if folder.apply_b_dec_to_input:
+            b_enc = b_enc - weights["b_dec"] @ weights["W_enc"]
+        return cls(
+            folder.architecture,
+            weights["W_enc"],
+            b_enc,
+            weights["W_dec"],
+            weights["b_dec"],
+            weights.get("threshold"),
+            folder.k,
+            folder.legato or {},
+        )
+
+    def _activate(self, pre: Tensor) -> Tensor:
+        if self.architecture == "jumprelu":
+            assert self.threshold is not None
+            return torch.relu(pre) * (pre > self.threshold)
+        if self.architecture == "topk":
+            assert self.k is not None
+            top = pre.topk(self.k, dim=-1, sorted=False)
+            return torch.zeros_like(pre).scatter_(-1, top.indices, top.values.relu())
+        return torch.relu(pre)
+
+    def _check(self, acts: Tensor) -> None:
+        if acts.shape[-1] != self.d_in:
+            raise LegatoError(f"activations have width {acts.shape[-1]}, the SAE expects {self.d_in}: wrong model or layer")
+        if not torch.isfinite(acts).all():
+            raise LegatoError("activations hold values that are not finite; harvest them again or in float32")

@@ -1,0 +1,157 @@
+"""The sparse step against a dense autograd step, in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from legato import kernels
+from legato.consistency_losses import Contrastive, WindowVariance
+from legato.sequences import SequenceLayout
+from legato.sparsity import BatchTopK, Preactivations, ReLU, Sparsity, TopK
+from legato.train import Parameters, TrainBatch, TrainConfig, Workspace, auxiliary_loss, forward_backward
+
+B, L, D, F = 6, 20, 24, 64
+CONFIG = TrainConfig(steps=10, aux_k=5, aux_tokens=1000)
+
+
+def make_batch(seed: int = 0) -> tuple[TrainBatch, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x_BLD = torch.randn(B, L, D, generator=generator, dtype=torch.float64)
+    x_BLD[:, 1:] += 0.8 * x_BLD[:, :-1]  # neighbours resemble each other
+    mask_BL = torch.rand(B, L, generator=generator) > 0.1
+    doc_BL = (torch.arange(L) // 13).expand(B, L) + 2 * torch.arange(B)[:, None]
+    x_ND = (x_BLD * mask_BL[..., None]).view(-1, D)
+    batch = TrainBatch(x_ND, x_ND, SequenceLayout.of(mask_BL, doc_BL), int(mask_BL.sum()), 1.0, 1.0)
+    return batch, mask_BL, doc_BL
+
+
+def make_parameters(seed: int = 1) -> Parameters:
+    parameters = Parameters.initial(D, F, seed).map(torch.Tensor.double)
+    noise = torch.Generator().manual_seed(seed)
+    for name, tensor in parameters.items():
+        if name != "W_dec_FD":
+            tensor += 0.2 * torch.randn(tensor.shape, generator=noise, dtype=torch.float64)
+    torch.nn.functional.normalize(parameters.W_dec_FD, dim=-1, out=parameters.W_dec_FD)
+    return parameters
+
+
+def dense_codes(parameters: Parameters, batch: TrainBatch, mask_BL: torch.Tensor, sparsity: Sparsity) -> torch.Tensor:
+    pre_NF = (batch.x_ND @ parameters.W_enc_FD.T + parameters.b_enc_F).relu()
+    pre_NF = pre_NF * mask_BL.view(-1, 1)
+    if isinstance(sparsity, TopK):
+        return pre_NF * (pre_NF >= pre_NF.topk(sparsity.k, dim=-1).values[:, -1:])
+    if isinstance(sparsity, BatchTopK):
+        return pre_NF * (pre_NF >= pre_NF.flatten().topk(sparsity.k * batch.n_valid).values[-1])
+    return pre_NF
+
+
+@pytest.mark.parametrize("sparsity", [BatchTopK(4), TopK(4), ReLU(0.3)])
+@pytest.mark.parametrize(
+    "terms",
+    [
+        (),
+        (WindowVariance(window=2, coefficient=0.7),),
+        (WindowVariance(window=7, coefficient=0.7),),
+        (Contrastive(coefficient=0.3, anchors=20), WindowVariance(window=20, coefficient=1.0)),
+    ],
+)
+@pytest.mark.parametrize("with_dead", [False, True])
+def test_every_gradient_equals_dense_autograd(sparsity, terms, with_dead):
+    batch, mask_BL, doc_BL = make_batch()
+    parameters = make_parameters()
+    dead_F = torch.arange(F) % 9 == 0 if with_dead else None
+    result = forward_backward(
+        parameters,
+        parameters.W_enc_FD,
+        batch,
+        sparsity,
+        [(term, term.coefficient) for term in terms],
+        workspace=Workspace(),
+        step=3,
+        dead_F=dead_F,
+        config=CONFIG,
+    )
+
+    leaves = parameters.map(lambda tensor: tensor.clone().requires_grad_())
+    codes_NF = dense_codes(leaves, batch, mask_BL, sparsity)
+    residual_ND = (codes_NF @ leaves.W_dec_FD + leaves.b_dec_D - batch.x_ND) * mask_BL.view(-1, 1)
+    loss = residual_ND.square().sum() / (D * batch.n_valid)
+    if isinstance(sparsity, ReLU):
+        loss = loss + sparsity.l1 / D * codes_NF.sum() / batch.n_valid
+    for term in terms:
+        loss = loss + term.coefficient * term.loss(codes_NF.view(B, L, F), mask_BL, doc_BL, step=3)
+    if dead_F is not None:
+        dead = leaves.map(lambda tensor: tensor[dead_F] if len(tensor) == F else tensor)
+        valid_N = mask_BL.flatten()
+        aux = auxiliary_loss(batch.x_ND[valid_N], residual_ND[valid_N].detach(), dead, CONFIG.aux_k)
+        loss = loss + CONFIG.aux_coefficient * aux
+    loss.backward()
+
+    assert result.loss == pytest.approx(float(loss.detach()), rel=1e-12)
+    assert len(result.pairs.value_P) == int((codes_NF > 0).sum())
+    for (name, leaf), gradient in zip(leaves.items(), vars(result.gradients).values(), strict=True):
+        assert leaf.grad is not None
+        expected = leaf.grad
+        if name == "W_dec_FD":  # rows stay on the unit sphere: only the tangential part moves them
+            unit = parameters.W_dec_FD
+            expected = expected - (expected * unit).sum(-1, keepdim=True) * unit
+        assert float(expected.abs().max()) > 0
+        torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("sparsity", [BatchTopK(8), TopK(8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_selection_is_exact_whatever_the_floor_and_the_matmul_dtype(sparsity, dtype):
+    N, width, latents = 96, 32, 2048  # wide enough that TopK's floors come from a sample
+    generator = torch.Generator().manual_seed(3)
+    x_ND = torch.randn(N, width, generator=generator)
+    W_FD = torch.randn(latents, width, generator=generator) / width**0.5
+    b_F = 0.1 * torch.randn(latents, generator=generator)
+    valid_N = np.arange(N) % 7 != 0
+    exact_NF = x_ND @ W_FD.T + b_F
+    exact_NF[~torch.from_numpy(valid_N)] = -1
+    pre = Preactivations(exact_NF.to(dtype), x_ND.numpy(), W_FD.numpy(), b_F.numpy(), valid_N)
+    k = sparsity.k
+    if isinstance(sparsity, TopK):
+        cut_N = exact_NF.topk(k, dim=-1).values[:, -1:]
+    else:
+        cut_N = exact_NF.flatten().topk(k * int(valid_N.sum())).values[-1]
+    expected = {(int(n), int(f)) for n, f in (exact_NF >= cut_N).nonzero() if valid_N[n]}
+    for floor in (0.0, 0.5, 2.0, 1e9):  # far too low, low, high, absurd
+        pairs, _ = sparsity.select(pre, floor)
+        chosen = set(zip(pairs.token_P.tolist(), pairs.latent_P.tolist(), strict=True))
+        assert len(chosen ^ expected) <= 2  # float32 sums in another order may swap the two pairs at the cut
+        assert len(chosen) == k * int(valid_N.sum())
+
+
+def test_ties_at_the_cut_keep_exactly_the_budget():
+    value_P = np.array([1.0, 2.0, 1.0, 1.0, 3.0])
+    assert kernels.keep_batch_top(value_P, 3).tolist() == [True, True, False, False, True]
+    assert kernels.keep_row_top(1, np.zeros(5, np.int32), value_P, 3).tolist() == [True, True, False, False, True]
+
+
+def test_fewer_positive_values_than_the_budget_keeps_them_all():
+    value_P = np.array([1.0, -2.0, 0.0])
+    assert kernels.keep_batch_top(value_P, 3).tolist() == [True, False, False]
+
+
+def test_adam_equals_torch():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    reference = weight.clone().requires_grad_()
+    optimiser = torch.optim.Adam([reference], lr=0.01)
+    m, v = torch.zeros_like(weight), torch.zeros_like(weight)
+    for step in range(1, 6):
+        gradient = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+        reference.grad = gradient.clone()
+        optimiser.step()
+        kernels.adam(*(t.numpy() for t in (weight, m, v, gradient)), clip=1.0, lr=0.01, step=step, unit_rows=False)
+    torch.testing.assert_close(weight, reference.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_adam_keeps_unit_rows():
+    weight = torch.nn.functional.normalize(torch.randn(4, 8, dtype=torch.float64), dim=-1)
+    moments = [torch.zeros_like(weight) for _ in range(2)]
+    gradient = torch.randn(4, 8, dtype=torch.float64)
+    kernels.adam(*(t.numpy() for t in (weight, *moments, gradient)), clip=1.0, lr=0.1, step=1, unit_rows=True)
+    torch.testing.assert_close(weight.norm(dim=-1), torch.ones(4, dtype=torch.float64))
