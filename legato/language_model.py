@@ -64,7 +64,7 @@ class LanguageModel:
         """A model by name.
 
         model: "demo" (the packaged Gemma 3 270M), a local folder, a .gguf file or a hub id such as "gpt2".
-        dtype: "float32", "bfloat16", "float16" or "auto": bfloat16 where its matmul is measured to be fast, else float32.
+        dtype: "float32", "bfloat16", "float16" or "auto": bfloat16 where its matmul is measured fast, else float32.
         Raises UsageError, in one line, for everything that cannot be found or loaded.
         """
         torch_device = _device(device)
