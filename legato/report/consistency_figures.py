@@ -1,0 +1,255 @@
+"""Figures of how features hold across tokens: over lag with both nulls, over latents, over firing rate, by position."""
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
+
+from legato.report.missing import MissingResult
+from legato.report.style import FAINT, INK, MUTED, SEQUENTIAL, SURFACE, WIDTH, ArmStyle, arm_styles
+from legato.results import Arm, SavedRun
+
+_MEASURES = {"ac": "autocorrelation", "kappa": "kappa of firing"}
+_NULL_STYLES = {
+    "within_null": ("shuffled within the document", (0, (4, 1.6))),
+    "cross_null": ("shuffled across documents, same position", (0, (1, 1.4))),
+}
+
+
+def autocorrelation_over_lag(run: SavedRun) -> Figure:
+    return _over_lag(run, "ac")
+
+
+def kappa_over_lag(run: SavedRun) -> Figure:
+    return _over_lag(run, "kappa")
+
+
+def _over_lag(run: SavedRun, measure: str) -> Figure:
+    """A panel per highlighted arm with the measured curve and both nulls, and one with every arm's excess."""
+    key = f"consistency.{measure}"
+    arms = [
+        a for a in run.highlighted if a.series(f"{key}.mean") is not None and a.series("consistency.lags") is not None
+    ]
+    if not arms:
+        raise MissingResult(f"no arm has {key} over lags in metrics.json")
+    panels = len(arms) + 1
+    columns = 2 if panels in (2, 4) else 3
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(WIDTH, 2.45 * rows + 0.45))
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    styles = arm_styles(run.highlighted)
+    for ax, arm in zip(axes, arms, strict=False):
+        _draw_measured_and_nulls(ax, arm, key, styles[arm.name])
+        ax.set_title(arm.name, color=styles[arm.name].colour)
+    limits = np.array([ax.get_ylim() for ax in axes[: len(arms)]])
+    for ax in axes[: len(arms)]:
+        ax.set_ylim(min(0.0, limits[:, 0].min()), limits[:, 1].max())
+    summary = axes[len(arms)]
+    for arm in arms:
+        excess = arm.series(f"consistency.{measure}_excess_within")
+        if excess is not None:
+            style = styles[arm.name]
+            summary.plot(
+                _lags(arm), excess, color=style.colour, linestyle=style.line, marker=style.marker, label=arm.name
+            )
+    summary.axhline(0, color=FAINT, linewidth=0.8)
+    _lag_axis(summary, _lags(arms[0]))
+    summary.set_title("Measured minus dashed")
+    if len(arms) <= 3:
+        summary.legend(loc="upper right", fontsize=8.5)
+    else:
+        figure.legend(*summary.get_legend_handles_labels(), loc="outside lower left", ncols=4)
+    for ax in axes[panels:]:
+        ax.set_visible(False)
+    for ax in axes[max(0, panels - columns) : panels]:
+        ax.set_xlabel("lag in tokens")
+    for ax in axes[:panels:columns]:
+        ax.set_ylabel(_MEASURES[measure])
+    handles = [Line2D([], [], color=INK)]
+    handles += [Line2D([], [], color=MUTED, linestyle=line, linewidth=1.2) for _, line in _NULL_STYLES.values()]
+    labels = ["measured", *(label for label, _ in _NULL_STYLES.values())]
+    figure.legend(handles, labels, loc="outside upper left", ncols=3, columnspacing=1.6)
+    return figure
+
+
+def _draw_measured_and_nulls(ax: Axes, arm: Arm, key: str, style: ArmStyle) -> None:
+    lags, mean = _lags(arm), arm.series(f"{key}.mean")
+    assert mean is not None
+    within = arm.series(f"{key}.within_null")
+    if within is not None:
+        ax.fill_between(
+            lags, within, mean, where=mean >= within, color=style.colour, alpha=0.13, linewidth=0, interpolate=True
+        )
+    for null, (_, line) in _NULL_STYLES.items():
+        values = arm.series(f"{key}.{null}")
+        if values is not None:
+            ax.plot(lags, values, color=MUTED, linestyle=line, linewidth=1.2)
+    ax.plot(lags, mean, color=style.colour, marker=style.marker, markersize=4.5)
+    _lag_axis(ax, lags)
+
+
+def _lag_axis(ax: Axes, lags: np.ndarray) -> None:
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(lags, [f"{lag:g}" for lag in lags])
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
+def _lags(arm: Arm) -> np.ndarray:
+    lags = arm.series("consistency.lags")
+    assert lags is not None
+    return lags
+
+
+def kappa_excess_distribution(run: SavedRun) -> Figure:
+    """The distribution over alive latents of the kappa excess at lag 1, a row per highlighted arm."""
+    values = {
+        arm.name: column[np.isfinite(column)]
+        for arm in run.highlighted
+        if (column := run.latent_column(arm.name, "kappa1_excess_within")) is not None and np.isfinite(column).any()
+    }
+    if not values:
+        raise MissingResult("no feature table (features/<arm>.parquet) with kappa1_excess_within was saved")
+    styles = arm_styles(run.highlighted)
+    figure = Figure(figsize=(0.86 * WIDTH, 0.62 * len(values) + 1.15))
+    ax = figure.subplots()
+    pooled = np.concatenate(list(values.values()))
+    low, high = np.quantile(pooled, [0.002, 0.995])
+    low, high = min(low, 0.0), max(high, low + 1e-3)
+    edges = np.linspace(low - 0.06 * (high - low), high, 129)
+    centres = (edges[:-1] + edges[1:]) / 2
+    densities = {name: _smooth(np.histogram(v, edges)[0] / len(v)) for name, v in values.items()}
+    height = 0.9 / max(float(density.max()) for density in densities.values())
+    for row, (name, density) in enumerate(densities.items()):
+        base, colour = -row, styles[name].colour
+        ax.fill_between(centres, base, base + height * density, color=colour, alpha=0.22, linewidth=0, zorder=2)
+        ax.plot(centres, base + height * density, color=colour, linewidth=1.2, zorder=3)
+        ax.axhline(base, color=FAINT, linewidth=0.7, zorder=1)
+        median = float(np.median(values[name]))
+        ax.plot([median, median], [base, base + 0.5], color=colour, linewidth=1.6, zorder=4)
+        ax.text(edges[-1], base + 0.28, f"median {median:.3f}", color=colour, fontsize=8.5, ha="right", zorder=4)
+    ax.set_yticks([-row + 0.04 for row in range(len(values))], list(values), va="bottom")
+    for tick, name in zip(ax.get_yticklabels(), values, strict=True):
+        tick.set_color(styles[name].colour)
+    ax.axvline(0, color=MUTED, linewidth=0.8, zorder=1)
+    ax.set_xlim(edges[0], edges[-1])
+    ax.set_xlabel("kappa excess over the within-document null, lag 1")
+    ax.grid(False)
+    ax.spines[["left", "bottom"]].set_visible(False)
+    return figure
+
+
+def _smooth(density: np.ndarray, width: float = 1.6) -> np.ndarray:
+    offsets = np.arange(-6, 7)
+    kernel = np.exp(-0.5 * (offsets / width) ** 2)
+    return np.convolve(density, kernel / kernel.sum(), mode="same")
+
+
+def excess_by_firing_rate(run: SavedRun) -> Figure:
+    """Kappa excess within bins of firing rate, a bar per highlighted arm: a mere shift in rate shows no gain here."""
+    tables = {arm.name: table for arm in run.highlighted if (table := _rate_bins(arm))}
+    if not tables:
+        raise MissingResult("no arm has consistency.by_rate_bin in metrics.json")
+    bins = sorted({edges for table in tables.values() for edges in table})
+    styles = arm_styles(run.highlighted)
+    figure = Figure(figsize=(WIDTH, 3.1))
+    ax = figure.subplots()
+    width = 0.78 / len(tables)
+    for i, (name, table) in enumerate(tables.items()):
+        for j, edges in enumerate(bins):
+            value, latents = table.get(edges, (float("nan"), 0))
+            x = j + (i - (len(tables) - 1) / 2) * width
+            ax.bar(
+                x,
+                value,
+                0.92 * width,
+                color=styles[name].colour,
+                edgecolor=SURFACE,
+                linewidth=0,
+                hatch=_HATCHES[i % len(_HATCHES)],
+                label=name if j == 0 else None,
+                zorder=2,
+            )
+            if np.isfinite(value):
+                offset, side = (2, "bottom") if value >= 0 else (-2, "top")
+                ax.annotate(
+                    f"{value:.2f}\n$n$={latents}" if len(tables) <= 4 else f"{value:.2f}",
+                    (x, value),
+                    xytext=(0, offset),
+                    textcoords="offset points",
+                    ha="center",
+                    va=side,
+                    fontsize=7,
+                    color=MUTED,
+                )
+    ax.axhline(0, color=FAINT, linewidth=0.8)
+    ax.set_xticks(range(len(bins)), [_bin_label(edges) for edges in bins])
+    ax.tick_params(axis="x", length=0)
+    ax.set_xlabel("firing rate of the latent")
+    ax.set_title("Kappa excess over the within-document null, lag 1")
+    ax.margins(y=0.16)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper left", ncols=min(5, len(tables)))
+    return figure
+
+
+_HATCHES = ("", "///", "...", "\\\\\\", "xx", "--", "oo")
+
+
+def _rate_bins(arm: Arm) -> dict[tuple[float, float], tuple[float, int]]:
+    consistency = arm.metrics.get("consistency")
+    rows = consistency.get("by_rate_bin") if isinstance(consistency, dict) else None
+    return {
+        (float(row["bin"][0]), float(row["bin"][1])): (float(row["kappa1_excess_within"]), int(row["latents"]))
+        for row in rows or ()
+        if row.get("kappa1_excess_within") is not None and row.get("latents")
+    }
+
+
+def _bin_label(edges: tuple[float, float]) -> str:
+    low, high = edges
+    if low >= 0.1:
+        return f"dense, above {low:g}"
+    exponents = [np.log10(edge) if edge > 0 else -np.inf for edge in (low, high)]
+    if all(np.isfinite(e) and float(e).is_integer() for e in exponents):
+        return f"$10^{{{exponents[0]:.0f}}}$ to $10^{{{exponents[1]:.0f}}}$"
+    return f"{low:g} to {high:g}"
+
+
+def position_matrix(run: SavedRun) -> Figure:
+    """Correlation over sequences of a latent at position t with itself at t', mean over latents, a panel per arm."""
+    matrices = {
+        arm.name: stored["position_matrix"].astype(np.float64)
+        for arm in run.highlighted
+        if "position_matrix" in (stored := run.arrays(arm.name))
+    }
+    if not matrices:
+        raise MissingResult("no position x position matrix (arrays/<arm>.npz) was saved")
+    for matrix in matrices.values():
+        np.fill_diagonal(matrix, np.nan)
+    pooled = np.concatenate([matrix.ravel() for matrix in matrices.values()])
+    low, high = np.nanquantile(pooled, [0.01, 0.995])
+    columns = min(3, len(matrices))
+    rows = -(-len(matrices) // columns)
+    panel = WIDTH / 3
+    figure = Figure(figsize=(max(panel * columns, 1.6 * panel), panel * rows + 0.75))
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    image = None
+    for ax, (name, matrix) in zip(axes, matrices.items(), strict=False):
+        image = ax.imshow(matrix, vmin=min(0.0, low), vmax=high, cmap=SEQUENTIAL, interpolation="nearest")
+        ax.set_title(name)
+        ax.grid(False)
+        ax.spines[:].set_visible(False)
+        last = len(matrix) - 1
+        ticks = [0, round(last / 2), last]
+        ax.set_xticks(ticks)
+        ax.set_yticks(ticks)
+        ax.set_xlabel("position $t'$")
+    for ax in axes[::columns]:
+        ax.set_ylabel("position $t$")
+    for ax in axes[len(matrices) :]:
+        ax.set_visible(False)
+    assert image is not None
+    bar = figure.colorbar(image, ax=list(axes), orientation="horizontal", aspect=50, pad=0.03, extend="max")
+    bar.set_label("mean correlation over sequences (diagonal left out)")
+    bar.outline.set_visible(False)
+    return figure

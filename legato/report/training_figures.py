@@ -1,0 +1,162 @@
+"""Figures of how the arms trained and what they reconstruct at which sparsity."""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from legato.report.missing import MissingResult
+from legato.report.style import FAINT, INK, MUTED, WIDTH, ArmStyle, PointLabel, arm_styles, label_points
+from legato.results import Arm, SavedRun
+
+_PANELS = (
+    ("loss", "Loss, all terms"),
+    ("fvu", "Fraction of variance unexplained"),
+    ("l0", "Active latents per token (L0)"),
+    ("dead", "Dead latents"),
+)
+_MAX_POINTS = 300
+_SETTLED = 0.04  # the first steps, where every curve falls from 1, would squeeze the rest of the axis flat
+
+
+def training_curves(run: SavedRun) -> Figure:
+    """Loss, FVU, L0 and dead latents over tokens, one line per arm."""
+    if not run.log:
+        raise MissingResult("no training log (log.jsonl) was saved")
+    panels = [(key, title) for key, title in _PANELS if any(key in columns for columns in run.log.values())]
+    if not panels:
+        raise MissingResult("the training log (log.jsonl) holds none of loss, fvu, l0, dead")
+    rows = (len(panels) + 1) // 2
+    figure = Figure(figsize=(WIDTH, 2.35 * rows + 0.45))
+    axes = np.atleast_1d(figure.subplots(rows, 2, squeeze=False)).flatten()
+    styles = arm_styles(run.highlighted)
+    unit, divisor = _token_unit(run)
+    for ax, (key, title) in zip(axes, panels, strict=False):
+        ceilings = []
+        for arm in (*run.background, *reversed(run.highlighted)):
+            columns = run.log.get(arm.name, {})
+            if key not in columns:
+                continue
+            x = columns.get("tokens", columns.get("step", np.arange(len(columns[key])))) / divisor
+            draw_arm_line(ax, _thin(x), _thin(columns[key]), styles.get(arm.name))
+            settled = columns[key][int(_SETTLED * len(columns[key])) :]
+            ceilings.append(np.nanmax(settled) if np.isfinite(settled).any() else 0.0)
+        ax.set_title(title)
+        if max(ceilings) > 0:
+            floor = 0.0 if key in ("fvu", "dead") else None
+            ax.set_ylim(bottom=floor, top=1.06 * max(ceilings))
+        ax.margins(x=0)
+    for ax in axes[len(panels) :]:
+        ax.set_visible(False)
+    for ax in axes[max(0, len(panels) - 2) : len(panels)]:
+        ax.set_xlabel(unit)
+    arm_legend(figure, run)
+    return figure
+
+
+def sparsity_fidelity(run: SavedRun) -> Figure:
+    """FVU against L0 on held-out text, a point per arm; the baseline's sweep over k as a line."""
+    points = {
+        arm.name: (x, y)
+        for arm in run.arms
+        if (x := arm.value("core.l0")) is not None and (y := arm.value("core.fvu")) is not None
+    }
+    if not points:
+        raise MissingResult("no arm has both core.l0 and core.fvu in metrics.json")
+    figure = Figure(figsize=(0.72 * WIDTH, 3.4))
+    ax = figure.subplots()
+    # Arms trained to one L0 differ by a percent or so: do not stretch that over the whole axis.
+    centre = float(np.mean([x for x, _ in points.values()]))
+    ax.plot([0.92 * centre, 1.08 * centre], [next(iter(points.values()))[1]] * 2, alpha=0)
+    draw_arm_points(ax, run, points)
+    ax.set_xlabel("active latents per token (L0)")
+    ax.set_title("Fraction of variance unexplained")
+    return figure
+
+
+def draw_arm_points(
+    ax: Axes,
+    run: SavedRun,
+    points: dict[str, tuple[float, float]],
+    *,
+    further_labels: Sequence[PointLabel] = (),
+    lines: Sequence[tuple[float, float]] = (),
+) -> None:
+    """Scatter the arms: grid members faint, the baseline's sweep joined, baseline, named and sweep arms labelled."""
+    styles = arm_styles(run.highlighted)
+    of_group = {arm.group: styles[arm.name] for arm in run.highlighted}
+    for arm in run.background:
+        if arm.name in points and arm.role != "sweep":
+            style = of_group.get(arm.group, ArmStyle(FAINT, "-", "o"))
+            ax.scatter(*points[arm.name], s=16, c=style.colour, marker=style.marker, linewidths=0, zorder=2)
+    swept = [arm for arm in run.arms if (arm.role == "sweep" or arm is run.baseline) and arm.name in points]
+    line = np.array(sorted(points[arm.name] for arm in swept))
+    if len(swept) > 1:
+        ax.plot(line[:, 0], line[:, 1], color=INK, linewidth=1, marker="o", markersize=3.5, zorder=3)
+    labels = []
+    for arm in run.highlighted:
+        if arm.name in points:
+            style = styles[arm.name]
+            x, y = points[arm.name]
+            ax.scatter(x, y, s=46, c=style.colour, marker=style.marker, linewidths=0, zorder=4)
+            labels.append(PointLabel((x, y), arm.name, style.colour))
+    for arm in swept:
+        if arm.role == "sweep" and arm.k is not None:
+            labels.append(PointLabel(points[arm.name], f"baseline, k={arm.k:g}", MUTED))
+    ax.margins(0.12)
+    ax.grid(True, axis="both")
+    faint = [points[arm.name] for arm in run.background if arm.name in points]
+    label_points(ax, [*labels, *further_labels], lines=[*along(line), *lines], faint=faint)
+
+
+def along(corners: np.ndarray) -> list[tuple[float, float]]:
+    """Points along the line through the corners (n, 2), close enough to keep labels off it."""
+    pieces = [np.linspace(a, b, 60) for a, b in itertools.pairwise(corners)]
+    return [(float(x), float(y)) for piece in pieces for x, y in piece]
+
+
+def draw_arm_line(ax: Axes, x: np.ndarray, y: np.ndarray, style: ArmStyle | None) -> None:
+    """One arm's curve: in its style where it is highlighted, thin and grey otherwise."""
+    if style is None:
+        ax.plot(x, y, color=FAINT, linewidth=0.7, alpha=0.8, zorder=2)
+    else:
+        ax.plot(x, y, color=style.colour, linestyle=style.line, linewidth=1.5, zorder=3)
+
+
+def arm_legend(figure: Figure, run: SavedRun, *, markers: bool = False) -> None:
+    """One legend above the figure: the highlighted arms, and one entry for all others."""
+    styles = arm_styles(run.highlighted)
+    handles: list[Line2D] = [
+        Line2D(
+            [], [], color=styles[a.name].colour, linestyle=styles[a.name].line, marker=styles[a.name].marker * markers
+        )
+        for a in run.highlighted
+    ]
+    labels = [arm.name for arm in run.highlighted]
+    if run.background:
+        handles.append(Line2D([], [], color=FAINT, linewidth=0.8))
+        labels.append(_background_label(run.background))
+    columns = max(1, min(4, len(labels), int(WIDTH / (0.7 + 0.075 * max(map(len, labels))))))
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, columnspacing=1.6)
+
+
+def _background_label(arms: Sequence[Arm]) -> str:
+    roles = {arm.role for arm in arms}
+    what = {"grid": "ablation members", "sweep": "baselines at another k"}.get(roles.pop()) if len(roles) == 1 else None
+    return f"{len(arms)} {what or 'further arms'}"
+
+
+def _token_unit(run: SavedRun) -> tuple[str, float]:
+    tokens = [float(np.nanmax(columns["tokens"])) for columns in run.log.values() if "tokens" in columns]
+    if not tokens:
+        return "training step", 1.0
+    return ("million tokens", 1e6) if max(tokens) >= 1e6 else ("thousand tokens", 1e3)
+
+
+def _thin(values: np.ndarray) -> np.ndarray:
+    if len(values) <= _MAX_POINTS:
+        return values
+    return values[np.linspace(0, len(values) - 1, _MAX_POINTS).round().astype(int)]

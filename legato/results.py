@@ -1,0 +1,236 @@
+"""The saved results of a run folder, as the notes, the report and `plot.py` read them.
+
+Nothing here computes a metric; what a run did not save reads as None.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import yaml
+
+from legato.errors import LegatoError, UsageError
+from legato.run_dir import RunDir
+
+MAX_HIGHLIGHTED = 7  # as many as a reader tells apart by colour, line style and marker
+_GRID_NAME = re.compile(r"^(?P<term>[a-z_]+?)_w(?P<window>\d+)_c(?P<coefficient>\d+(\.\d+)?(e[+-]?\d+)?)$")
+_SWEEP_NAME = re.compile(r"^baseline_k(?P<k>\d+)$")
+_SEED_SUFFIX = re.compile(r"_seed(\d+)$")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One SAE of a run and what was different about it.
+
+    role: `baseline`, `named` (an arm the reader asked for by name), `grid` (a member of the window x coefficient
+        ablation) or `sweep` (the baseline's recipe at another sparsity).
+    metrics: this arm's part of metrics.json.
+    """
+
+    name: str
+    role: str
+    metrics: Mapping[str, Any]
+    term: str | None = None
+    window: int | None = None
+    coefficient: float | None = None
+    k: float | None = None
+    seed: int | None = None
+
+    @property
+    def group(self) -> str:
+        """The recipe's name: arms that differ only in their seed share it."""
+        return _SEED_SUFFIX.sub("", self.name)
+
+    def value(self, key: str) -> float | None:
+        """The number at a dotted key such as `core.fvu`; None where it is absent or not finite."""
+        node: Any = self.metrics
+        for part in key.split("."):
+            if not isinstance(node, Mapping) or part not in node:
+                return None
+            node = node[part]
+        return float(node) if _is_number(node) else None
+
+    def series(self, key: str) -> np.ndarray | None:
+        """The list of numbers at a dotted key as float64, gaps as nan; None where it is absent or has no number."""
+        node: Any = self.metrics
+        for part in key.split("."):
+            if not isinstance(node, Mapping) or part not in node:
+                return None
+            node = node[part]
+        if not isinstance(node, Sequence) or isinstance(node, str):
+            return None
+        values = np.array([float(v) if _is_number(v) else math.nan for v in node])
+        return values if np.isfinite(values).any() else None
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run folder opened for reading.
+
+    log: per arm and logged quantity a float64 array over logged steps (loss terms as `loss_terms.<name>`).
+    config: the resolved configuration, empty where none was saved.
+    """
+
+    path: Path
+    arms: tuple[Arm, ...]
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "SavedRun":
+        """Open a run folder; UsageError where it is none, LegatoError where its metrics cannot be read."""
+        path = Path(path)
+        metrics_path = RunDir(path).metrics
+        if not metrics_path.is_file():
+            raise UsageError(f"{path} is not a finished run: it has no metrics.json")
+        metrics = _read_json(metrics_path)
+        if not isinstance(metrics, dict) or not metrics or not all(isinstance(m, dict) for m in metrics.values()):
+            raise LegatoError(f"{metrics_path} holds no arm; run the evaluation again")
+        config_path = RunDir(path).config
+        config: Any = {}
+        if config_path.is_file():
+            try:
+                config = yaml.safe_load(config_path.read_text(encoding="utf-8"))
+            except yaml.YAMLError as error:
+                raise LegatoError(f"{config_path} is damaged: {str(error).splitlines()[0]}") from error
+        return cls(path, arms_of(metrics), config if isinstance(config, dict) else {})
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    def setting(self, stage: str, name: str) -> Any:
+        """A value of config.yaml as it was used (`resolved` before what was asked for); None where it was not saved."""
+        for part in (self.config.get("resolved"), (self.config.get("config") or {}).get(stage)):
+            if isinstance(part, Mapping) and part.get(name) is not None:
+                return part[name]
+        return None
+
+    @property
+    def baseline(self) -> Arm | None:
+        return next((arm for arm in self.arms if arm.role == "baseline"), None)
+
+    @property
+    def highlighted(self) -> tuple[Arm, ...]:
+        """The arms a figure draws in colour: the baseline and the named ones, one seed of each; else the first few."""
+        groups = {arm.group: arm for arm in reversed(self.arms)}
+        firsts = tuple(arm for arm in self.arms if groups[arm.group] is arm)
+        chosen = tuple(arm for arm in firsts if arm.role in ("baseline", "named"))
+        return (chosen if len(chosen) > 1 else firsts)[:MAX_HIGHLIGHTED]
+
+    @property
+    def background(self) -> tuple[Arm, ...]:
+        return tuple(arm for arm in self.arms if arm not in self.highlighted)
+
+    def arm(self, name: str) -> Arm:
+        return next(arm for arm in self.arms if arm.name == name)
+
+    @cached_property
+    def log(self) -> dict[str, dict[str, np.ndarray]]:
+        path = RunDir(self.path).log
+        return read_log(path) if path.is_file() else {}
+
+    def arrays(self, arm: str) -> dict[str, np.ndarray]:
+        """The arrays saved for an arm (`position_matrix` (L, L), ...); empty where none were saved."""
+        path = RunDir(self.path).arrays / f"{arm}.npz"
+        if not path.is_file():
+            return {}
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                return {name: stored[name] for name in stored.files}
+        except (ValueError, OSError) as error:
+            raise LegatoError(f"{path} is damaged: {error}") from error
+
+    def latent_column(self, arm: str, column: str) -> np.ndarray | None:
+        """One column of an arm's feature table as float64; None where the table or the column is absent."""
+        path = RunDir(self.path).features / f"{arm}.parquet"
+        if not path.is_file():
+            return None
+        try:
+            if column not in pq.read_schema(path).names:
+                return None
+            return pq.read_table(path, columns=[column])[column].to_numpy().astype(np.float64)
+        except (ValueError, OSError) as error:
+            raise LegatoError(f"{path} is damaged: {error}") from error
+
+
+def arms_of(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[Arm, ...]:
+    """Arms of a metrics.json in its order, each with its role.
+
+    What an arm is comes from `training.recipe` {role, term, window, coefficient, k, seed}; where a key is absent, from
+    its name: `baseline`, `baseline_k<k>` for its sweep, `<term>_w<window>_c<coefficient>`, `_seed<n>` at the end. Names
+    of the third shape are an ablation only where there are at least two windows and two coefficients of them.
+    """
+    arms = [_arm_of(name, arm_metrics) for name, arm_metrics in metrics.items()]
+    members = [arm for arm in arms if arm.role == "grid"]
+    if len({arm.window for arm in members}) < 2 or len({arm.coefficient for arm in members}) < 2:
+        arms = [replace(arm, role="named") if arm.role == "grid" else arm for arm in arms]
+    return tuple(arms)
+
+
+def _arm_of(name: str, metrics: Mapping[str, Any]) -> Arm:
+    stem = _SEED_SUFFIX.sub("", name)
+    known: dict[str, Any] = {"role": "baseline" if stem == "baseline" else "named"}
+    if seed := _SEED_SUFFIX.search(name):
+        known["seed"] = seed[1]
+    if shape := _GRID_NAME.match(stem):
+        known |= {"role": "grid", **shape.groupdict()}
+    if swept := _SWEEP_NAME.match(stem):
+        known |= {"role": "sweep", "k": swept["k"]}
+    training = metrics.get("training")
+    recipe = training.get("recipe") if isinstance(training, Mapping) else None
+    if isinstance(recipe, Mapping):
+        known |= {key: value for key, value in recipe.items() if value is not None}
+    return Arm(
+        name=name,
+        role=known["role"],
+        metrics=metrics,
+        term=known.get("term"),
+        window=int(known["window"]) if "window" in known else None,
+        coefficient=float(known["coefficient"]) if "coefficient" in known else None,
+        k=float(known["k"]) if "k" in known else None,
+        seed=int(known["seed"]) if "seed" in known else None,
+    )
+
+
+def read_log(path: Path) -> dict[str, dict[str, np.ndarray]]:
+    """log.jsonl as columns per arm, rows in order of writing, absent values nan; a torn last line is left out."""
+    rows: dict[str, list[dict[str, float]]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("arm"), str):
+            rows.setdefault(record["arm"], []).append(dict(_numbers(record)))
+    return {arm: _columns(records) for arm, records in rows.items()}
+
+
+def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
+    for key, value in record.items():
+        if _is_number(value):
+            yield prefix + key, float(value)
+        elif isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{key}.")
+
+
+def _columns(records: list[dict[str, float]]) -> dict[str, np.ndarray]:
+    names = dict.fromkeys(name for record in records for name in record)
+    return {name: np.array([record.get(name, math.nan) for record in records]) for name in names}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise LegatoError(f"{path} is damaged: {error}") from error
