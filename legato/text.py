@@ -29,11 +29,19 @@ class Document:
     source: str
 
 
-def load_documents(dataset: str, *, max_documents: int | None = None, text_column: str = "text") -> Iterator[Document]:
+def load_documents(
+    dataset: str,
+    *,
+    max_documents: int | None = None,
+    max_stream_characters: int | None = None,
+    text_column: str = "text",
+) -> Iterator[Document]:
     """Documents of a corpus, in its own order; blank texts are left out.
 
     dataset: "demo"; a .txt, .jsonl, .jsonl.gz or .parquet file; a folder of such files (searched in depth, sorted by
         path); or a hub data set id, "name" or "name:configuration", whose train split is streamed.
+    max_stream_characters: where to end a hub stream, which may hold more text than there is memory. A local corpus is
+        read whole, so that a sample of it can be a sample of all its files.
     text_column: the key or column that holds the text, for everything but "demo" and .txt.
 
     A .txt file is one document; one longer than 20,000 characters is cut at blank lines (or else at line ends).
@@ -46,7 +54,7 @@ def load_documents(dataset: str, *, max_documents: int | None = None, text_colum
     elif _looks_like_path(dataset):
         raise UsageError(f"no such file or folder: {dataset}")
     else:
-        found = _hub_documents(dataset, text_column)
+        found = _first_characters(_hub_documents(dataset, text_column), max_stream_characters)
     return _not_empty(islice(found, max_documents), dataset)
 
 
@@ -88,6 +96,15 @@ def _not_empty(documents: Iterator[Document], dataset: str) -> Iterator[Document
         yield document
     if is_empty:
         raise UsageError(f"no text in {dataset}: every document is empty or there is none")
+
+
+def _first_characters(documents: Iterator[Document], limit: int | None) -> Iterator[Document]:
+    seen = 0
+    for document in documents:
+        yield document
+        seen += len(document.text)
+        if limit is not None and seen >= limit:
+            return
 
 
 def _demo_documents() -> Iterator[Document]:

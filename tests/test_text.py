@@ -174,6 +174,7 @@ def test_hub_streams_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     found = list(load_documents("owner/known:en", max_documents=2))
     assert found == [Document("Text 0.", "owner/known:en:1"), Document("Text 1.", "owner/known:en:2")]
     assert asked == [(("owner/known", "en"), {"split": "train", "streaming": True})]
+    assert len(list(load_documents("owner/known", max_stream_characters=17))) == 3  # 7 characters each
     with pytest.raises(UsageError, match=r"owner/known:1 has no 'body' \(it has: text\)"):
         next(load_documents("owner/known", text_column="body"))
 
