@@ -48,6 +48,17 @@ class Arm:
         """The recipe's name: arms that differ only in their seed share it."""
         return _SEED_SUFFIX.sub("", self.name)
 
+    @property
+    def rate_bins(self) -> dict[tuple[float, float], tuple[float, int]]:
+        """Kappa excess at lag 1 and number of latents by firing-rate bin (low, high), measured bins only."""
+        consistency = self.metrics.get("consistency")
+        rows = consistency.get("by_rate_bin") if isinstance(consistency, Mapping) else None
+        return {
+            (float(row["bin"][0]), float(row["bin"][1])): (float(row["kappa1_excess_within"]), int(row["latents"]))
+            for row in rows or ()
+            if _is_number(row.get("kappa1_excess_within")) and row.get("latents")
+        }
+
     def value(self, key: str) -> float | None:
         """The number at a dotted key such as `core.fvu`; None where it is absent or not finite."""
         node: Any = self.metrics

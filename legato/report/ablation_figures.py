@@ -28,13 +28,13 @@ QUANTITIES = (
     Quantity("consistency.kappa1_excess_within", "Kappa excess", 3, "higher"),
     Quantity("consistency.ac1_excess_within", "AC excess", 3, "higher"),
     Quantity("core.ce_loss_score", "CE loss score", 3, "higher"),
-    Quantity("dead", "Dead latents, %", 1, "lower"),
+    Quantity("silent", "Silent latents, %", 1, "lower"),
     Quantity("core.l0", "L0", 1, "match"),
 )
 
 
 def quantity_of(arm: Arm, quantity: Quantity) -> float | None:
-    if quantity.key != "dead":
+    if quantity.key != "silent":
         return arm.value(quantity.key)
     alive = arm.value("core.frac_alive")
     return None if alive is None else 100 * (1 - alive)

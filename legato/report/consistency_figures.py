@@ -147,7 +147,7 @@ def _smooth(density: np.ndarray, width: float = 1.6) -> np.ndarray:
 
 def excess_by_firing_rate(run: SavedRun) -> Figure:
     """Kappa excess within bins of firing rate, a bar per highlighted arm: a mere shift in rate shows no gain here."""
-    tables = {arm.name: table for arm in run.highlighted if (table := _rate_bins(arm))}
+    tables = {arm.name: table for arm in run.highlighted if (table := arm.rate_bins)}
     if not tables:
         raise MissingResult("no arm has consistency.by_rate_bin in metrics.json")
     bins = sorted({edges for table in tables.values() for edges in table})
@@ -173,7 +173,7 @@ def excess_by_firing_rate(run: SavedRun) -> Figure:
             if np.isfinite(value):
                 offset, side = (2, "bottom") if value >= 0 else (-2, "top")
                 ax.annotate(
-                    f"{value:.2f}\n$n$={latents}" if len(tables) <= 4 else f"{value:.2f}",
+                    f"{value:.2f}\nn={latents}" if len(tables) <= 4 else f"{value:.2f}",
                     (x, value),
                     xytext=(0, offset),
                     textcoords="offset points",
@@ -195,24 +195,16 @@ def excess_by_firing_rate(run: SavedRun) -> Figure:
 _HATCHES = ("", "///", "...", "\\\\\\", "xx", "--", "oo")
 
 
-def _rate_bins(arm: Arm) -> dict[tuple[float, float], tuple[float, int]]:
-    consistency = arm.metrics.get("consistency")
-    rows = consistency.get("by_rate_bin") if isinstance(consistency, dict) else None
-    return {
-        (float(row["bin"][0]), float(row["bin"][1])): (float(row["kappa1_excess_within"]), int(row["latents"]))
-        for row in rows or ()
-        if row.get("kappa1_excess_within") is not None and row.get("latents")
-    }
-
-
 def _bin_label(edges: tuple[float, float]) -> str:
     low, high = edges
-    if low >= 0.1:
-        return f"dense, above {low:g}"
-    exponents = [np.log10(edge) if edge > 0 else -np.inf for edge in (low, high)]
-    if all(np.isfinite(e) and float(e).is_integer() for e in exponents):
-        return f"$10^{{{exponents[0]:.0f}}}$ to $10^{{{exponents[1]:.0f}}}$"
-    return f"{low:g} to {high:g}"
+    return f"dense, above {low:g}" if low >= 0.1 else f"{_power(low)} to {_power(high)}"
+
+
+def _power(edge: float) -> str:
+    exponent = np.log10(edge) if edge > 0 else np.nan
+    if not float(exponent).is_integer():
+        return f"{edge:g}"
+    return "10" + f"{exponent:.0f}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def position_matrix(run: SavedRun) -> Figure:
@@ -243,9 +235,9 @@ def position_matrix(run: SavedRun) -> Figure:
         ticks = [0, round(last / 2), last]
         ax.set_xticks(ticks)
         ax.set_yticks(ticks)
-        ax.set_xlabel("position $t'$")
+        ax.set_xlabel("position t'")
     for ax in axes[::columns]:
-        ax.set_ylabel("position $t$")
+        ax.set_ylabel("position t")
     for ax in axes[len(matrices) :]:
         ax.set_visible(False)
     assert image is not None

@@ -93,7 +93,8 @@ FIGURES = (
         "ablation",
         "Window by coefficient",
         "One SAE per cell, all trained on the same activations. Darker is better (L0: closer to the baseline's). "
-        "The baseline's value stands under each title and takes part in the colour scale.",
+        "The baseline's value stands under each title and takes part in the colour scale. A silent latent fires on no "
+        "held-out token.",
         ablation_heat_maps,
     ),
     FigureSpec(

@@ -75,6 +75,7 @@ _RC: dict[Any, Any] = {
     "xtick.major.size": 3,
     "ytick.major.size": 0,
     "text.color": INK,
+    "text.parse_math": False,  # names come from the user: a $ in one is a dollar sign
     "legend.frameon": False,
     "legend.fontsize": 9,
     "legend.handlelength": 2.6,

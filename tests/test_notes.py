@@ -1,0 +1,162 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+from synthetic_run import write_synthetic_run
+
+from legato.errors import LegatoError, UsageError
+from legato.notes import compare, final_info, headline, notes, scope, warnings, write_final_info, write_notes
+from legato.results import SavedRun, arms_of
+
+
+def metrics_of(*, fvu=0.21, l0=32.0, excess=0.08, alive=0.99, ce=0.9, tokens=2_400_000, **recipe):
+    return {
+        "core": {"fvu": fvu, "l0": l0, "frac_alive": alive, "ce_loss_score": ce, "dense": 3, "tokens": 60_000},
+        "consistency": {"kappa1_excess_within": excess, "kappa1_excess_cross": 0.12, "by_rate_bin": []},
+        "training": {"tokens": tokens, "training_steps": 100, "recipe": recipe},
+    }
+
+
+def run_of(**arms) -> SavedRun:
+    return SavedRun(Path("run_1"), arms_of(arms))
+
+
+def test_a_gain_at_the_same_cost_is_called_one():
+    run = run_of(baseline=metrics_of(), contrastive=metrics_of(excess=0.12, fvu=0.213))
+    [found] = compare(run)
+    assert (found.arm, found.outcome, found.matched) == ("contrastive", "longer", True)
+    assert "0.120 against 0.080 (+0.040, 1.5 times" in found.details[0]
+    assert (
+        headline(run)
+        == "contrastive holds its features longer than the baseline at matched sparsity and reconstruction."
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "outcome", "matched"),
+    [
+        ({"excess": 0.0879}, "same", True),  # 9.9 % above with one seed: within what is called no difference
+        ({"excess": 0.0881}, "longer", True),
+        ({"excess": 0.05}, "shorter", True),
+        ({"excess": 0.12, "fvu": 0.2164}, "longer", False),  # 3.05 % above the baseline's FVU
+        ({"excess": 0.12, "fvu": 0.15}, "longer", True),  # a better reconstruction is no cost
+        ({"excess": 0.12, "l0": 33.7}, "longer", False),  # 5.3 % more latents per token
+        ({"excess": 0.9, "l0": 6.0}, "collapsed", False),
+        ({"excess": 0.9, "alive": 0.4}, "collapsed", False),
+        ({"excess": None}, "unknown", False),
+        ({"excess": 0.12, "fvu": math.nan}, "longer", False),
+    ],
+)
+def test_outcome_and_fairness(change, outcome, matched):
+    [found] = compare(run_of(baseline=metrics_of(), contrastive=metrics_of(**change)))
+    assert (found.outcome, found.matched) == (outcome, matched)
+
+
+def test_several_seeds_are_judged_by_their_standard_error():
+    # sd 0.01 over 2 seeds: standard error 0.01 each, 0.0141 of the difference; 0.02 is inside two of them, 0.04 outside.
+    def seeds(name, *values):
+        return {f"{name}{f'_seed{i}' * (i > 0)}": metrics_of(excess=v) for i, v in enumerate(values)}
+
+    base = seeds("baseline", 0.07, 0.09)
+    near, far = seeds("near", 0.09, 0.11), seeds("far", 0.11, 0.13)
+    found = {c.arm: c for c in compare(run_of(**base, **near, **far))}
+    assert {arm: c.outcome for arm, c in found.items()} == {"near": "same", "far": "longer"}
+    assert "2 and 2 seeds, standard error of the difference 0.014" in found["far"].details[0]
+
+
+def test_firing_rate_bins_are_counted():
+    def bins(*rows):
+        return [{"bin": [10**e, 10 ** (e + 1)], "latents": n, "kappa1_excess_within": x} for e, n, x in rows]
+
+    base, arm = metrics_of(), metrics_of(excess=0.2)
+    base["consistency"]["by_rate_bin"] = bins((-4, 100, 0.05), (-3, 100, 0.10), (-2, 19, 0.1))
+    arm["consistency"]["by_rate_bin"] = bins((-4, 100, 0.04), (-3, 100, 0.11), (-2, 50, 0.3))
+    [found] = compare(run_of(baseline=base, contrastive=arm))
+    assert "It is ahead in 1 of 2 firing-rate bins with at least 20 latents." in found.details
+
+
+def test_roles_come_from_the_recipe_or_else_from_the_name():
+    names = ["baseline", "baseline_seed1", "baseline_k16", "contrastive", "window_variance_w8_c0.1"]
+    assert [a.role for a in arms_of({name: {} for name in names})] == [
+        "baseline",
+        "baseline",
+        "sweep",
+        "named",
+        "named",
+    ]
+    grid = [f"window_variance_w{w}_c{c}" for w in (2, 4) for c in (0.1, 0.3)]
+    found = arms_of({name: {} for name in ("baseline", *grid)})
+    assert [(a.role, a.window, a.coefficient) for a in found[1:]] == [
+        ("grid", w, c) for w in (2, 4) for c in (0.1, 0.3)
+    ]
+    [arm] = arms_of({"x": metrics_of(role="sweep", k=16)})
+    assert (arm.role, arm.k) == ("sweep", 16)
+
+
+def test_warnings_name_what_is_wrong_and_with_which_arm():
+    run = run_of(
+        baseline=metrics_of(),
+        b=metrics_of(alive=0.9),
+        c=metrics_of(fvu=0.31, ce=0.7),
+    )
+    text = "\n".join(warnings(run))
+    assert "Few training tokens: 2.4M" in text
+    assert "never fire on held-out text: b." in text
+    assert "FVU above 0.30 on held-out text: c." in text
+    assert "CE loss score below 0.80: c." in text
+    assert warnings(run_of(baseline=metrics_of(tokens=3e8))) == []
+
+
+def test_notes_of_a_full_run_and_of_a_poor_one(tmp_path):
+    run_dir = write_synthetic_run(tmp_path / "run_1", grid=True)
+    text = write_notes(run_dir).read_text()
+    for heading in ("What was run", "Results", "What the comparison says", "What the ablation says", "Warnings"):
+        assert heading in text
+    assert "read at layer 9 (resid_post)" in text
+    assert "15 members over windows 2, 4, 8, 16, 32" in text
+    assert all(len(line) <= 110 for line in text.splitlines())
+
+    bare = notes(run_of(only=metrics_of()))
+    assert "There is no baseline in this run" in bare
+    assert "No configuration was saved with this run." in bare
+    assert "position-shuffled" not in "\n".join(scope(run_of(baseline=metrics_of())))
+
+
+def test_final_info_has_means_and_standard_errors_over_seeds(tmp_path):
+    run = run_of(baseline=metrics_of(fvu=0.20), baseline_seed1=metrics_of(fvu=0.24), contrastive=metrics_of())
+    info = final_info(run)
+    assert list(info) == ["baseline", "contrastive"]
+    assert info["baseline"]["means"]["core.fvu"] == pytest.approx(0.22)
+    # sd of (0.20, 0.24) with n - 1 is 0.02828; over sqrt(2) that is 0.02
+    assert info["baseline"]["stderrs"]["core.fvu"] == pytest.approx(0.02)
+    assert info["baseline"]["final_info_dict"]["core.fvu"] == [0.20, 0.24]
+    assert info["contrastive"]["stderrs"] == {}
+    assert "one seed" in info["contrastive"]["note"]
+
+    run_dir = write_synthetic_run(tmp_path / "run_1", seeds=2)
+    saved = json.loads(write_final_info(run_dir).read_text())
+    assert all("means" in entry for entry in saved.values())
+    assert "training.training_steps" in saved["baseline"]["means"]
+    assert not any("recipe" in key or "lags" in key for key in saved["baseline"]["means"])
+
+
+def test_folders_that_hold_no_results_are_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"no metrics\.json"):
+        write_notes(tmp_path)
+    (tmp_path / "metrics.json").write_text("{")
+    with pytest.raises(LegatoError, match="damaged"):
+        write_notes(tmp_path)
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(LegatoError, match="holds no arm"):
+        write_notes(tmp_path)
+
+
+def test_a_torn_log_line_and_gaps_are_survived(tmp_path):
+    run_dir = write_synthetic_run(tmp_path / "run_1")
+    log = run_dir / "log.jsonl"
+    log.write_text('{"arm": "a", "step": 1, "loss": 2.0}\n{"arm": "a", "step": 2, "loss": NaN}\n{"arm": "a", "st')
+    columns = SavedRun.open(run_dir).log["a"]
+    assert columns["step"].tolist() == [1.0, 2.0]
+    assert columns["loss"][0] == 2.0
+    assert math.isnan(columns["loss"][1])
