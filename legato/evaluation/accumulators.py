@@ -1,7 +1,7 @@
 """Streaming sums from which every consistency and position metric is computed.
 
-All sums are float64, memory is O(F * lags + F * L) whatever the number of tokens, and two accumulators that saw different
-rows add up to the one that saw both (`merge`), so ranks reduce exactly.
+All sums are float64, memory is O(F * lags + F * L) whatever the number of tokens, and two accumulators that saw
+different rows add up to the one that saw both (`merge`), so ranks reduce exactly.
 
 Shape legend: B rows (contexts), L positions, F latents (or D raw dimensions), K lags, N flat tokens (b * L + t),
 P active pairs, S stretches (the part of one document that lies in one row).
@@ -9,6 +9,7 @@ P active pairs, S stretches (the part of one document that lies in one row).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 
 import numba
 import numpy as np
@@ -29,7 +30,7 @@ Ints = NDArray[np.int64]
 def check_lags(lags: Sequence[int]) -> tuple[int, ...]:
     """The lags as a tuple of increasing positive integers; UsageError otherwise."""
     lags = tuple(int(lag) for lag in lags)
-    if not lags or lags[0] < 1 or any(b <= a for a, b in zip(lags, lags[1:], strict=False)) or len(lags) > MAX_LAGS:
+    if not lags or lags[0] < 1 or any(b <= a for a, b in pairwise(lags)) or len(lags) > MAX_LAGS:
         raise UsageError(f"lags must be 1 to {MAX_LAGS} increasing positive integers, not {list(lags)}")
     return lags
 
@@ -42,8 +43,8 @@ class PairLayout:
     """Where the valid positions and pairs of one batch lie; shared by everything that is measured on the batch.
 
     A pair (t, t + lag) is valid if both ends are valid and of the same document in the same row.
-    stretch_N: stretch of each token, -1 where the token is not valid.  left_N / right_N: bit k is set where the token is
-    the left / right end of a valid pair at lags[k].  size_S: valid tokens of a stretch.  pairs_SK: its valid pairs.
+    stretch_N: stretch of each token, -1 where the token is not valid.  left_N / right_N: bit k is set where the token
+    is the left / right end of a valid pair at lags[k].  size_S: valid tokens of a stretch.  pairs_SK: its valid pairs.
     """
 
     lags: tuple[int, ...]
@@ -60,16 +61,14 @@ class PairLayout:
     def of(cls, mask_BL: Tensor, doc_BL: Tensor | None = None, lags: Sequence[int] = DEFAULT_LAGS) -> "PairLayout":
         """doc_BL None: every row is one document."""
         lags = check_lags(lags)
+        doc_BL = torch.zeros(mask_BL.shape) if doc_BL is None else doc_BL
+        if mask_BL.dim() != 2 or mask_BL.shape != doc_BL.shape:
+            raise ValueError(f"mask and doc must both be [B, L], not {list(mask_BL.shape)} and {list(doc_BL.shape)}")
         mask = np.ascontiguousarray(mask_BL.detach().cpu().numpy().astype(np.bool_))
-        if doc_BL is None:
-            doc = np.zeros(mask.shape, np.int64)
-        else:
-            doc = np.ascontiguousarray(doc_BL.detach().cpu().numpy().astype(np.int64))
-        if mask.ndim != 2 or mask.shape != doc.shape:
-            raise UsageError(f"mask and doc must both be [rows, positions], not {mask.shape} and {doc.shape}")
+        doc = np.ascontiguousarray(doc_BL.detach().cpu().numpy().astype(np.int64))
         stretch_N, left_N, right_N, size_S, pairs_SK, pairs_KL = _lay_out(mask, doc, np.asarray(lags, np.int64))
-        rows, positions = mask.shape
-        return cls(lags, (rows, positions), stretch_N, left_N, right_N, size_S, pairs_SK, mask.sum(0), pairs_KL)
+        B, L = mask_BL.shape
+        return cls(lags, (B, L), stretch_N, left_N, right_N, size_S, pairs_SK, mask.sum(0), pairs_KL)
 
     @property
     def n_tokens(self) -> int:
@@ -233,7 +232,8 @@ class PairSums(Summed):
     total_F, square_F: sums of f and f^2 over valid tokens.  at_FL: sum of f by position.
     product_FK: sum of f_t f_{t+lag} over valid pairs.  ends_FK: sum of f_t + f_{t+lag} over valid pairs.
     shuffled_product_FK, shuffled_ends_FK: the expectations of these two over all orders of the values inside each
-    stretch: pairs_s (S^2 - Q) / (n (n - 1)) and 2 pairs_s S / n, with n tokens, sum S and sum of squares Q of stretch s.
+    stretch: pairs_s (S^2 - Q) / (n (n - 1)) and 2 pairs_s S / n, with n tokens, sum S and sum of squares Q of stretch
+    s.
     """
 
     total_F: Floats
@@ -295,9 +295,9 @@ def _stretch_spans(stretch_BL: NDArray[np.int32]) -> list[tuple[int, int, int]]:
 class CodeSums(Summed):
     """Everything the consistency and position metrics need to know about the codes of one SAE.
 
-    value, firing: pair sums of the codes and of their on/off indicator.  runs_F: maximal runs of consecutive on positions
-    inside a stretch.  rows_F: rows in which a latent fires.  between_F: sum over stretches of (sum of f)^2 / n, for the
-    variance between documents.  steepest_F: sum over the rows in which a latent fires of its largest
+    value, firing: pair sums of the codes and of their on/off indicator.  runs_F: maximal runs of consecutive on
+    positions inside a stretch.  rows_F: rows in which a latent fires.  between_F: sum over stretches of (sum of f)^2 /
+    n, for the variance between documents.  steepest_F: sum over the rows in which a latent fires of its largest
     |f_t - f_{t-1}| / ||x_t - x_{t-1}||, divided by the number of latents that fire in the row (T-SAE smoothness).
     """
 
@@ -317,9 +317,17 @@ class CodeSums(Summed):
     @classmethod
     def zero(cls, n_latents: int, n_positions: int, lags: Sequence[int] = DEFAULT_LAGS) -> "CodeSums":
         counts = PairCounts.zero(n_positions, lags)
-        pair_sums = [PairSums.zero(n_latents, n_positions, len(counts.lags)) for _ in range(2)]
-        per_latent = [np.zeros(n_latents) for _ in range(4)]
-        return cls(counts, *pair_sums, *per_latent, np.zeros(n_positions), np.zeros(n_positions))
+        return cls(
+            counts,
+            value=PairSums.zero(n_latents, n_positions, len(counts.lags)),
+            firing=PairSums.zero(n_latents, n_positions, len(counts.lags)),
+            runs_F=np.zeros(n_latents),
+            rows_F=np.zeros(n_latents),
+            between_F=np.zeros(n_latents),
+            steepest_F=np.zeros(n_latents),
+            l0_L=np.zeros(n_positions),
+            l0_square_L=np.zeros(n_positions),
+        )
 
     @property
     def n_latents(self) -> int:
@@ -349,18 +357,18 @@ class CodeSums(Summed):
             order.start_F,
             order.token_P,
             order.value_P,
-            np.asarray(layout.lags, np.int64),
-            layout.stretch_N,
-            layout.left_N,
-            layout.right_N,
-            layout.size_S,
-            layout.pairs_SK,
+            (
+                np.asarray(layout.lags, np.int64),
+                layout.stretch_N,
+                layout.left_N,
+                layout.right_N,
+                layout.size_S,
+                layout.pairs_SK,
+            ),
             layout.shape[1],
             inverse_step_N,
             distinct_B,
-            self.value._arrays(),
-            self.firing._arrays(),
-            (self.runs_F, self.rows_F, self.between_F, self.steepest_F),
+            (*self.value._arrays(), *self.firing._arrays(), self.runs_F, self.rows_F, self.between_F, self.steepest_F),
         )
 
 
@@ -386,101 +394,91 @@ def _shuffle_stretch(sum_s, square_s, n, pairs_K, product_K, ends_K):  # type: i
 
 
 @numba.njit(cache=True, parallel=True)
-def _add_latents(  # type: ignore[no-untyped-def]
-    start_F,
-    token_P,
-    value_P,
-    lags,
-    stretch_N,
-    left_N,
-    right_N,
-    size_S,
-    pairs_SK,
-    n_positions,
-    inverse_step_N,
-    distinct_B,
-    value,
-    firing,
-    extra,
-):
+def _add_latents(start_F, token_P, value_P, layout, n_positions, inverse_step_N, distinct_B, sums):  # type: ignore[no-untyped-def]
     # One latent is one thread's work from start to end, so the result does not depend on the number of threads.
-    v_total, v_square, v_at, v_product, v_ends, v_sh_product, v_sh_ends = value
-    f_total, f_square, f_at, f_product, f_ends, f_sh_product, f_sh_ends = firing
-    runs_F, rows_F, between_F, steepest_F = extra
+    for i in numba.prange(start_F.size - 1):
+        _add_latent(i, start_F, token_P, value_P, layout, n_positions, inverse_step_N, distinct_B, sums)
+
+
+@numba.njit(cache=True)
+def _add_latent(i, start_F, token_P, value_P, layout, n_positions, inverse_step_N, distinct_B, sums):  # type: ignore[no-untyped-def]
+    lags, stretch_N, left_N, right_N, size_S, pairs_SK = layout
+    v_total, v_square, v_at, v_product, v_ends, v_sh_product, v_sh_ends = sums[:7]
+    f_total, f_square, f_at, f_product, f_ends, f_sh_product, f_sh_ends = sums[7:14]
+    runs_F, rows_F, between_F, steepest_F = sums[14:]
     K = lags.size
     one = np.uint64(1)
     has_steps = inverse_step_N.size > 0
-    for i in numba.prange(start_F.size - 1):
-        begin, end = start_F[i], start_F[i + 1]
-        if begin == end:
-            continue
-        ahead = np.full(K, begin)  # per lag, the first pair of this latent that may be the partner
-        stretch = stretch_N[token_P[begin]]
-        row = token_P[begin] // n_positions
-        sum_s = 0.0
-        square_s = 0.0
-        count_s = 0.0
-        steepest = 0.0
-        runs = 0
-        rows = 1
-        for j in range(begin, end):
-            token = token_P[j]
-            f = np.float64(value_P[j])
-            if stretch_N[token] != stretch:
-                n = size_S[stretch]
-                between_F[i] += sum_s * sum_s / n
-                _shuffle_stretch(sum_s, square_s, n, pairs_SK[stretch], v_sh_product[i], v_sh_ends[i])
-                _shuffle_stretch(count_s, count_s, n, pairs_SK[stretch], f_sh_product[i], f_sh_ends[i])
-                stretch = stretch_N[token]
-                sum_s = 0.0
-                square_s = 0.0
-                count_s = 0.0
-            if token // n_positions != row:
-                steepest_F[i] += steepest / distinct_B[row]
-                steepest = 0.0
-                row = token // n_positions
-                rows += 1
-            sum_s += f
-            square_s += f * f
-            count_s += 1.0
-            position = token % n_positions
-            v_at[i, position] += f
-            f_at[i, position] += 1.0
-            follows = j > begin and token_P[j - 1] == token - 1 and stretch_N[token - 1] == stretch
-            if not follows:
-                runs += 1
-            left = left_N[token]
-            right = right_N[token]
-            for k in range(K):
-                if (left >> np.uint64(k)) & one:
-                    v_ends[i, k] += f
-                    f_ends[i, k] += 1.0
-                    target = token + lags[k]
-                    p = max(ahead[k], j + 1)
-                    while p < end and token_P[p] < target:
-                        p += 1
-                    ahead[k] = p
-                    if p < end and token_P[p] == target:
-                        v_product[i, k] += f * np.float64(value_P[p])
-                        f_product[i, k] += 1.0
-                if (right >> np.uint64(k)) & one:
-                    v_ends[i, k] += f
-                    f_ends[i, k] += 1.0
-            if has_steps:
-                if position > 0 and stretch_N[token - 1] == stretch:
-                    before = np.float64(value_P[j - 1]) if follows else 0.0
-                    steepest = max(steepest, abs(f - before) * inverse_step_N[token])
-                next_is_on = j + 1 < end and token_P[j + 1] == token + 1
-                if position + 1 < n_positions and stretch_N[token + 1] == stretch and not next_is_on:
-                    steepest = max(steepest, f * inverse_step_N[token + 1])
-            v_total[i] += f
-            v_square[i] += f * f
-            f_total[i] += 1.0
-            f_square[i] += 1.0
-        n = size_S[stretch]
-        between_F[i] += sum_s * sum_s / n
-        _shuffle_stretch(sum_s, square_s, n, pairs_SK[stretch], v_sh_product[i], v_sh_ends[i])
-        _shuffle_stretch(count_s, count_s, n, pairs_SK[stretch], f_sh_product[i], f_sh_ends[i])
-        steepest_F[i] += steepest / distinct_B[row]
-        runs_F[i] += runs
-        rows_F[i] += rows
+    begin, end = start_F[i], start_F[i + 1]
+    if begin == end:
+        return
+    ahead = np.full(K, begin)  # per lag, the first pair of this latent that may be the partner
+    stretch = stretch_N[token_P[begin]]
+    row = token_P[begin] // n_positions
+    sum_s = 0.0
+    square_s = 0.0
+    count_s = 0.0
+    steepest = 0.0
+    runs = 0
+    rows = 1
+    for j in range(begin, end):
+        token = token_P[j]
+        f = np.float64(value_P[j])
+        if stretch_N[token] != stretch:
+            n = size_S[stretch]
+            between_F[i] += sum_s * sum_s / n
+            _shuffle_stretch(sum_s, square_s, n, pairs_SK[stretch], v_sh_product[i], v_sh_ends[i])
+            _shuffle_stretch(count_s, count_s, n, pairs_SK[stretch], f_sh_product[i], f_sh_ends[i])
+            stretch = stretch_N[token]
+            sum_s = 0.0
+            square_s = 0.0
+            count_s = 0.0
+        if token // n_positions != row:
+            steepest_F[i] += steepest / distinct_B[row]
+            steepest = 0.0
+            row = token // n_positions
+            rows += 1
+        sum_s += f
+        square_s += f * f
+        count_s += 1.0
+        position = token % n_positions
+        v_at[i, position] += f
+        f_at[i, position] += 1.0
+        follows = j > begin and token_P[j - 1] == token - 1 and stretch_N[token - 1] == stretch
+        if not follows:
+            runs += 1
+        left = left_N[token]
+        right = right_N[token]
+        for k in range(K):
+            if (left >> np.uint64(k)) & one:
+                v_ends[i, k] += f
+                f_ends[i, k] += 1.0
+                target = token + lags[k]
+                p = max(ahead[k], j + 1)
+                while p < end and token_P[p] < target:
+                    p += 1
+                ahead[k] = p
+                if p < end and token_P[p] == target:
+                    v_product[i, k] += f * np.float64(value_P[p])
+                    f_product[i, k] += 1.0
+            if (right >> np.uint64(k)) & one:
+                v_ends[i, k] += f
+                f_ends[i, k] += 1.0
+        if has_steps:
+            if position > 0 and stretch_N[token - 1] == stretch:
+                before = np.float64(value_P[j - 1]) if follows else 0.0
+                steepest = max(steepest, abs(f - before) * inverse_step_N[token])
+            next_is_on = j + 1 < end and token_P[j + 1] == token + 1
+            if position + 1 < n_positions and stretch_N[token + 1] == stretch and not next_is_on:
+                steepest = max(steepest, f * inverse_step_N[token + 1])
+        v_total[i] += f
+        v_square[i] += f * f
+        f_total[i] += 1.0
+        f_square[i] += 1.0
+    n = size_S[stretch]
+    between_F[i] += sum_s * sum_s / n
+    _shuffle_stretch(sum_s, square_s, n, pairs_SK[stretch], v_sh_product[i], v_sh_ends[i])
+    _shuffle_stretch(count_s, count_s, n, pairs_SK[stretch], f_sh_product[i], f_sh_ends[i])
+    steepest_F[i] += steepest / distinct_B[row]
+    runs_F[i] += runs
+    rows_F[i] += rows

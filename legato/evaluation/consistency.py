@@ -1,9 +1,10 @@
 """Temporal consistency metrics: autocorrelation, kappa, their closed-form nulls, and what follows from them.
 
 Two nulls answer two questions. Shuffling the values inside each document destroys order and keeps everything else, so
-`real - within_null` is persistence of order. Shuffling across rows at a fixed position destroys all but the dependence on
-position, so `real - cross_null` is persistence beyond position. Both expectations are exact, no sampling is involved. A
-document is the stretch of it that lies in one row, so drift slower than a context counts as null (conservative).
+`real - within_null` is persistence of order. Shuffling across rows at a fixed position destroys all but the dependence
+on position, so `real - cross_null` is persistence beyond position. Both expectations are exact, no sampling is
+involved. A document is the stretch of it that lies in one row, so drift slower than a context counts as null
+(conservative).
 
 Shape legend: F latents, K lags, L positions.
 """
@@ -44,7 +45,8 @@ def persistence(counts: PairCounts, sums: PairSums) -> Persistence:
     (P(on_{t+lag} | on_t) - p) / (1 - p). Global centring makes the statistic linear in the pair sums, hence the nulls
     exact: both shuffles keep the global mean and variance, and
       within: E sum f_t f_{t+lag} = sum over stretches of pairs (S^2 - Q) / (n (n - 1))
-      cross:  E sum f_t f_{t+lag} = sum over positions of pairs(t, t + lag) r_t r_{t+lag}, r_t = mean over rows valid at t.
+      cross:  E sum f_t f_{t+lag} = sum over positions of pairs(t, t + lag) r_t r_{t+lag}, r_t = mean over rows valid at
+      t.
     """
     n = counts.n_tokens
     n_pairs_K = counts.pairs_K
@@ -75,8 +77,8 @@ def persistence(counts: PairCounts, sums: PairSums) -> Persistence:
 def half_life(lags: tuple[int, ...], ac_FK: Floats) -> tuple[Floats, np.ndarray]:
     """First lag where the autocorrelation is below AC(0) / 2 = 0.5, interpolated linearly between measured lags.
 
-    Returns (half_life_F in tokens, censored_F). Where it never falls below one half the largest measured lag is returned and
-    censored is True. NaN where the autocorrelation is undefined.
+    Returns (half_life_F in tokens, censored_F). Where it never falls below one half the largest measured lag is
+    returned and censored is True. NaN where the autocorrelation is undefined.
     """
     measured_K = np.isfinite(ac_FK).any(0)
     lags_M = np.concatenate([[0.0], np.asarray(lags, np.float64)[measured_K]])
@@ -106,7 +108,7 @@ def run_length_ratio(sums: CodeSums) -> Floats:
 
 
 def switching_ratio(sums: CodeSums) -> Floats:
-    """Share of adjacent pairs where the latent switches on or off, over 2 p (1 - p), its value for independent firing."""
+    """Share of adjacent pairs where the latent goes on or off, over 2 p (1 - p), its value for independent firing."""
     k = _adjacent(sums)
     p_F = firing_rate(sums)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -136,9 +138,9 @@ def sequence_l0(sums: CodeSums) -> float | None:
 def smoothness(sums: CodeSums) -> float | None:
     """T-SAE smoothness S, lower is smoother (AI4LIFE-GROUP/temporal-saes, `lipschitz_cont`; arXiv 2511.05541).
 
-    max over adjacent tokens of |f_t - f_{t-1}| / ||x_t - x_{t-1}||, mean over the latents that fire in the row, mean over
-    rows. It scales with f and falls when codes shrink: for comparison with published numbers, never to be used alone.
-    None where the raw activations were not given.
+    max over adjacent tokens of |f_t - f_{t-1}| / ||x_t - x_{t-1}||, mean over the latents that fire in the row, mean
+    over rows. It scales with f and falls when codes shrink: for comparison with published numbers, never to be used
+    alone. None where the raw activations were not given.
     """
     return _ratio(sums.steepest_F.sum(), sums.n_rows_with_steps)
 
@@ -180,8 +182,8 @@ def consistency_features(sums: CodeSums) -> dict[str, np.ndarray]:
 def consistency_metrics(sums: CodeSums) -> dict[str, Any]:
     """Aggregates over latents; keys as in metrics.json. Plain floats and lists; None where nothing defines a value.
 
-    Means are over alive latents (those that fire in the evaluated text), `*_weighted` are weighted by firing counts, and
-    `by_rate_bin` repeats the means within bins of the firing rate, dense latents (p > 0.1) last.
+    Means are over alive latents (those that fire in the evaluated text), `*_weighted` are weighted by firing counts,
+    and `by_rate_bin` repeats the means within bins of the firing rate, dense latents (p > 0.1) last.
     """
     columns = consistency_features(sums)
     count_F = sums.firing.total_F
@@ -218,7 +220,7 @@ def consistency_metrics(sums: CodeSums) -> dict[str, Any]:
 
 
 def raw_stream_metrics(counts: PairCounts, sums: PairSums) -> dict[str, Any]:
-    """The same autocorrelation and nulls on the raw stream, mean over dimensions: what the codes are to be judged against."""
+    """Autocorrelation and nulls of the raw stream, mean over dimensions: what the codes are to be judged against."""
     ac = persistence(counts, sums)
     every_D = np.ones(sums.total_F.size, bool)
     series = {
@@ -243,7 +245,9 @@ def mean(values_F: np.ndarray, chosen_F: np.ndarray, weight_F: np.ndarray | None
 
 
 def _by_rate_bin(columns: dict[str, np.ndarray], rate_F: Floats, lags: tuple[int, ...]) -> list[dict[str, Any]]:
-    names = [f"{name}{lags[0]}{suffix}" for name in ("ac", "kappa") for suffix in ("", "_excess_within", "_excess_cross")]
+    names = [
+        f"{name}{lags[0]}{suffix}" for name in ("ac", "kappa") for suffix in ("", "_excess_within", "_excess_cross")
+    ]
     chosen = [((low, high), (rate_F >= low) & (rate_F < high)) for low, high in RATE_BINS[:-1]]
     low, high = RATE_BINS[-1]
     chosen += [((low, high), (rate_F >= low) & (rate_F <= high)), ((DENSE_RATE, 1.0), rate_F > DENSE_RATE)]

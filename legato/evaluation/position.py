@@ -79,7 +79,7 @@ def l0_by_position(sums: CodeSums) -> tuple[Floats, Floats, Floats]:
 
 
 def position_features(sums: CodeSums) -> dict[str, np.ndarray]:
-    """Per-latent columns: eta2, mi (nats), and the firing rate at positions 0 and 1 (NaN where no token is valid there)."""
+    """Per-latent columns: eta2, mi (nats), and the firing rate at positions 0 and 1 (NaN where nothing is valid)."""
     rate_FL, _, _ = position_profile(sums)
     first = {f"rate_position{t}": rate_FL[:, t] for t in range(min(FIRST_POSITIONS, rate_FL.shape[1]))}
     return {"eta2": eta2(sums), "mi": mutual_information(sums), **first}
@@ -103,15 +103,17 @@ def position_metrics(sums: CodeSums) -> dict[str, Any]:
             {"position": t, "tokens": int(sums.counts.tokens_L[t]), "l0": _number(mean_L[t])}
             for t in range(min(FIRST_POSITIONS, mean_L.size))
         ],
-        "l0_elsewhere": _number(sums.l0_L[FIRST_POSITIONS:].sum() / (sums.counts.tokens_L[FIRST_POSITIONS:].sum() or np.nan)),
+        "l0_elsewhere": _number(
+            sums.l0_L[FIRST_POSITIONS:].sum() / (sums.counts.tokens_L[FIRST_POSITIONS:].sum() or np.nan)
+        ),
     }
 
 
 def position_matrix(layout: PairLayout, order: LatentOrder) -> Floats:
     """M[t, t'] = mean over latents of corr over rows of (f_t, f_t'), [L, L].
 
-    Rows count where t and t' are both valid and of one document. A latent counts where it varies at t and at t' over those
-    rows. NaN where no latent does. Cost O(P L + F L^2), memory O(L^2).
+    Rows count where t and t' are both valid and of one document. A latent counts where it varies at t and at t' over
+    those rows. NaN where no latent does. Cost O(P L + F L^2), memory O(L^2).
     """
     B, L = layout.shape
     stretch_BL = layout.stretch_N.reshape(B, L)

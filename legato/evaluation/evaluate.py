@@ -1,0 +1,181 @@
+"""One pass over held-out activations that judges every SAE of a bank.
+
+All SAEs share each activation batch, the sums over the activations themselves, and, for the language model's loss, one
+clean forward pass and one chunk of clean logits.
+
+Shape legend: B rows, L positions, D width, F latents.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from legato.activations import ActivationBatch, ActivationSource
+from legato.errors import LegatoError, UsageError
+from legato.evaluation.accumulators import DEFAULT_LAGS, PairCounts, PairLayout, PairSums, Summed, check_lags
+from legato.evaluation.consistency import consistency_metrics, raw_stream_metrics
+from legato.evaluation.core import InputSums, reconstruction_metrics, sparsity_metrics, splice_metrics
+from legato.evaluation.features import code_features
+from legato.evaluation.judge import BenchPositions, Decoded, Judge, Judged, add_splices
+from legato.evaluation.kept_codes import KeptCodes
+from legato.evaluation.position import position_matrix, position_metrics, position_profile
+from legato.evaluation.saebench_core import saebench_features, saebench_losses, saebench_metrics, weight_statistics
+from legato.language_model import LanguageModel
+
+_SINGLE = "the SAE"
+
+
+@torch.no_grad()
+def evaluate(
+    sae: Judged | Mapping[str, Judged],
+    activations: ActivationSource | Iterable[ActivationBatch],
+    *,
+    language_model: LanguageModel | None = None,
+    layer: int | None = None,
+    site: str = "resid_post",
+    ce_rows: int = 64,
+    lags: Iterable[int] = DEFAULT_LAGS,
+    rows_per_batch: int = 64,
+    kept_rows: int = 1024,
+    all_reduce: Callable[[Tensor], None] | None = None,
+) -> dict[str, Any]:
+    """Metrics of one SAE, or {name: metrics} of a bank of SAEs, on held-out activations.
+
+    activations: a store or stream (read in order), or batches.
+    language_model, layer, site: also measure the language model's loss with the reconstruction spliced in, on the first
+        `ce_rows` rows. Splicing replaces valid positions only: special tokens and outliers keep their activation. Zero
+        ablation replaces every position. The loss counts at valid positions whose next token is text of the same
+        document. SAEBench's own numbers (`core.saebench`) follow its rules instead: outliers are reconstructed, and
+        every position whose token is not pad, EOS or BOS counts.
+    kept_rows: rows whose codes are kept for the position x position matrix.
+    all_reduce: sums a float64 tensor over the ranks in place, where each rank has its own rows. The matrix stays that
+    of the
+        rank's rows.
+
+    Returns per SAE {"core", "consistency", "position"}, plain numbers and lists as in metrics.json, and beside them
+    "features" (columns of the feature table, see features.py) and "arrays" ("position_matrix" (L, L) and "rate_FL", the
+    firing rate by position), both numpy.
+    Raises LegatoError where there is nothing to measure: no valid position, no latent that fires, values not finite.
+    """
+    bank = dict(sae) if isinstance(sae, Mapping) else {_SINGLE: sae}
+    if not bank:
+        raise UsageError("there is no SAE to evaluate")
+    if language_model is not None and layer is None:
+        raise UsageError("to measure the language model's loss, say which layer the activations come from")
+    lags = check_lags(tuple(lags))
+    shared: _Shared | None = None
+    judges: dict[str, Judge] = {}
+    kept = {name: KeptCodes(kept_rows) for name in bank}
+    for batch in _batches(activations, rows_per_batch):
+        if shared is None:
+            _, length, width = batch.acts_BLD.shape
+            shared = _Shared.zero(width, length, lags)
+            judges = {name: Judge.zero(one.W_enc.shape[1], length, lags) for name, one in bank.items()}
+        layout = PairLayout.of(batch.mask_BL, batch.doc_BL, lags)
+        bench = BenchPositions.of(batch, language_model)
+        step_BL = _steps(batch.acts_BLD)
+        decoded = {}
+        for name, one in bank.items():
+            with _naming(name):
+                decoded[name] = Decoded.of(one, batch, bench)
+                judges[name].add(batch, layout, step_BL, decoded[name], bench)
+                kept[name].add(decoded[name].codes, batch.mask_BL, batch.doc_BL)
+        if language_model is not None and layer is not None and shared.rows < ce_rows:
+            n_rows = ce_rows - int(shared.rows)
+            add_splices(judges, decoded, batch, bench, language_model, layer=layer, site=site, n_rows=n_rows)
+            shared.ce_rows += min(n_rows, len(batch.mask_BL))
+        shared.add(batch, layout)
+    if shared is None:
+        raise LegatoError("there are no activations to evaluate on: harvest held-out text first")
+    if all_reduce is not None:
+        for sums in (shared, *judges.values()):
+            sums.reduce(all_reduce)
+    if not shared.inputs.tokens:
+        raise LegatoError("no position is valid: every token is special, padding or an outlier")
+    results = {}
+    for name, one in bank.items():
+        with _naming(name):
+            results[name] = _result(one, judges[name], kept[name], shared)
+    return results if isinstance(sae, Mapping) else results[_SINGLE]
+
+
+@dataclass
+class _Shared(Summed):
+    """What all SAEs are measured against."""
+
+    inputs: InputSums
+    counts: PairCounts
+    raw: PairSums
+    rows: float = 0.0
+    ce_rows: float = 0.0
+
+    @classmethod
+    def zero(cls, width: int, n_positions: int, lags: tuple[int, ...]) -> "_Shared":
+        return cls(
+            InputSums.zero(width), PairCounts.zero(n_positions, lags), PairSums.zero(width, n_positions, len(lags))
+        )
+
+    def add(self, batch: ActivationBatch, layout: PairLayout) -> None:
+        self.inputs.add(batch.acts_BLD, batch.mask_BL)
+        self.counts.add(layout)
+        self.raw.add_dense(batch.acts_BLD, layout)
+        self.rows += len(batch.mask_BL)
+
+
+def _result(sae: Judged, judge: Judge, kept: KeptCodes, shared: _Shared) -> dict[str, Any]:
+    tokens = int(shared.inputs.tokens)
+    if not judge.codes.firing.total_F.any():
+        raise LegatoError(f"no latent fires on any of {tokens} tokens: the SAE is untrained or fits other activations")
+    bench_features = saebench_features(judge.bench, weight_statistics(sae))
+    core = {
+        **reconstruction_metrics(shared.inputs, judge.reconstruction),
+        **sparsity_metrics(judge.codes),
+        "tokens": tokens,
+    }
+    n_positions = shared.counts.tokens_L.size
+    bench = saebench_metrics(judge.bench, bench_features, shared.inputs.total_D.size)
+    bench["token_stats"] = {
+        "total_tokens_eval_reconstruction": int(shared.ce_rows) * n_positions,
+        "total_tokens_eval_sparsity_variance": int(shared.rows) * n_positions,
+    }
+    if shared.ce_rows:
+        core |= splice_metrics(judge.splice)
+        bench |= saebench_losses(splice_metrics(judge.bench_splice))
+    return {
+        "core": {**core, "saebench": bench},
+        "consistency": {
+            **consistency_metrics(judge.codes),
+            "raw_stream": raw_stream_metrics(shared.counts, shared.raw),
+        },
+        "position": position_metrics(judge.codes),
+        "features": {**code_features(judge.codes), **bench_features},
+        "arrays": {
+            "position_matrix": position_matrix(layout := kept.layout(), kept.order(layout)),
+            "rate_FL": position_profile(judge.codes)[0].astype(np.float32),
+        },
+    }
+
+
+def _batches(activations: ActivationSource | Iterable[ActivationBatch], rows: int) -> Iterator[ActivationBatch]:
+    return activations.batches(rows, seed=None) if hasattr(activations, "batches") else iter(activations)
+
+
+def _steps(acts_BLD: Tensor) -> Tensor:
+    """||x_t - x_{t-1}||, 0 in the first column."""
+    step_BL = torch.zeros(acts_BLD.shape[:2])
+    step_BL[:, 1:] = (acts_BLD[:, 1:].float() - acts_BLD[:, :-1].float()).norm(dim=-1)
+    return step_BL
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Put the SAE's name in front of an error about it."""
+    try:
+        yield
+    except LegatoError as error:
+        raise LegatoError(f"{name}: {error}") from error

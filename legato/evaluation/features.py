@@ -1,0 +1,62 @@
+"""The feature table: one row per latent, written as features/<arm>.parquet.
+
+Columns. Values that are undefined for a latent (it never fires, or never stops firing) are null.
+  latent                          index in the dictionary
+  density                         firing rate over valid positions
+  mean_activation                 mean code where it fires, rescaled by the decoder norm
+  ac{lag}, kappa{lag}             autocorrelation of the code, of its on/off indicator, at a lag in tokens;
+                                  followed by _within_null, _cross_null, _excess_within, _excess_cross
+  half_life, half_life_censored   tokens until the autocorrelation falls below 1/2; True: not within the largest lag
+  run_length_ratio                mean run of consecutive firing over its value for independent firing
+  switching_ratio                 switches per token over their value for independent firing
+  document_eta2                   share of variance between documents, bias-corrected
+  eta2, mi                        share of variance explained by position; information of firing and position (nats)
+  rate_position0, rate_position1  firing rate at the first two positions of the context
+  feature_density, consistent_activation_heuristic, encoder_bias, encoder_norm, encoder_decoder_cosine_sim,
+  max_decoder_cosine_sim, max_encoder_cosine_sim
+                                  SAEBench's featurewise statistics, in its definitions
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from legato.evaluation.accumulators import CodeSums
+from legato.evaluation.consistency import consistency_features, firing_rate
+from legato.evaluation.position import position_features
+
+
+def code_features(sums: CodeSums) -> dict[str, np.ndarray]:
+    """Columns that follow from the codes alone; float64, NaN where undefined."""
+    count_F = sums.firing.total_F
+    mean_F = np.divide(sums.value.total_F, count_F, out=np.full(count_F.size, np.nan), where=count_F > 0)
+    return {
+        "latent": np.arange(sums.n_latents),
+        "density": firing_rate(sums),
+        "mean_activation": mean_F,
+        **consistency_features(sums),
+        **position_features(sums),
+    }
+
+
+def write_features(path: str | Path, features: Mapping[str, np.ndarray]) -> None:
+    """Write the table as parquet: integers as int32, flags as bool, the rest as float32 with NaN as null."""
+    columns = {}
+    for name, values_F in features.items():
+        if values_F.dtype == np.bool_:
+            columns[name] = pa.array(values_F)
+        elif np.issubdtype(values_F.dtype, np.integer):
+            columns[name] = pa.array(values_F.astype(np.int32))
+        else:
+            columns[name] = pa.array(values_F.astype(np.float32), from_pandas=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path, compression="zstd")
+
+
+def read_features(path: str | Path) -> dict[str, np.ndarray]:
+    """The table as written, nulls as NaN."""
+    table = pq.read_table(path)
+    return {name: table.column(name).to_numpy(zero_copy_only=False) for name in table.column_names}

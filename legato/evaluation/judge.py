@@ -1,0 +1,183 @@
+"""All sums about one SAE, and how a batch adds to them.
+
+Two sets of positions count: Legato's valid positions, and SAEBench's (outliers included, see saebench_core.py). They
+differ in few rows, so only those rows are encoded, and spliced into the language model, a second time.
+
+Shape legend: B rows, L positions, D width, N counted tokens.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from legato.activations import ActivationBatch
+from legato.codes import SparseCodes
+from legato.errors import LegatoError
+from legato.evaluation.accumulators import CodeSums, LatentOrder, PairLayout, Summed
+from legato.evaluation.core import ReconstructionSums, SpliceSums
+from legato.evaluation.saebench_core import SaeBenchSums, Weights
+from legato.evaluation.splice import TokenLosses, splice_losses
+from legato.language_model import LanguageModel
+
+ABLATION = "zero ablation"
+
+
+class Judged(Weights, Protocol):
+    """What evaluation needs of an SAE: its weights, and raw activations in and out."""
+
+    def encode_sparse(self, batch: ActivationBatch) -> SparseCodes: ...
+    def decode_sparse(self, codes: SparseCodes) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class BenchPositions:
+    """Positions that count for SAEBench, and the rows where they are not the valid ones."""
+
+    mask_BL: Tensor
+    rows: Tensor
+
+    @classmethod
+    def of(cls, batch: ActivationBatch, language_model: LanguageModel | None) -> "BenchPositions":
+        """All positions whose token is not pad, EOS or BOS. Without a language model: the valid ones."""
+        mask_BL = batch.mask_BL
+        if language_model is not None:
+            tokenizer = language_model.tokenizer
+            special = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
+            mask_BL = ~torch.isin(batch.tokens_BL.long(), torch.tensor(sorted(special)))
+        return cls(mask_BL, (mask_BL != batch.mask_BL).any(1).nonzero()[:, 0])
+
+    def first(self, n_rows: int) -> "BenchPositions":
+        return BenchPositions(self.mask_BL[:n_rows], self.rows[self.rows < n_rows])
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Codes and reconstruction at the valid positions, and again for the rows where SAEBench counts other positions."""
+
+    codes: SparseCodes
+    out_BLD: Tensor
+    bench_codes: SparseCodes | None
+    bench_out: Tensor | None
+
+    @classmethod
+    def of(cls, sae: Judged, batch: ActivationBatch, bench: BenchPositions) -> "Decoded":
+        codes = _finite(sae.encode_sparse(batch))
+        if not len(bench.rows):
+            return cls(codes, sae.decode_sparse(codes), None, None)
+        bench_codes = _finite(sae.encode_sparse(_take(batch, bench.rows, bench.mask_BL)))
+        return cls(codes, sae.decode_sparse(codes), bench_codes, sae.decode_sparse(bench_codes))
+
+
+def _take(batch: ActivationBatch, rows: Tensor, mask_BL: Tensor) -> ActivationBatch:
+    """Some rows of a batch under another mask."""
+    return replace(
+        batch,
+        acts_BLD=batch.acts_BLD[rows],
+        mask_BL=mask_BL[rows],
+        doc_BL=batch.doc_BL[rows],
+        tokens_BL=batch.tokens_BL[rows],
+    )
+
+
+def _finite(codes: SparseCodes) -> SparseCodes:
+    if not bool(torch.isfinite(codes.value_P).all()):
+        raise LegatoError("codes hold values that are not finite; the weights are damaged or training diverged")
+    return codes
+
+
+@dataclass
+class Judge(Summed):
+    """All sums about one SAE."""
+
+    codes: CodeSums
+    reconstruction: ReconstructionSums
+    splice: SpliceSums
+    bench: SaeBenchSums
+    bench_splice: SpliceSums
+
+    @classmethod
+    def zero(cls, n_latents: int, n_positions: int, lags: Iterable[int]) -> "Judge":
+        codes = CodeSums.zero(n_latents, n_positions, tuple(lags))
+        return cls(codes, ReconstructionSums(), SpliceSums(), SaeBenchSums.zero(n_latents), SpliceSums())
+
+    def add(
+        self, batch: ActivationBatch, layout: PairLayout, step_BL: Tensor, decoded: Decoded, bench: BenchPositions
+    ) -> None:
+        self.codes.add(layout, LatentOrder.of(decoded.codes, layout), step_BL)
+        self.reconstruction.add(batch.acts_BLD, decoded.out_BLD, batch.mask_BL)
+        if decoded.bench_codes is None or decoded.bench_out is None:
+            self.bench.add_reconstruction(batch.acts_BLD, decoded.out_BLD, bench.mask_BL)
+            self.bench.add_codes(decoded.codes)
+        else:
+            out_BLD = decoded.out_BLD.index_copy(0, bench.rows, decoded.bench_out)
+            self.bench.add_reconstruction(batch.acts_BLD, out_BLD, bench.mask_BL)
+            self.bench.add_codes(_without_rows(decoded.codes, bench.rows))
+            self.bench.add_codes(decoded.bench_codes)
+
+
+def _without_rows(codes: SparseCodes, rows: Tensor) -> SparseCodes:
+    keep_B = torch.ones(codes.shape[0], dtype=torch.bool)
+    keep_B[rows] = False
+    keep_P = keep_B[codes.token_P // codes.shape[1]]
+    return SparseCodes(codes.token_P[keep_P], codes.latent_P[keep_P], codes.value_P[keep_P], codes.shape)
+
+
+def add_splices(
+    judges: dict[str, Judge],
+    decoded: dict[str, Decoded],
+    batch: ActivationBatch,
+    bench: BenchPositions,
+    language_model: LanguageModel,
+    *,
+    layer: int,
+    site: str,
+    n_rows: int,
+) -> None:
+    """Splice every SAE's reconstruction of the batch's first n_rows rows into the model and add up its losses."""
+    first = torch.arange(min(n_rows, len(batch.mask_BL)))
+    batch, bench = _take(batch, first, batch.mask_BL), bench.first(len(first))
+    own_BL = batch.mask_BL & _next_is_text(batch, language_model)
+    bench_loss_BL = bench.mask_BL.clone()
+    bench_loss_BL[:, -1] = False
+    counted_BL = own_BL | bench.mask_BL
+
+    def losses(
+        part: ActivationBatch, outs: dict[str, Tensor], counted: Tensor
+    ) -> tuple[TokenLosses, dict[str, TokenLosses]]:
+        spliced = {
+            name: torch.where(part.mask_BL[..., None], out_BLD.to(part.acts_BLD), part.acts_BLD)
+            for name, out_BLD in outs.items()
+        }
+        spliced[ABLATION] = torch.zeros_like(part.acts_BLD)
+        return splice_losses(language_model, part.acts_BLD, part.tokens_BL, spliced, counted, layer=layer, site=site)
+
+    clean, own = losses(batch, {name: one.out_BLD[first] for name, one in decoded.items()}, counted_BL)
+    benched = dict(own)
+    if len(bench.rows):
+        outs = {name: one.bench_out[: len(bench.rows)] for name, one in decoded.items() if one.bench_out is not None}
+        _, again = losses(_take(batch, bench.rows, bench.mask_BL), outs, counted_BL[bench.rows])
+        place_N = torch.isin(counted_BL.nonzero()[:, 0], bench.rows).numpy()
+        benched |= {name: _replaced(own[name], place_N, again[name]) for name in outs}
+    own_N, bench_loss_N, bench_N = (where[counted_BL].numpy() for where in (own_BL, bench_loss_BL, bench.mask_BL))
+    for name, judge in judges.items():
+        judge.splice.add(clean, own[name], own[ABLATION], own_N, own_N)
+        judge.bench_splice.add(clean, benched[name], own[ABLATION], bench_loss_N, bench_N)
+
+
+def _replaced(losses: TokenLosses, place_N: NDArray[Any], other: TokenLosses) -> TokenLosses:
+    ce_N, kl_N = losses.ce_N.copy(), losses.kl_N.copy()
+    ce_N[place_N], kl_N[place_N] = other.ce_N, other.kl_N
+    return TokenLosses(ce_N, kl_N)
+
+
+def _next_is_text(batch: ActivationBatch, language_model: LanguageModel) -> Tensor:
+    """Whether the next position holds a text token of the same document."""
+    special = torch.tensor(sorted(language_model.special_token_ids), dtype=torch.long)
+    is_text_BL = ~torch.isin(batch.tokens_BL.long(), special)
+    next_BL = torch.zeros_like(is_text_BL)
+    next_BL[:, :-1] = is_text_BL[:, 1:] & (batch.doc_BL[:, 1:] == batch.doc_BL[:, :-1])
+    return next_BL
