@@ -1,0 +1,254 @@
+"""The configuration of an experiment: one small frozen record per stage, presets, the command line.
+
+Configs only hold and validate; they never read, write or log. Every random draw of a run comes from `seeds`.
+"""
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from legato.errors import UsageError
+
+
+def option(default: Any, text: str) -> Any:
+    """A field with its line of --help."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which language model, and where it is read."""
+
+    model: str = option("demo", "'demo' (packaged Gemma 3 270M), a hub id, a local folder or a .gguf file")
+    layer: int | None = option(None, "decoder layer that is read, from 0 (default: the middle one)")
+    site: str = option("resid_post", "what is read there: resid_post, mlp_out or attn_out")
+    dtype: str = option("auto", "dtype of the model: auto (bfloat16 where it is faster), bfloat16 or float32")
+
+    def __post_init__(self) -> None:
+        _choice("site", self.site, ("resid_post", "mlp_out", "attn_out"))
+        _choice("dtype", self.dtype, ("auto", "bfloat16", "float32"))
+        if self.layer is not None and self.layer < 0:
+            raise UsageError(f"--layer {self.layer} does not exist: layers count from 0")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which text, and how it becomes contexts."""
+
+    dataset: str = option("demo", "'demo' (packaged Wikipedia articles), a .txt/.jsonl/.parquet file, a folder, a hub id")
+    text_column: str = option("text", "column that holds the text, for .jsonl, .parquet and hub data sets")
+    context_length: int = option(128, "tokens per context")
+    corpus_tokens: int = option(2_000_000, "most tokens of text to harvest; training passes over them as often as needed")
+    held_out: float = option(0.06, "share of the documents kept for evaluation")
+
+    def __post_init__(self) -> None:
+        _at_least("context_length", self.context_length, 8)
+        _at_least("corpus_tokens", self.corpus_tokens, 1)
+        if not 0 < self.held_out < 1:
+            raise UsageError(f"--held_out {self.held_out} leaves one side without text: use a share between 0 and 1")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How every SAE is trained."""
+
+    tokens: int = option(1_000_000, "training tokens per SAE")
+    batch_rows: int = option(16, "contexts per training step")
+    lr: float = option(5e-3, "peak learning rate")
+    d_sae: int = option(4096, "latents per SAE")
+    k: int = option(32, "active latents per token (L0)")
+    seeds: tuple[int, ...] = option((0,), "one SAE of each arm per seed, comma-separated")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_rows", "d_sae", "k", "tokens"):
+            _at_least(name, getattr(self, name), 1)
+        if not self.lr > 0:
+            raise UsageError(f"--lr {self.lr} does not train: use a positive learning rate")
+        if self.k > self.d_sae:
+            raise UsageError(f"--k {self.k} exceeds --d_sae {self.d_sae}: lower k or widen the SAE")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise UsageError(f"--seeds {self.seeds} must be different whole numbers from 0 on")
+
+
+@dataclass(frozen=True)
+class ArmsConfig:
+    """Which temporal SAEs stand beside the baseline."""
+
+    window: int = option(8, "window of the temporal arm, in tokens")
+    coefficient: float = option(0.3, "weight of its window variance beside the reconstruction loss (an FVU)")
+    temporal: tuple[str, ...] = option(("window_variance",), "temporal terms beside the baseline, comma-separated")
+
+    def __post_init__(self) -> None:
+        _at_least("window", self.window, 2)
+        if self.coefficient < 0:
+            raise UsageError(f"--coefficient {self.coefficient} rewards flicker: use 0 or more")
+        for name in self.temporal:
+            _choice("temporal", name, ("window_variance", "contrastive"))
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How the SAEs are judged, on held-out text."""
+
+    eval_rows: int = option(512, "held-out contexts for the consistency and core metrics")
+    ce_rows: int = option(64, "held-out contexts for the language model's loss with the SAE spliced in")
+
+    def __post_init__(self) -> None:
+        _at_least("eval_rows", self.eval_rows, 2)
+        _at_least("ce_rows", self.ce_rows, 0)
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """Everything a run depends on."""
+
+    preset: str = "demo"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    arms: ArmsConfig = field(default_factory=ArmsConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    @classmethod
+    def from_options(cls, preset: str, options: Mapping[str, Any]) -> "ExperimentConfig":
+        """A preset with some options replaced. Raises UsageError for a preset or option that does not exist."""
+        if preset not in PRESETS:
+            raise UsageError(f"preset {preset!r} is unknown: choose one of {', '.join(PRESETS)}")
+        merged = {**PRESETS[preset], **options}
+        unknown = merged.keys() - {f.name for stage in _stages().values() for f in dataclasses.fields(stage)}
+        if unknown:
+            raise UsageError(f"unknown option {', '.join(sorted(unknown))}: see --help")
+        stages = {
+            name: stage(**{f.name: merged[f.name] for f in dataclasses.fields(stage) if f.name in merged})
+            for name, stage in _stages().items()
+        }
+        return cls(preset=preset, **stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict for config.yaml; tuples become lists."""
+        return _plain(dataclasses.asdict(self))
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {},
+    "smoke": {
+        "corpus_tokens": 60_000,
+        "tokens": 150_000,
+        "d_sae": 1024,
+        "k": 16,
+        "eval_rows": 48,
+        "ce_rows": 8,
+        "held_out": 0.2,
+    },
+    "gpt2": {
+        "model": "gpt2",
+        "dataset": "Skylion007/openwebtext",
+        "corpus_tokens": 20_000_000,
+        "tokens": 100_000_000,
+        "d_sae": 24_576,
+        "lr": 5e-4,
+    },
+    "gemma-2-2b": {
+        "model": "google/gemma-2-2b",
+        "layer": 12,
+        "dataset": "monology/pile-uncopyrighted",
+        "corpus_tokens": 50_000_000,
+        "tokens": 200_000_000,
+        "d_sae": 16_384,
+        "k": 64,
+        "lr": 3e-4,
+    },
+    "pythia-70m": {
+        "model": "EleutherAI/pythia-70m-deduped",
+        "dataset": "monology/pile-uncopyrighted",
+        "corpus_tokens": 20_000_000,
+        "tokens": 100_000_000,
+        "d_sae": 16_384,
+        "lr": 5e-4,
+    },
+    # The founding plan's runs, on the demo.
+    "baseline": {"temporal": ()},
+    "window8": {"window": 8, "coefficient": 0.1},
+    "window16": {"window": 16, "coefficient": 0.5},
+}
+
+
+def parse(arguments: Sequence[str]) -> tuple[ExperimentConfig, str, bool]:
+    """(config, out_dir, debug) of `experiment.py`'s command line. Raises UsageError with one line for bad flags."""
+    parser = _Parser(
+        prog="experiment.py",
+        description="Train a bank of SAEs on a language model's activations, judge them on held-out text, save all results.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--out_dir", required=True, help="new folder for everything the run produces")
+    parser.add_argument("--preset", default="demo", help=f"starting point for all options: {', '.join(PRESETS)}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for stage in _stages().values():
+        group = parser.add_argument_group(stage.__name__, (stage.__doc__ or "").strip())
+        for f in dataclasses.fields(stage):
+            group.add_argument(
+                f"--{f.name}",
+                type=_reader(typing.get_type_hints(stage)[f.name]),
+                default=argparse.SUPPRESS,
+                help=f"{f.metadata['help']} (default: {_shown(f.default)})",
+            )
+    options = vars(parser.parse_args(list(arguments)))
+    out_dir, debug, preset = options.pop("out_dir"), options.pop("debug"), options.pop("preset")
+    return ExperimentConfig.from_options(preset, options), out_dir, debug
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}: see --help")
+
+
+def _stages() -> dict[str, type]:
+    hints = typing.get_type_hints(ExperimentConfig)
+    return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint) and isinstance(hint, type)}
+
+
+def _reader(hint: Any) -> Any:
+    """A function from a flag's text to the field's type."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is tuple:
+        element = _reader(typing.get_args(hint)[0])
+        name = f"comma-separated {element.__name__}"
+
+        def read(text: str) -> tuple[Any, ...]:
+            return tuple(element(part) for part in text.split(",") if part.strip())
+
+        read.__name__ = name
+        return read
+    if hint is int:
+
+        def integer(text: str) -> int:
+            return int(text.replace("_", ""))
+
+        return integer
+    return hint
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, (tuple, list)) else value
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise UsageError(f"--{name} {value} is too small: use {least} or more")
+
+
+def _choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UsageError(f"--{name} {value!r} is unknown: choose one of {', '.join(choices)}")

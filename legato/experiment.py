@@ -1,0 +1,191 @@
+"""The stages of experiment.py, each from its config and what the stage before it gives."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from legato.activations import ActivationStore, Normaliser, harvest
+from legato.config import ExperimentConfig
+from legato.errors import LegatoError, UsageError
+from legato.evaluation.evaluate import evaluate
+from legato.evaluation.features import write_features
+from legato.hardware import fast_matmul_dtype
+from legato.interop.saebench import write_core_file
+from legato.language_model import LanguageModel
+from legato.recipes import arms, recipe
+from legato.run_dir import RunDir, environment
+from legato.sae import SparseAutoencoder
+from legato.text import load_documents, split_held_out
+from legato.tokens import TokenSet, tokenise
+from legato.tracking import RunLog, progress_bar, say
+from legato.train import SAETrainer, TrainBatch, TrainConfig, train_bank
+
+CALIBRATION_BATCHES = 8
+
+
+@dataclass(frozen=True)
+class Text:
+    """Disjoint documents as rows of tokens."""
+
+    train: TokenSet
+    held_out: TokenSet
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Stored activations of both sides; provenance says what was read where."""
+
+    train: ActivationStore
+    held_out: ActivationStore
+    layer: int
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainedArm:
+    sae: SparseAutoencoder
+    training: dict[str, Any]
+
+
+def load_model(config: ExperimentConfig) -> LanguageModel:
+    """The frozen language model, checked against the layer and context asked for."""
+    model = LanguageModel.load(config.model.model, dtype=config.model.dtype)
+    if config.data.context_length > model.max_context:
+        raise UsageError(
+            f"--context_length {config.data.context_length} is longer than {model.name} allows ({model.max_context})"
+        )
+    model.module_path(layer_of(config, model), config.model.site)
+    say(f"model: {model.name}, {model.n_layers} layers, width {model.d_model}, {model.dtype}")
+    return model
+
+
+def layer_of(config: ExperimentConfig, model: LanguageModel) -> int:
+    return model.n_layers // 2 if config.model.layer is None else config.model.layer
+
+
+def read_text(config: ExperimentConfig, model: LanguageModel) -> Text:
+    """Train and held-out tokens from disjoint documents."""
+    data = config.data
+    documents = load_documents(data.dataset, text_column=data.text_column)
+    train, held_out = split_held_out(documents, data.held_out)
+    if not train or not held_out:
+        raise UsageError(f"{data.dataset} has too few documents to hold {data.held_out:.0%} out: give more text")
+    held_out_tokens = config.evaluation.eval_rows * data.context_length
+    text = Text(
+        tokenise(train, model.tokenizer, context_length=data.context_length, max_tokens=data.corpus_tokens),
+        tokenise(held_out, model.tokenizer, context_length=data.context_length, max_tokens=held_out_tokens),
+    )
+    say(
+        f"text: {data.dataset}, {text.train.n_valid:,} tokens in {len(text.train):,} contexts to train on, "
+        f"{text.held_out.n_valid:,} in {len(text.held_out):,} held out"
+    )
+    if len(text.train) < config.training.batch_rows:
+        raise UsageError(
+            f"{data.dataset} gives {len(text.train)} contexts, fewer than one batch of {config.training.batch_rows}: "
+            "give more text or lower --batch_rows"
+        )
+    return text
+
+
+def harvest_activations(config: ExperimentConfig, model: LanguageModel, text: Text) -> Activations:
+    """Both sides' activations, from the cache where an earlier run left them."""
+    layer, site = layer_of(config, model), config.model.site
+    stores = []
+    for name, tokens in (("harvest", text.train), ("harvest held-out", text.held_out)):
+        with progress_bar(name, len(tokens)) as progress:
+            stores.append(harvest(model, tokens, layer=layer, site=site, progress=progress))
+    train, held_out = stores
+    say(
+        f"activations: {model.module_path(layer, site)}, {train.n_valid:,} valid positions, "
+        f"{train.n_outliers + held_out.n_outliers} outliers masked"
+    )
+    provenance = {
+        "model": model.name,
+        "layer": layer,
+        "site": site,
+        "module_path": model.module_path(layer, site),
+        "dtype": str(model.dtype),
+        "dataset": config.data.dataset,
+        "context_length": config.data.context_length,
+        "bos": text.train.bos,
+        "corpus_tokens": train.n_valid,
+        "held_out_tokens": held_out.n_valid,
+        "outliers_masked": train.n_outliers + held_out.n_outliers,
+    }
+    return Activations(train, held_out, layer, provenance)
+
+
+def train_arms(config: ExperimentConfig, activations: Activations, run: RunDir) -> dict[str, TrainedArm]:
+    """Train the bank on shared batches and save every SAE."""
+    training, store = config.training, activations.train
+    tokens_per_step = training.batch_rows * store.n_valid / store.n_rows
+    steps = math.ceil(training.tokens / tokens_per_step)
+    train_config = TrainConfig(steps=steps, lr=training.lr)
+    normaliser = Normaliser.fit(store)
+    bank = arms(config)
+    say(f"training: {len(bank)} SAEs of {training.d_sae:,} latents, {steps} steps of {tokens_per_step:,.0f} tokens")
+    batches = store.batches(training.batch_rows, seed=min(training.seeds), epochs=None, drop_last=True)
+    with RunLog(run.log, run.tensorboard) as log, progress_bar("train", steps) as progress:
+        trainers = train_bank(bank, batches, normaliser, train_config, log=log, progress=progress)
+    # Contexts in stored order: the same ones for every arm, whatever the seed.
+    calibration = [
+        TrainBatch.of(batch, normaliser, fast_matmul_dtype())
+        for batch in islice(store.batches(training.batch_rows, seed=None), CALIBRATION_BATCHES)
+    ]
+    trained = {}
+    for trainer in trainers:
+        details = {
+            **activations.provenance,
+            "arm": trainer.arm.name,
+            "objective": recipe(trainer.arm),
+            "training": {**dataclasses.asdict(train_config), "batch_rows": training.batch_rows},
+            "environment": environment(),
+        }
+        sae = dataclasses.replace(trainer.finish(normaliser, calibration), details=details)
+        sae.save(run.sae(trainer.arm.name))
+        trained[trainer.arm.name] = TrainedArm(sae, _training_metrics(trainer, store))
+    return trained
+
+
+def evaluate_arms(
+    config: ExperimentConfig,
+    trained: Mapping[str, TrainedArm],
+    activations: Activations,
+    model: LanguageModel,
+    run: RunDir,
+) -> None:
+    """Judge every SAE on the held-out side in one pass and save the numbers."""
+    say(f"evaluation: {activations.held_out.n_valid:,} held-out tokens")
+    results = evaluate(
+        {name: arm.sae for name, arm in trained.items()},
+        activations.held_out,
+        language_model=model if config.evaluation.ce_rows else None,
+        layer=activations.layer,
+        site=config.model.site,
+        ce_rows=config.evaluation.ce_rows,
+    )
+    metrics = {}
+    for name, result in results.items():
+        write_features(run.features / f"{name}.parquet", result.pop("features"))
+        run.write_arrays(name, result.pop("arrays"))
+        if "saebench" in result["core"]:
+            write_core_file(run.eval_results, run.release, name, result["core"].pop("saebench"), trained[name].sae)
+        metrics[name] = {**result, "training": trained[name].training}
+    run.write_metrics(metrics)
+
+
+def _training_metrics(trainer: SAETrainer, store: ActivationStore) -> dict[str, Any]:
+    if not math.isfinite(trainer.final_loss):
+        raise LegatoError(f"{trainer.arm.name}: the final loss is {trainer.final_loss}: training failed")
+    return {
+        "training_steps": trainer.steps_done,
+        "final_loss": trainer.final_loss,
+        "tokens": trainer.tokens_seen,
+        "epochs": trainer.tokens_seen / store.n_valid,
+        "wall_seconds": trainer.seconds,
+        "dead_at_end": int(trainer.dead_F.sum()),
+        "recipe": recipe(trainer.arm),
+    }

@@ -1,0 +1,151 @@
+"""The folder of one run: every path in it, and what may be written where."""
+
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+
+from legato.cache import write_atomically
+from legato.config import ExperimentConfig
+from legato.errors import LegatoError, UsageError
+
+_PACKAGES = ("legato-sae", "torch", "transformers", "numpy", "numba")
+
+
+class RunDir:
+    """All paths under out_dir (README lists what each file is)."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.config = self.root / "config.yaml"
+        self.log = self.root / "log.jsonl"
+        self.metrics = self.root / "metrics.json"
+        self.eval_results = self.root / "eval_results"
+        self.features = self.root / "features"
+        self.arrays = self.root / "arrays"
+        self.tensorboard = self.root / "tensorboard"
+        self.final_info = self.root / "final_info.json"
+
+    def sae(self, arm: str) -> Path:
+        return self.root / "saes" / arm
+
+    @property
+    def release(self) -> str:
+        """The name SAEBench files carry for this run."""
+        return f"legato_{self.root.resolve().name}"
+
+    @classmethod
+    def claim(cls, root: str | Path, config: ExperimentConfig) -> "RunDir":
+        """The folder for a new run, or for one of the same configuration that did not finish.
+
+        Raises UsageError for a finished run, another configuration, a folder that is not a run, no write permission.
+        """
+        run = cls(root)
+        try:
+            occupied = run.root.exists() and any(run.root.iterdir())
+        except OSError as error:
+            raise UsageError(f"--out_dir {root} cannot be used ({error.strerror}): choose another folder") from error
+        if occupied:
+            if not run.config.is_file():
+                raise UsageError(f"--out_dir {root} is not empty and holds no run: choose a new folder")
+            if run.final_info.is_file():
+                raise UsageError(f"--out_dir {root} holds a finished run: choose a new folder, or delete it first")
+            changes = _changes(_read_config(run.config), config.to_dict())
+            if changes:
+                raise UsageError(f"--out_dir {root} holds an unfinished run with {changes}: use its options or a new folder")
+        probe = run.root
+        while not probe.exists():
+            probe = probe.parent
+        if not probe.is_dir() or not os.access(probe, os.W_OK):
+            raise UsageError(f"--out_dir {root} cannot be written: choose a folder you may write to")
+        return run
+
+    def begin(self, config: ExperimentConfig, resolved: Mapping[str, Any]) -> None:
+        """Write config.yaml and start the log; drops what an unfinished run left behind."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        for part in (self.root / "saes", self.eval_results, self.features, self.arrays, self.tensorboard):
+            shutil.rmtree(part, ignore_errors=True)
+        content = {"config": config.to_dict(), "resolved": dict(resolved), "environment": environment()}
+        write_atomically(self.config, yaml.safe_dump(content, sort_keys=False).encode())
+        self.log.write_text("")
+
+    def write_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """metrics.json. Raises LegatoError if any number in it is not finite: such a state is no result."""
+        bad = [path for path, value in _leaves(metrics) if isinstance(value, float) and not math.isfinite(value)]
+        if bad:
+            raise LegatoError(f"the evaluation gave numbers that are not finite ({', '.join(bad[:5])}): nothing was saved")
+        write_atomically(self.metrics, (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
+
+    def write_arrays(self, arm: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+        self.arrays.mkdir(exist_ok=True)
+        np.savez_compressed(self.arrays / f"{arm}.npz", **dict(arrays))
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and hardware, as they are saved with every run."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True
+        )
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} is damaged: choose a new --out_dir") from error
+    return content.get("config", {}) if isinstance(content, dict) else {}
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    return ", ".join(f"{name} {before.get(name)} instead of {after.get(name)}" for name in changed)
+
+
+def _leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        return [leaf for key, entry in tree.items() for leaf in _leaves(entry, f"{path}.{key}".lstrip("."))]
+    if isinstance(tree, (list, tuple)):
+        return [leaf for i, entry in enumerate(tree) for leaf in _leaves(entry, f"{path}[{i}]")]
+    return [(path, tree)]
