@@ -18,6 +18,7 @@ from legato.evaluation.accumulators import CodeSums, Floats, PairCounts, PairSum
 
 RATE_BINS = ((1e-4, 1e-3), (1e-3, 1e-2), (1e-2, 1e-1))
 DENSE_RATE = 0.1
+ROUNDING = 1e-12  # a constant series leaves a variance of about 1e-16 of its mean square
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,7 @@ def persistence(counts: PairCounts, sums: PairSums) -> Persistence:
         mean_F1 = (sums.total_F / n)[:, None]
         mean_square_F1 = (sums.square_F / n)[:, None]
         variance_F1 = mean_square_F1 - mean_F1**2
-        # A constant series leaves a rounding residue of the order of 1e-16 of its square.
-        variance_F1[variance_F1 <= 1e-12 * mean_square_F1] = np.nan
+        variance_F1[variance_F1 <= ROUNDING * mean_square_F1] = np.nan
         r_FL = np.divide(sums.at_FL, counts.tokens_L, out=np.zeros_like(sums.at_FL), where=counts.tokens_L > 0)
 
         def correlation(product_FK: Floats, ends_FK: Floats) -> Floats:
@@ -81,24 +81,25 @@ def half_life(lags: tuple[int, ...], ac_FK: Floats) -> tuple[Floats, np.ndarray]
     returned and censored is True. NaN where the autocorrelation is undefined.
     """
     measured_K = np.isfinite(ac_FK).any(0)
+    defined_F = np.isfinite(ac_FK[:, measured_K]).all(1) & measured_K.any()
+    half_life_F, censored_F = np.full(defined_F.size, np.nan), np.zeros(defined_F.size, bool)
     lags_M = np.concatenate([[0.0], np.asarray(lags, np.float64)[measured_K]])
-    ac_FM = np.concatenate([np.ones((ac_FK.shape[0], 1)), ac_FK[:, measured_K]], 1)
-    below_FM = ac_FM < 0.5
-    defined_F = np.isfinite(ac_FM).all(1) & (lags_M.size > 1)
-    censored_F = defined_F & ~below_FM.any(1)
-    at_F = np.where(below_FM.any(1), below_FM.argmax(1), lags_M.size - 1)
-    rows_F = np.arange(ac_FM.shape[0])
-    before_F, after_F = ac_FM[rows_F, at_F - 1], ac_FM[rows_F, at_F]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        share_F = (before_F - 0.5) / (before_F - after_F)
-    half_life_F = lags_M[at_F - 1] + share_F * (lags_M[at_F] - lags_M[at_F - 1])
-    half_life_F = np.where(censored_F, lags_M[-1], half_life_F)
-    return np.where(defined_F, half_life_F, np.nan), censored_F
+    ac_GK = ac_FK[defined_F][:, measured_K]
+    ac_GM = np.concatenate([np.ones((len(ac_GK), 1)), ac_GK], 1)
+    below_GM = ac_GM < 0.5
+    falls_G = below_GM.any(1)
+    at_G = np.where(falls_G, below_GM.argmax(1), 1)
+    before_G, after_G = (np.take_along_axis(ac_GM, at[:, None], 1)[:, 0] for at in (at_G - 1, at_G))
+    drop_G = np.where(falls_G, before_G - after_G, 1.0)
+    crossing_G = lags_M[at_G - 1] + (before_G - 0.5) / drop_G * (lags_M[at_G] - lags_M[at_G - 1])
+    half_life_F[defined_F] = np.where(falls_G, crossing_G, lags_M[-1])
+    censored_F[defined_F] = ~falls_G
+    return half_life_F, censored_F
 
 
 def firing_rate(sums: CodeSums) -> Floats:
     """p_i over valid positions."""
-    return sums.firing.total_F / sums.counts.n_tokens
+    return sums.firing.total_F / max(sums.counts.n_tokens, 1.0)
 
 
 def run_length_ratio(sums: CodeSums) -> Floats:
@@ -147,17 +148,21 @@ def smoothness(sums: CodeSums) -> float | None:
 
 def document_eta2(sums: CodeSums) -> Floats:
     """Share of a latent's variance that lies between documents (stretches), bias-corrected (epsilon squared)."""
-    n, groups = sums.counts.n_tokens, sums.n_stretches
-    total_F = sums.value.square_F - sums.value.total_F**2 / n
-    between_F = sums.between_F - sums.value.total_F**2 / n
-    return epsilon_squared(between_F, total_F, n, groups)
+    return share_between_groups(sums, sums.between_F, sums.n_stretches)
 
 
-def epsilon_squared(between_F: Floats, total_F: Floats, n: float, groups: float) -> Floats:
-    """(SSB - (G - 1) MSW) / SST (Kelley 1935): eta squared less its expectation when the groups do not differ."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        noise_F = (total_F - between_F) / (n - groups) if n > groups else np.full_like(total_F, np.nan)
-        return np.where(total_F > 0, (between_F - (groups - 1.0) * noise_F) / total_F, np.nan)
+def share_between_groups(sums: CodeSums, squares_F: Floats, groups: float) -> Floats:
+    """Epsilon squared, (SSB - (G - 1) MSW) / SST (Kelley 1935): eta squared less what equal groups would show.
+
+    squares_F: sum over groups of (sum of f)^2 / n. NaN where the latent does not vary or a group is a token.
+    """
+    n = max(sums.counts.n_tokens, 1.0)
+    correction_F = sums.value.total_F**2 / n
+    total_F = sums.value.square_F - correction_F
+    total_F = np.where(total_F > ROUNDING * sums.value.square_F, total_F, np.nan)
+    between_F = squares_F - correction_F
+    noise_F = (total_F - between_F) / (n - groups) if n > groups else np.nan
+    return (between_F - (groups - 1.0) * noise_F) / total_F
 
 
 def consistency_features(sums: CodeSums) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import numba
 import numpy as np
 
 from legato.evaluation.accumulators import CodeSums, Floats, LatentOrder, PairLayout
-from legato.evaluation.consistency import epsilon_squared, mean
+from legato.evaluation.consistency import mean, share_between_groups
 
 Z95 = 1.959963984540054
 FIRST_POSITIONS = 2  # shown apart: models treat the first tokens of a context in their own way
@@ -19,18 +19,12 @@ MATRIX_GROUPS = 64  # fixed number of partial sums, so the result does not depen
 def eta2(sums: CodeSums) -> Floats:
     """Var_t(E[f | t]) / Var(f): share of a latent's variance explained by position alone, bias-corrected.
 
-    Epsilon squared, 1 - (N - 1) / (N - T) * SSW / SST adjusted for the T positions seen: zero on average where position
-    does not matter, so single values may be slightly negative. NaN where the latent does not vary.
+    Zero on average where position does not matter, so single values may be slightly negative. NaN where the latent does
+    not vary.
     """
-    n = sums.counts.n_tokens
     seen_L = sums.counts.tokens_L > 0
-    with np.errstate(invalid="ignore", divide="ignore"):
-        at_FT, tokens_T = sums.value.at_FL[:, seen_L], sums.counts.tokens_L[seen_L]
-        correction_F = sums.value.total_F**2 / n
-        between_F = (at_FT**2 / tokens_T).sum(1) - correction_F
-        total_F = sums.value.square_F - correction_F
-    total_F = np.where(total_F > 1e-12 * sums.value.square_F, total_F, np.nan)
-    return epsilon_squared(between_F, total_F, n, float(seen_L.sum()))
+    squares_F = (sums.value.at_FL[:, seen_L] ** 2 / sums.counts.tokens_L[seen_L]).sum(1)
+    return share_between_groups(sums, squares_F, float(seen_L.sum()))
 
 
 def mutual_information(sums: CodeSums) -> Floats:
