@@ -1,0 +1,237 @@
+"""The memory-bound steps of a decoder layer, each in one pass over the data (numba, one thread, no GIL).
+
+Arrays are float32 or, for bfloat16, uint16 with its bits (`as_array`); arithmetic is float32 throughout. Loops are
+plain and divisions unchecked so that LLVM vectorises them: on 512 tokens of width 2048 the gated activation takes one
+core 0.4 ms, torch's operations 2.5.
+
+Shape legend: N flat tokens, D width, I inner width of the MLP, R rows of attention scores, S key positions.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import njit, types
+from numba.extending import intrinsic, overload
+from torch import Tensor
+
+_reducing: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath=True)
+# No reassociation: the exponential's rounding trick, (t + magic) - magic, must stay as written.
+_exact: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "nsz"})
+
+_ONE = np.float32(1)
+_LOG2_E = np.float32(1.4426950408889634)
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_ROUND_MAGIC = np.float32(1.5 * 2**23)
+_P0, _P1, _P2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
+_P3, _P4, _P5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
+_EXP_LIMIT = np.float32(60)
+
+
+def as_array(tensor: Tensor) -> Any:
+    """The tensor's memory as the kernels read it."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _float_of_bits_typed(_context: Any, bits: Any) -> Any:
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+def _bits_of_float_typed(_context: Any, value: Any) -> Any:
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+_float_of_bits: Any = intrinsic(_float_of_bits_typed)
+_bits_of_float: Any = intrinsic(_bits_of_float_typed)
+
+
+def _load(array: Any, index: int) -> Any:
+    raise NotImplementedError("numba code only")
+
+
+def _store(array: Any, index: int, value: Any) -> None:
+    raise NotImplementedError("numba code only")
+
+
+@overload(_load, inline="always")
+def _load_overload(array: Any, index: int) -> Any:
+    if array.dtype == types.uint16:
+
+        def load_widened(array: Any, index: int) -> Any:
+            return _float_of_bits(types.uint32(types.uint32(array[index]) << types.uint32(16)))
+
+        return load_widened
+
+    def load(array: Any, index: int) -> Any:
+        return array[index]
+
+    return load
+
+
+@overload(_store, inline="always")
+def _store_overload(array: Any, index: int, value: Any) -> Any:
+    if array.dtype == types.uint16:
+
+        def store_rounded(array: Any, index: int, value: Any) -> None:  # to nearest, ties to even
+            bits = _bits_of_float(value)
+            carry = types.uint32(0x7FFF) + ((bits >> types.uint32(16)) & types.uint32(1))
+            array[index] = types.uint16(types.uint32(bits + carry) >> types.uint32(16))
+
+        return store_rounded
+
+    def store(array: Any, index: int, value: Any) -> None:
+        array[index] = value
+
+    return store
+
+
+@_exact
+def _exp(x: Any) -> Any:
+    """exp of |x| <= 60 to 1e-7 relative (Cephes' expf)."""
+    t = x * _LOG2_E + _ROUND_MAGIC
+    n = t - _ROUND_MAGIC
+    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
+    p = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
+    power = _float_of_bits(types.uint32((_bits_of_float(t) + types.uint32(127)) << types.uint32(23)))
+    return (p * r * r + r + _ONE) * power
+
+
+@_exact
+def _clamped_exp(x: Any) -> Any:
+    return _exp(min(max(x, -_EXP_LIMIT), _EXP_LIMIT))
+
+
+@_reducing
+def _reciprocal_rms(row: Any, eps: Any) -> Any:
+    total = np.float32(0)
+    for i in range(len(row)):
+        value = _load(row, i)
+        total += value * value
+    return _ONE / np.sqrt(total / np.float32(len(row)) + eps)
+
+
+@_reducing
+def rms_norm(x_ND: Any, weight_D: Any, eps: Any, out_ND: Any) -> None:
+    """out = x / rms(x) * weight."""
+    for n in range(len(x_ND)):
+        x_D, out_D = x_ND[n], out_ND[n]
+        scale = _reciprocal_rms(x_D, eps)
+        for d in range(len(x_D)):
+            _store(out_D, d, _load(x_D, d) * scale * weight_D[d])
+
+
+@_reducing
+def add_rms_norm(sum_ND: Any, x_ND: Any, weight_D: Any, eps: Any) -> None:
+    """sum += x / rms(x) * weight."""
+    for n in range(len(x_ND)):
+        x_D, sum_D = x_ND[n], sum_ND[n]
+        scale = _reciprocal_rms(x_D, eps)
+        for d in range(len(x_D)):
+            _store(sum_D, d, _load(sum_D, d) + _load(x_D, d) * scale * weight_D[d])
+
+
+@_reducing
+def rotate_heads(
+    x_ND: Any, weight_H: Any, eps: Any, cos_LH: Any, sin_LH: Any, n_groups: int, per_group: int, out_RH: Any
+) -> None:
+    """Rotary position embedding of every head, after an RMS norm if weight_H is not empty.
+
+    x_ND: tokens of whole contexts of L positions, heads side by side. out_RH: one row a head, ordered by context, key
+    group, position, head in the group, so that all queries of a key group are one matrix.
+    """
+    L, head_dim = cos_LH.shape
+    half = head_dim // 2
+    for n in range(len(x_ND)):
+        context, position = n // L, n % L
+        cos_H, sin_H = cos_LH[position], sin_LH[position]
+        for head in range(n_groups * per_group):
+            group = head // per_group
+            row = ((context * n_groups + group) * L + position) * per_group + head % per_group
+            x_H, out_H = x_ND[n, head * head_dim : (head + 1) * head_dim], out_RH[row]
+            low, high, out_low, out_high = x_H[:half], x_H[half:], out_H[:half], out_H[half:]
+            if len(weight_H):
+                scale = _reciprocal_rms(x_H, eps)
+                for i in range(half):
+                    a = _load(low, i) * scale * weight_H[i]
+                    b = _load(high, i) * scale * weight_H[half + i]
+                    _store(out_low, i, a * cos_H[i] - b * sin_H[i])
+                    _store(out_high, i, b * cos_H[half + i] + a * sin_H[half + i])
+            else:
+                for i in range(half):
+                    a, b = _load(low, i), _load(high, i)
+                    _store(out_low, i, a * cos_H[i] - b * sin_H[i])
+                    _store(out_high, i, b * cos_H[half + i] + a * sin_H[half + i])
+
+
+@_exact
+def _softmax_row(scores_S: Any, scale: Any, softcap: Any, buffer_S: Any) -> None:
+    """In place: softmax(softcap * tanh(scores * scale / softcap)), or without the cap where it is 0."""
+    n_keys = len(scores_S)
+    for s in range(n_keys):
+        buffer_S[s] = _load(scores_S, s) * scale
+    if softcap > 0:
+        for s in range(n_keys):
+            buffer_S[s] = softcap - np.float32(2) * softcap / (
+                _ONE + _clamped_exp(np.float32(2) / softcap * buffer_S[s])
+            )
+    largest = _largest(buffer_S[:n_keys])
+    for s in range(n_keys):
+        buffer_S[s] = _clamped_exp(buffer_S[s] - largest)
+    factor = _ONE / _sum(buffer_S[:n_keys])
+    for s in range(n_keys):
+        _store(scores_S, s, buffer_S[s] * factor)
+
+
+@_reducing
+def _largest(values: Any) -> Any:
+    best = values[0]
+    for i in range(len(values)):
+        best = max(best, values[i])
+    return best
+
+
+@_reducing
+def _sum(values: Any) -> Any:
+    total = np.float32(0)
+    for i in range(len(values)):
+        total += values[i]
+    return total
+
+
+@_exact
+def causal_softmax(scores_RS: Any, per_group: int, scale: Any, softcap: Any, window: int) -> None:
+    """In place, each row over the keys its position may see: the last `window` up to itself; 0 elsewhere.
+
+    scores_RS: rows ordered as `rotate_heads` writes them, S = L keys each.
+    """
+    L = scores_RS.shape[1]
+    buffer_S = np.empty(L, np.float32)
+    for r in range(len(scores_RS)):
+        position = r // per_group % L
+        first = max(0, position - window + 1)
+        scores_S = scores_RS[r]
+        _softmax_row(scores_S[first : position + 1], scale, softcap, buffer_S)
+        scores_S[:first] = 0
+        scores_S[position + 1 :] = 0
+
+
+@_exact
+def gated_activation(gate_NI: Any, up_NI: Any, linear: Any, cubic: Any) -> None:
+    """gate = gate * sigmoid(linear * gate + cubic * gate^3) * up: SiLU for (1, 0), tanh-GELU for GELU_TANH."""
+    for n in range(len(gate_NI)):
+        gate_I, up_I = gate_NI[n], up_NI[n]
+        for i in range(len(gate_I)):
+            g = _load(gate_I, i)
+            sigmoid = _ONE / (_ONE + _clamped_exp(-g * (linear + cubic * g * g)))
+            _store(gate_I, i, g * sigmoid * _load(up_I, i))
+
+
+SILU = (np.float32(1), np.float32(0))
+GELU_TANH = (np.float32(2 * (2 / np.pi) ** 0.5), np.float32(2 * (2 / np.pi) ** 0.5 * 0.044715))
