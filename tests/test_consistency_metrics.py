@@ -32,7 +32,7 @@ def sums_of(codes_BLF, mask_BL, doc_BL=None, lags=(1,)):
 
 def test_autocorrelation_and_both_nulls_by_hand():
     # f = 1 1 0 0: mean 1/2, variance 1/4, S = Q = 2. Pairs (1,1) (1,0) (0,0) give products of deviations 1/4, -1/4,
-    1/4: #   real  = (1/4 / 3) / (1/4) = 1/3
+    # 1/4:   real  = (1/4 / 3) / (1/4) = 1/3
     # Within: E f f' = (S^2 - Q) / (n (n - 1)) = 2 / 12, so (1/6 - 1/4) / (1/4) = -1/3 = -1 / (n - 1).
     # Cross: with a single row a shuffle across rows changes nothing, so 1/3 again.
     correlations = metrics.autocorrelation(*one_latent([1, 1, 0, 0]), lags=(1,))

@@ -77,7 +77,7 @@ def test_positions_without_a_valid_token_are_none():
 
 def test_the_matrix_by_hand():
     # positions over three rows: 1 2 3 and 2 4 6 correlate 1; 1 2 3 and 3 2 1 correlate -1; the second latent is
-    constant at # position 0 and does not count there; at (1, 2) both latents count: (-1 + 1) / 2
+    # constant at position 0 and does not count there; at (1, 2) both latents count: (-1 + 1) / 2
     first = torch.tensor([[1.0, 2, 3], [2, 4, 2], [3, 6, 1]])
     second = torch.tensor([[1.0, 1, 2], [1, 2, 4], [1, 3, 6]])
     matrix = metrics.position_matrix(torch.stack([first, second], -1), torch.ones(3, 3, dtype=torch.bool))
