@@ -32,7 +32,7 @@ def sums_of(codes_BLF, mask_BL, doc_BL=None, lags=(1,)):
 
 def test_autocorrelation_and_both_nulls_by_hand():
     # f = 1 1 0 0: mean 1/2, variance 1/4, S = Q = 2. Pairs (1,1) (1,0) (0,0) give products of deviations 1/4, -1/4,
-    # 1/4:   real  = (1/4 / 3) / (1/4) = 1/3
+    # 1/4, so real = (1/4 / 3) / (1/4) = 1/3.
     # Within: E f f' = (S^2 - Q) / (n (n - 1)) = 2 / 12, so (1/6 - 1/4) / (1/4) = -1/3 = -1 / (n - 1).
     # Cross: with a single row a shuffle across rows changes nothing, so 1/3 again.
     correlations = metrics.autocorrelation(*one_latent([1, 1, 0, 0]), lags=(1,))
@@ -92,7 +92,8 @@ def test_half_life_is_censored_at_the_largest_lag_with_pairs():
 
 def test_run_length_and_switching_by_hand():
     # 1 1 0 1: runs of 2 and 1, mean 3/2, times 1 - p = 1/4: 3/8. Two of three pairs switch: (2/3) / (2 * 3/4 * 1/4) =
-    16/9 codes_BLF, mask_BL = one_latent([1, 1, 0, 1])
+    # 16/9
+    codes_BLF, mask_BL = one_latent([1, 1, 0, 1])
     assert metrics.run_length_ratio(codes_BLF, mask_BL).item() == pytest.approx(3 / 8)
     assert metrics.switching_ratio(codes_BLF, mask_BL).item() == pytest.approx(16 / 9)
 
