@@ -135,7 +135,7 @@ def write_figures(run: SavedRun | str | Path, out_dir: str | Path | None = None)
 
 
 def svg_markup(figure: Figure, prefix: str) -> str:
-    """The figure as an `<svg>` element without fixed size; its ids start with `prefix` so that several share a page."""
+    """The figure as an `<svg>` element without fixed size; its ids start with `prefix`, so that several share a page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     markup = buffer.getvalue()
@@ -143,6 +143,7 @@ def svg_markup(figure: Figure, prefix: str) -> str:
     markup = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", markup, count=1)
     markup = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", markup, count=1)
     markup = re.sub(r"<metadata>.*?</metadata>", "", markup, flags=re.DOTALL)
-    markup = re.sub(r'\bid="', f'id="{prefix}-', markup)
-    markup = re.sub(r"url\(#", f"url(#{prefix}-", markup)
-    return re.sub(r'xlink:href="#', f'xlink:href="#{prefix}-', markup)
+    referred = set(re.findall(r'(?:url\(#|href="#)([^")]+)', markup))
+    markup = re.sub(r' id="([^"]*)"', lambda id_: f' id="{prefix}-{id_[1]}"' if id_[1] in referred else "", markup)
+    markup = markup.replace("url(#", f"url(#{prefix}-")
+    return markup.replace('xlink:href="#', f'xlink:href="#{prefix}-')

@@ -92,6 +92,16 @@ _RC: dict[Any, Any] = {
 }
 
 
+def run_styles(labels: Sequence[str]) -> dict[str, ArmStyle]:
+    """A style per run; from the eighth on they repeat."""
+    return {label: _ARM_STYLES[i % len(_ARM_STYLES)] for i, label in enumerate(labels)}
+
+
+def arm_colours() -> list[str]:
+    """The colours arms are drawn in, the baseline's first."""
+    return [style.colour for style in _ARM_STYLES]
+
+
 @contextmanager
 def figure_style() -> Iterator[None]:
     with mpl.rc_context(_RC):

@@ -1,0 +1,223 @@
+"""report.html: one self-contained page per run, rebuilt from the saved results alone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from legato.cache import write_atomically
+from legato.notes import (
+    COLUMNS,
+    KAPPA_EXCESS,
+    ablation_in_words,
+    compare,
+    described,
+    headline,
+    number,
+    scope,
+    warnings,
+)
+from legato.report.figures import drawn, svg_markup
+from legato.report.missing import MissingResult
+from legato.report.style import (
+    FAINT,
+    INK,
+    MUTED,
+    RULE,
+    SURFACE,
+    WIDTH,
+    ArmStyle,
+    LineStyle,
+    arm_colours,
+    arm_styles,
+)
+from legato.results import Arm, SavedRun
+
+_SECTIONS = (
+    ("training", "Training"),
+    ("reconstruction", "Reconstruction and sparsity"),
+    ("consistency", "Consistency"),
+    ("position", "Position"),
+    ("ablation", "Ablation"),
+)
+# The figures' colours become the page's, so that they follow its light or dark scheme.
+_PAGE_COLOURS = {INK: "ink", MUTED: "muted", RULE: "rule", FAINT: "faint", SURFACE: "surface"} | {
+    colour: f"c{i}" for i, colour in enumerate(arm_colours()) if i
+}
+
+
+@dataclass(frozen=True)
+class PageFigure:
+    title: str
+    caption: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class Gap:
+    title: str
+    reason: str
+
+
+@dataclass
+class Section:
+    name: str
+    title: str
+    sentences: Sequence[str] = ()
+    figures: list[PageFigure] = field(default_factory=list)
+    missing: list[Gap] = field(default_factory=list)
+
+
+def write_report(run: SavedRun | str | Path, path: str | Path | None = None) -> Path:
+    """Write the report of a run folder (by default `report.html` in it) and return its path.
+
+    What the run did not save is named in the page. Raises UsageError where the folder holds no results.
+    """
+    run = run if isinstance(run, SavedRun) else SavedRun.open(run)
+    path = Path(path) if path is not None else run.path / "report.html"
+    write_atomically(path, report_html(run).encode())
+    return path
+
+
+def report_html(run: SavedRun) -> str:
+    """The page as text. Every name and number from the run is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    styles = arm_styles(run.highlighted)
+    return environment.get_template("template.html").render(
+        run_name=run.name,
+        described=described(run),
+        headline=headline(run),
+        cards=_cards(run, styles),
+        warnings=warnings(run),
+        scope=scope(run),
+        columns=[column.heading for column in COLUMNS],
+        rows=[_row(arm, run.baseline, styles[arm.name]) for arm in _baseline_first(run.highlighted)],
+        further_rows=[_row(arm, None, None) for arm in run.background],
+        sections=_sections(run),
+        not_measured=[c.heading for c in COLUMNS if any(c.of(arm) is None for arm in run.arms)],
+        settings=list(_flat(run.config)),
+        version=_version(),
+        swatch=_swatch,
+    )
+
+
+def _sections(run: SavedRun) -> list[Section]:
+    sections = {name: Section(name, title) for name, title in _SECTIONS}
+    sections["ablation"].sentences = [" ".join(ablation_in_words(run))] if ablation_in_words(run) else []
+    for spec, figure in drawn(run):
+        section = sections[spec.section]
+        if isinstance(figure, MissingResult):
+            section.missing.append(Gap(spec.title, str(figure)))
+        else:
+            section.figures.append(PageFigure(spec.title, spec.caption, _page_svg(figure, spec.name)))
+    return [Section("overview", "Verdict"), Section("arms", "All arms"), *sections.values()]
+
+
+def _page_svg(figure: Figure, name: str) -> Markup:
+    markup = svg_markup(figure, name)
+    for colour, variable in _PAGE_COLOURS.items():
+        markup = markup.replace(colour, f"var(--{variable})")
+    share = min(1.0, figure.get_figwidth() / WIDTH)
+    return Markup(markup.replace("<svg", f'<svg style="--share:{share:.2f}" aria-hidden="true"', 1))
+
+
+def _cards(run: SavedRun, styles: Mapping[str, ArmStyle]) -> list[dict[str, Any]]:
+    """A card per comparison; its bars show kappa excess beside the baseline's, on one scale over all cards."""
+    found = compare(run)
+    arms = {comparison.arm: next(a for a in run.arms if a.group == comparison.arm) for comparison in found}
+    baseline = run.baseline
+    shown = [*arms.values(), *([baseline] if baseline else [])]
+    top = max((value for arm in shown if (value := arm.value(KAPPA_EXCESS)) is not None), default=0.0)
+    cards = []
+    for comparison in found:
+        assert baseline is not None
+        arm = arms[comparison.arm]
+        bars = [
+            {
+                "name": name,
+                "percent": f"{100 * max(0.0, value) / top:.1f}",
+                "colour": _page_colour(styles[one.name].colour if one.name in styles else FAINT),
+                "text": number(value, 3),
+            }
+            for name, one in (("this arm", arm), ("baseline", baseline))
+            if (value := one.value(KAPPA_EXCESS)) is not None and top > 0
+        ]
+        outcome = comparison.headline.removeprefix(comparison.arm).strip()
+        cards.append(
+            {
+                "arm": comparison.arm,
+                "style": styles.get(arm.name),
+                "outcome": f"{outcome[:1].upper()}{outcome[1:]}.",
+                "bars": bars,
+                "details": comparison.details,
+            }
+        )
+    return cards
+
+
+def _baseline_first(arms: Sequence[Arm]) -> list[Arm]:
+    return sorted(arms, key=lambda arm: arm.role != "baseline")
+
+
+def _row(arm: Arm, baseline: Arm | None, style: ArmStyle | None) -> dict[str, Any]:
+    """A row of an arm table, each value with its difference to the baseline where one is given."""
+    cells = []
+    for column in COLUMNS:
+        value, difference, tone = column.of(arm), "", ""
+        reference = None if baseline is None or arm is baseline else column.of(baseline)
+        if value is not None and reference is not None:
+            difference = f"{value - reference:+.{column.digits}f}".replace("-", "\u2212")
+            if float(f"{value - reference:.{column.digits}f}") == 0:
+                difference = "\u00b10"
+            elif column.better:
+                tone = "good" if (value > reference) == (column.better == "higher") else "bad"
+        shown = "" if value is None else f"{value:.6g}"
+        cells.append({"value": shown, "text": column.text(arm), "difference": difference, "tone": tone})
+    return {"arm": arm.name, "baseline": arm.role == "baseline", "style": style, "cells": cells}
+
+
+def _swatch(style: ArmStyle | None) -> Markup:
+    """The arm's line as the figures draw it."""
+    if style is None:
+        return Markup("")
+    return Markup(
+        '<svg class="swatch" viewBox="0 0 26 10" aria-hidden="true"><line x1="0" y1="5" x2="26" y2="5" '
+        'stroke-width="2.4" style="stroke:{}" stroke-dasharray="{}"/></svg>'
+    ).format(_page_colour(style.colour), _dashes(style.line))
+
+
+def _dashes(line: LineStyle) -> str:
+    return "none" if isinstance(line, str) else " ".join(f"{2 * length:g}" for length in line[1])
+
+
+def _page_colour(colour: str) -> str:
+    return f"var(--{_PAGE_COLOURS[colour]})"
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            found += _flat(value, f"{prefix}{key}.")
+        else:
+            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            found.append((f"{prefix}{key}", text))
+    return found
+
+
+def _version() -> str:
+    try:
+        return version("legato-sae")
+    except PackageNotFoundError:
+        return "(not installed)"

@@ -1,0 +1,50 @@
+"""Compare the run_* folders beside this file:  python plot.py
+
+Reads saved results only and writes figures/compare_*.png. `python plot.py RUN [RUN...]` compares the folders named.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from legato.errors import LegatoError, UsageError
+from legato.report.comparison import write_comparison
+from legato.results import SavedRun
+
+# Which runs to compare and what to call them; empty: every finished run_* folder found, by its name.
+labels: dict[str, str] = {}
+
+
+def main() -> None:
+    here = Path(__file__).resolve().parent
+    parser = argparse.ArgumentParser(description="Compare runs of experiment.py by their saved results.")
+    parser.add_argument("runs", nargs="*", type=Path, help="run folders (default: the run_* folders beside plot.py)")
+    parser.add_argument(
+        "--out", type=Path, default=here / "figures", help="folder for the figures (default: %(default)s)"
+    )
+    arguments = parser.parse_args()
+    runs = {labels.get(path.name, path.name): SavedRun.open(path) for path in arguments.runs or _found(here)}
+    for path in write_comparison(runs, arguments.out).values():
+        print(path)
+
+
+def _found(here: Path) -> list[Path]:
+    """The folders in `labels`, or every run_* folder with results, in the order of their numbers."""
+    if labels:
+        return [here / name for name in labels]
+    folders = sorted((p for p in here.glob("run_*") if p.is_dir()), key=lambda p: (len(p.name), p.name))
+    finished = [path for path in folders if (path / "metrics.json").is_file()]
+    for path in folders:
+        if path not in finished:
+            print(f"{path.name} has no metrics.json yet: left out")
+    if not finished:
+        raise UsageError(f"no finished run_* folder in {here}: first run  python experiment.py --out_dir=run_1")
+    return finished
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except LegatoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
