@@ -125,9 +125,9 @@ def _compare(arms: Sequence[Arm], base: Sequence[Arm]) -> Comparison:
     )
     details = [f"Kappa excess at lag 1 is {ours:.3f} against {theirs:.3f} ({difference:+.3f}{times}; {spread}).", cost]
     details += [sentence for sentence in (_beyond_position(arms, base), _across_rates(arms[0], base[0])) if sentence]
-    tail = ", at matched sparsity and reconstruction" if matched else ", but not at a matched cost"
-    headline = words[outcome] + (tail if outcome != "same" else "")
-    return Comparison(name, outcome, matched, headline, tuple(details))
+    unmatched = ", but not at a matched cost" if outcome == "longer" else ", and not at a matched cost"
+    tail = ", at matched sparsity and reconstruction" if matched else unmatched
+    return Comparison(name, outcome, matched, words[outcome] + tail, tuple(details))
 
 
 def _collapse(arm: Arm, base: Arm) -> str | None:
@@ -220,7 +220,7 @@ def _poor_ce(run: SavedRun, arm: Arm) -> bool:
 
 def _listed(names: Sequence[str], total: int) -> str:
     if len(names) == total > 1:
-        return f"all {total} arms"
+        return "both arms" if total == 2 else f"all {total} arms"
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
@@ -323,6 +323,12 @@ def _comparisons(run: SavedRun) -> list[str]:
     return paragraphs if len(paragraphs) == 1 else [_paragraph([headline(run)]), *paragraphs]
 
 
+def raw_stream_sentence(run: SavedRun) -> str | None:
+    """The AC excess of the language model's own activations, which that of the codes is to be seen against."""
+    raw = run.arms[0].series("consistency.raw_stream.ac.excess_within")
+    return None if raw is None else f"AC excess of the activations themselves, mean over dimensions: {raw[0]:.3f}."
+
+
 def described(run: SavedRun) -> list[str]:
     """What was run, a sentence each, as far as the saved configuration tells."""
     get = run.setting
@@ -336,10 +342,11 @@ def described(run: SavedRun) -> list[str]:
         sentences.append(f"SAEs with {get('training', 'd_sae')} latents, k = {get('training', 'k')}.")
     tokens, seconds = (_mean(run.arms, key) for key in ("training.tokens", "training.wall_seconds"))
     if tokens is not None:
+        epochs = _mean(run.arms, "training.epochs")
+        passes = "" if epochs is None or epochs <= 1 else f" ({epochs:.1f} passes over the text)"
         time = "" if seconds is None else f", {seconds:.0f} s of training each"
-        sentences.append(
-            f"{len(run.arms)} SAEs learned from the same activation batches: {count(tokens)} tokens{time}."
-        )
+        who = "One SAE" if len(run.arms) == 1 else f"{len(run.arms)} SAEs on the same activation batches"
+        sentences.append(f"{who}: {count(tokens)} training tokens{passes}{time}.")
     environment = run.config.get("environment")
     if isinstance(environment, dict):
         version = (environment.get("versions") or {}).get("legato-sae")
@@ -356,12 +363,13 @@ def results_table(run: SavedRun) -> str:
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
+    raw = raw_stream_sentence(run)
     legend = (
         "kappa excess, AC excess: lag 1, over the null that shuffles tokens inside a document. beyond position:\n"
         "kappa over the null that keeps only position. half-life: median over latents, in tokens. alive: fires on\n"
         "the held-out text at all."
     )
-    return "\n".join([*lines, "", legend])
+    return "\n".join([*lines, "", legend, *([raw] if raw else [])])
 
 
 def write_notes(run_dir: str | Path) -> Path:

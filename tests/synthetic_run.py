@@ -128,6 +128,7 @@ def arm_metrics(spec, rng):
         "jaccard_null": 0.03,
         "sequence_l0": 900 - 300 * s,
         "smoothness": 0.8 - 0.2 * s,
+        "raw_stream": {"lags": list(LAGS), "ac": {"mean": decay(0.4, 0.1, 3), "excess_within": decay(0.25, 0.0, 3)}},
     }
     core = {
         "fvu": fvu,

@@ -54,7 +54,7 @@ def test_outcome_and_fairness(change, outcome, matched):
 
 
 def test_several_seeds_are_judged_by_their_standard_error():
-    # sd 0.01 over 2 seeds: standard error 0.01 each, 0.0141 of the difference; 0.02 is inside two of them, 0.04 outside.
+    # sd 0.0141 over 2 seeds: standard error 0.01 each, 0.0141 of the difference; 0.02 is within two of them, 0.04 not.
     def seeds(name, *values):
         return {f"{name}{f'_seed{i}' * (i > 0)}": metrics_of(excess=v) for i, v in enumerate(values)}
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from legato.report.missing import MissingResult
 from legato.report.style import INK, MUTED, SEQUENTIAL, WIDTH, PointLabel
-from legato.report.training_figures import along, draw_arm_points
+from legato.report.training_figures import along, draw_arm_points, span_at_least
 from legato.results import Arm, SavedRun
 
 
@@ -132,6 +132,7 @@ def consistency_cost(run: SavedRun) -> Figure:
         raise MissingResult("fewer than two arms have both core.fvu and consistency.kappa1_excess_within")
     figure = Figure(figsize=(0.86 * WIDTH, 4.1))
     ax = figure.subplots()
+    span_at_least(ax, list(points.values()), 0.1)
     front = pareto_front(points)
     corners = [points[front[0]]]
     for name in front[1:]:

@@ -36,7 +36,7 @@ def _over_lag(run: SavedRun, measure: str) -> Figure:
     panels = len(arms) + 1
     columns = 2 if panels in (2, 4) else 3
     rows = -(-panels // columns)
-    figure = Figure(figsize=(WIDTH, 2.45 * rows + 0.45))
+    figure = Figure(figsize=(WIDTH, 2.45 * rows + (0.45 if columns == 2 else 0.75)))
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     styles = arm_styles(run.highlighted)
     for ax, arm in zip(axes, arms, strict=False):
@@ -56,7 +56,7 @@ def _over_lag(run: SavedRun, measure: str) -> Figure:
     summary.axhline(0, color=FAINT, linewidth=0.8)
     _lag_axis(summary, _lags(arms[0]))
     summary.set_title("Measured minus dashed")
-    if len(arms) <= 3:
+    if columns == 2:
         summary.legend(loc="upper right", fontsize=8.5)
     else:
         figure.legend(*summary.get_legend_handles_labels(), loc="outside lower left", ncols=4)
@@ -127,7 +127,9 @@ def kappa_excess_distribution(run: SavedRun) -> Figure:
         ax.axhline(base, color=FAINT, linewidth=0.7, zorder=1)
         median = float(np.median(values[name]))
         ax.plot([median, median], [base, base + 0.5], color=colour, linewidth=1.6, zorder=4)
-        ax.text(edges[-1], base + 0.28, f"median {median:.3f}", color=colour, fontsize=8.5, ha="right", zorder=4)
+        mean, median = (round(float(centre), 3) + 0.0 for centre in (np.mean(values[name]), median))  # no -0.000
+        text = f"mean {mean:.3f}, median {median:.3f}"
+        ax.text(edges[-1], base + 0.28, text, color=colour, fontsize=8.5, ha="right", zorder=4)
     ax.set_yticks([-row + 0.04 for row in range(len(values))], list(values), va="bottom")
     for tick, name in zip(ax.get_yticklabels(), values, strict=True):
         tick.set_color(styles[name].colour)
@@ -222,8 +224,8 @@ def position_matrix(run: SavedRun) -> Figure:
     low, high = np.nanquantile(pooled, [0.01, 0.995])
     columns = min(3, len(matrices))
     rows = -(-len(matrices) // columns)
-    panel = WIDTH / 3
-    figure = Figure(figsize=(max(panel * columns, 1.6 * panel), panel * rows + 0.75))
+    panel = WIDTH / max(2.4, columns)
+    figure = Figure(figsize=(max(panel * columns, 1.2 * panel), panel * rows + 0.75))
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     image = None
     for ax, (name, matrix) in zip(axes, matrices.items(), strict=False):

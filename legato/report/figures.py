@@ -135,7 +135,7 @@ def write_figures(run: SavedRun | str | Path, out_dir: str | Path | None = None)
 
 
 def svg_markup(figure: Figure, prefix: str) -> str:
-    """The figure as an `<svg>` element without fixed size; its ids start with `prefix`, so that several share a page."""
+    """The figure as an `<svg>` element without fixed size, its ids under `prefix` so that several share a page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     markup = buffer.getvalue()

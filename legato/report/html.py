@@ -19,6 +19,7 @@ from legato.notes import (
     described,
     headline,
     number,
+    raw_stream_sentence,
     scope,
     warnings,
 )
@@ -43,7 +44,7 @@ _SECTIONS = (
     ("reconstruction", "Reconstruction and sparsity"),
     ("consistency", "Consistency"),
     ("position", "Position"),
-    ("ablation", "Ablation"),
+    ("ablation", "Trade-off and ablation"),
 )
 # The figures' colours become the page's, so that they follow its light or dark scheme.
 _PAGE_COLOURS = {INK: "ink", MUTED: "muted", RULE: "rule", FAINT: "faint", SURFACE: "surface"} | {
@@ -105,8 +106,10 @@ def report_html(run: SavedRun) -> str:
         rows=[_row(arm, run.baseline, styles[arm.name]) for arm in _baseline_first(run.highlighted)],
         further_rows=[_row(arm, None, None) for arm in run.background],
         sections=_sections(run),
+        raw_stream=raw_stream_sentence(run) or "",
         not_measured=[c.heading for c in COLUMNS if any(c.of(arm) is None for arm in run.arms)],
-        settings=list(_flat(run.config)),
+        settings=_flat(run.config.get("config") or run.config),
+        measured=[pair for part in ("resolved", "environment") for pair in _flat(run.config.get(part) or {})],
         version=_version(),
         swatch=_swatch,
     )

@@ -45,9 +45,7 @@ def training_curves(run: SavedRun) -> Figure:
             settled = columns[key][int(_SETTLED * len(columns[key])) :]
             ceilings.append(np.nanmax(settled) if np.isfinite(settled).any() else 0.0)
         ax.set_title(title)
-        if max(ceilings) > 0:
-            floor = 0.0 if key in ("fvu", "dead") else None
-            ax.set_ylim(bottom=floor, top=1.06 * max(ceilings))
+        ax.set_ylim(None if key == "loss" else 0.0, 1.06 * max(ceilings) if max(ceilings) > 0 else 1.0)
         ax.margins(x=0)
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
@@ -68,9 +66,7 @@ def sparsity_fidelity(run: SavedRun) -> Figure:
         raise MissingResult("no arm has both core.l0 and core.fvu in metrics.json")
     figure = Figure(figsize=(0.72 * WIDTH, 3.4))
     ax = figure.subplots()
-    # Arms trained to one L0 differ by a percent or so: do not stretch that over the whole axis.
-    centre = float(np.mean([x for x, _ in points.values()]))
-    ax.plot([0.92 * centre, 1.08 * centre], [next(iter(points.values()))[1]] * 2, alpha=0)
+    span_at_least(ax, list(points.values()), 0.1)
     draw_arm_points(ax, run, points)
     ax.set_xlabel("active latents per token (L0)")
     ax.set_title("Fraction of variance unexplained")
@@ -110,6 +106,12 @@ def draw_arm_points(
     ax.grid(True, axis="both")
     faint = [points[arm.name] for arm in run.background if arm.name in points]
     label_points(ax, [*labels, *further_labels], lines=[*along(line), *lines], faint=faint)
+
+
+def span_at_least(ax: Axes, points: Sequence[tuple[float, float]], relative: float) -> None:
+    """Keep both axes at least this wide relative to the points' mean: a difference of a percent must look small."""
+    centre = np.mean(points, axis=0)
+    ax.update_datalim([(1 - relative) * centre, (1 + relative) * centre])
 
 
 def along(corners: np.ndarray) -> list[tuple[float, float]]:
