@@ -39,10 +39,14 @@ class ModelConfig:
 class DataConfig:
     """Which text, and how it becomes contexts."""
 
-    dataset: str = option("demo", "'demo' (packaged Wikipedia articles), a .txt/.jsonl/.parquet file, a folder, a hub id")
+    dataset: str = option(
+        "demo", "'demo' (packaged Wikipedia articles), a .txt/.jsonl/.parquet file, a folder, a hub id"
+    )
     text_column: str = option("text", "column that holds the text, for .jsonl, .parquet and hub data sets")
     context_length: int = option(128, "tokens per context")
-    corpus_tokens: int = option(2_000_000, "most tokens of text to harvest; training passes over them as often as needed")
+    corpus_tokens: int = option(
+        2_000_000, "most tokens of text to harvest; training passes over them as often as needed"
+    )
     held_out: float = option(0.06, "share of the documents kept for evaluation")
 
     def __post_init__(self) -> None:
@@ -181,8 +185,7 @@ def parse(arguments: Sequence[str]) -> tuple[ExperimentConfig, str, bool]:
     """(config, out_dir, debug) of `experiment.py`'s command line. Raises UsageError with one line for bad flags."""
     parser = _Parser(
         prog="experiment.py",
-        description="Train a bank of SAEs on a language model's activations, judge them on held-out text, save all results.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train a bank of SAEs on a language model's activations and judge them on held-out text.",
         allow_abbrev=False,
     )
     parser.add_argument("--out_dir", required=True, help="new folder for everything the run produces")

@@ -3,10 +3,11 @@
 All loops are deterministic: tokens (or latents) are owned by one thread each and summed in a fixed order, whatever the
 number of threads. The kernels take numpy views of torch tensors; float32 in training, float64 in the exactness tests.
 
-Shape legend: N flat tokens, F latents, D model width, P active pairs in token order (CSR: ptr over N), Q the same pairs in
-latent order (CSC: ptr over F), G nested groups.
+Shape legend: N flat tokens, F latents, D model width, P active pairs in token order (CSR: ptr over N), Q the same pairs
+in latent order (CSC: ptr over F), G nested groups.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numba
@@ -160,6 +161,23 @@ def _by_latent(token_P, latent_P, value_P, n_latents):
     return ptr_F, token, value, source
 
 
+@njit(parallel=True, cache=True)
+def _hold(ptr_F, token_Q, value_Q, start_N, threshold, release, on_Q, count_F):
+    low = release * threshold
+    for f in prange(ptr_F.shape[0] - 1):
+        held = False
+        last = -2
+        count = 0
+        for q in range(ptr_F[f], ptr_F[f + 1]):
+            t = token_Q[q]
+            follows = t == last + 1 and start_N[t] != t
+            held = value_Q[q] >= threshold or (held and follows and value_Q[q] >= low)
+            on_Q[q] = held
+            count += held
+            last = t
+        count_F[f] = count
+
+
 @njit(parallel=True, cache=True, fastmath=_FAST)
 def _decode(ptr_N, latent_P, value_P, W_dec_FD, b_dec_D, x_ND, valid_N, residual_ND, squared_N):
     N, D = x_ND.shape
@@ -274,11 +292,71 @@ def scan(pre_NF: Array, valid_N: Array, floor_N: Array, expected: int) -> tuple[
 
 
 def row_floors(pre_NF: Array, valid_N: Array, k: int) -> Array:
-    """A floor for each token, at or below its k-th largest pre-activation and never below zero (by sampling, verified)."""
+    """A floor for each token, at or below its k-th largest pre-activation and never below zero (by sampling,
+    verified)."""
     floor_N = np.zeros(pre_NF.shape[0], pre_NF.dtype)
     stride = 8 if pre_NF.shape[1] >= 1024 else 1
     _row_floors(pre_NF, valid_N, k, stride, pre_NF.dtype.type(0), floor_N)
     return floor_N
+
+
+class Hold:
+    """Candidate pairs of a Schmitt trigger, ordered by latent so that any threshold is judged in one pass."""
+
+    def __init__(self, start_N: Array, order: LatentOrder) -> None:
+        self._start_N = start_N
+        self._order = order
+        self._on_Q = np.empty(order.token_Q.shape[0], np.bool_)
+        self._count_F = np.empty(order.ptr_F.shape[0] - 1, np.int64)
+        self.largest = float(order.value_Q.max(initial=0))
+
+    def count(self, threshold: float, release: float) -> int:
+        """Pairs that are on: value >= threshold, or the latent was on at the token before (of the same run) and value
+        >= release * threshold. It never grows with the threshold."""
+        order, number = self._order, self._order.value_Q.dtype.type
+        _hold(
+            order.ptr_F,
+            order.token_Q,
+            order.value_Q,
+            self._start_N,
+            number(threshold),
+            number(release),
+            self._on_Q,
+            self._count_F,
+        )
+        return int(self._count_F.sum())
+
+    def on(self, threshold: float, release: float) -> Array:
+        """Mask of the pairs that are on, in token order."""
+        self.count(threshold, release)
+        on_P = np.empty_like(self._on_Q)
+        on_P[self._order.source_Q] = self._on_Q
+        return on_P
+
+
+def highest_threshold(holds: Sequence[Hold], count: int, release: float, lowest: float) -> float:
+    """The highest threshold from `lowest` on at which at least `count` pairs of all holds are on, to 1e-5 relative
+    (bisection); `lowest` where there are fewer."""
+
+    def enough(threshold: float) -> bool:
+        return sum(each.count(threshold, release) for each in holds) >= count
+
+    highest = max([lowest, *(each.largest for each in holds)])
+    if not enough(lowest):
+        return lowest
+    while highest - lowest > 1e-5 * highest:
+        middle = (lowest + highest) / 2
+        if enough(middle):
+            lowest = middle
+        else:
+            highest = middle
+    return lowest
+
+
+def hold(start_N: Array, token_P: Array, latent_P: Array, value_P: Array, n_latents: int) -> Hold:
+    """start_N: first token of each token's run. The pairs are given in token order."""
+    ptr_F, token_Q, value_Q, source_Q = _by_latent(token_P, latent_P, value_P, n_latents)
+    return Hold(start_N, LatentOrder(ptr_F, token_Q, value_Q, source_Q))
 
 
 def exact_values(x_ND: Array, W_enc_FD: Array, b_enc_F: Array, token_P: Array, latent_P: Array) -> Array:
@@ -338,8 +416,8 @@ def gradients(
 ) -> None:
     """Gradients of scale/2 * sum ||residual||^2 plus the term whose derivative by code q is extra_Q, written in place.
 
-    For an active pair the code is its pre-activation, so d/d code = scale * <W_dec_f, residual_n> + extra, and that number
-    times x_n is the encoder's share; the decoder's is scale * code * residual_n. Inactive latents get zero.
+    For an active pair the code is its pre-activation, so d/d code = scale * <W_dec_f, residual_n> + extra; that number
+    times x_n is the encoder's share, the decoder's is scale * code * residual_n. Inactive latents get zero.
     """
     n_parts = 8 * numba.get_num_threads()  # more parts than threads: latents differ much in how often they fire
     cuts_T = np.searchsorted(order.ptr_F, np.linspace(0, order.ptr_F[-1], n_parts + 1)[1:-1])

@@ -10,7 +10,8 @@ from legato.train import ArmConfig
 
 
 def arms(config: ExperimentConfig) -> list[ArmConfig]:
-    """The baseline first, then the temporal arms; with several seeds each arm once a seed (`_seed<n>` from the second)."""
+    """The baseline first, then the temporal arms; with several seeds each arm once a seed (`_seed<n>` from the
+    second)."""
     named: dict[str, tuple[TemporalTerm, ...]] = {"baseline": ()}
     for term in config.arms.temporal:
         named |= {name: (built,) for name, built in [_named_term(term, config)]}
@@ -45,6 +46,6 @@ def recipe(arm: ArmConfig) -> dict[str, Any]:
         "coefficient": term.coefficient if term else None,
         "seed": arm.seed,
         "d_sae": arm.d_sae,
-        "sparsity": {"type": type(arm.sparsity).__name__, **dataclasses.asdict(arm.sparsity)},  # type: ignore[call-overload]
-        "terms": [dataclasses.asdict(each) for each in arm.terms],  # type: ignore[call-overload]
+        "sparsity": {"type": type(arm.sparsity).__name__, **dataclasses.asdict(arm.sparsity)},  # type: ignore[call-
+        overload] "terms": [dataclasses.asdict(each) for each in arm.terms],  # type: ignore[call-overload]
     }

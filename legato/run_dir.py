@@ -63,7 +63,9 @@ class RunDir:
                 raise UsageError(f"--out_dir {root} holds a finished run: choose a new folder, or delete it first")
             changes = _changes(_read_config(run.config), config.to_dict())
             if changes:
-                raise UsageError(f"--out_dir {root} holds an unfinished run with {changes}: use its options or a new folder")
+                raise UsageError(
+                    f"--out_dir {root} holds a run with {changes}: use its options or a new folder"
+                )
         probe = run.root
         while not probe.exists():
             probe = probe.parent
@@ -84,7 +86,9 @@ class RunDir:
         """metrics.json. Raises LegatoError if any number in it is not finite: such a state is no result."""
         bad = [path for path, value in _leaves(metrics) if isinstance(value, float) and not math.isfinite(value)]
         if bad:
-            raise LegatoError(f"the evaluation gave numbers that are not finite ({', '.join(bad[:5])}): nothing was saved")
+            raise LegatoError(
+                f"the evaluation gave numbers that are not finite ({', '.join(bad[:5])}): nothing was saved"
+            )
         write_atomically(self.metrics, (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
 
     def write_arrays(self, arm: str, arrays: Mapping[str, NDArray[Any]]) -> None:

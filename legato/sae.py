@@ -18,7 +18,10 @@ from legato.codes import SparseCodes
 from legato.errors import LegatoError, UsageError
 from legato.interop.saelens import read_saelens_folder, write_saelens_folder
 
+ARCHITECTURES = ("standard", "topk", "jumprelu", "hysteresis")
+
 _TOKENS_AT_ONCE = 1024
+_ZERO = np.zeros(1, np.float32)
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,9 @@ class SparseAutoencoder:
     """codes = activation(acts @ W_enc + b_enc), reconstruction = codes @ W_dec + b_dec, all in raw activation units.
 
     W_enc (D, F), b_enc (F), W_dec (F, D) with unit rows where Legato trained it, b_dec (D): float32.
-    architecture: "standard" (ReLU), "topk" (k) or "jumprelu" (threshold (F); a latent fires strictly above it).
+    architecture: "standard" (ReLU), "topk" (k), "jumprelu" (threshold (F); a latent fires strictly above it) or
+        "hysteresis" (threshold, release: a latent switches on at its threshold and stays on, token after token, down to
+        release times it; see sparsity.Hysteresis).
     details: what made it (objective, model, layer, normaliser, versions); saved as legato.json.
     """
 
@@ -37,15 +42,18 @@ class SparseAutoencoder:
     b_dec: Tensor
     threshold: Tensor | None = None
     k: int | None = None
+    release: float | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.architecture not in ("standard", "topk", "jumprelu"):
-            raise UsageError(f"architecture {self.architecture!r} is unknown; choose standard, topk or jumprelu")
+        if self.architecture not in ARCHITECTURES:
+            raise UsageError(f"architecture {self.architecture!r} is unknown: choose one of {', '.join(ARCHITECTURES)}")
         if (self.architecture == "topk") != (self.k is not None):
             raise UsageError(f"k = {self.k} does not fit architecture {self.architecture!r}")
-        if (self.architecture == "jumprelu") != (self.threshold is not None):
-            raise UsageError(f"architecture {self.architecture!r} is given with the wrong threshold")
+        if (self.architecture in ("jumprelu", "hysteresis")) != (self.threshold is not None):
+            raise UsageError(f"threshold = {self.threshold} does not fit architecture {self.architecture!r}")
+        if (self.architecture == "hysteresis") != (self.release is not None):
+            raise UsageError(f"release = {self.release} does not fit architecture {self.architecture!r}")
         if not bool(self.W_dec.any()) or not bool(self.W_enc.any()):
             raise LegatoError("the SAE's weights are all zero: it was never trained; train it before using it")
 
@@ -64,7 +72,10 @@ class SparseAutoencoder:
         non-finite activations.
         """
         self._check(acts)
-        codes = self._activate(acts.to(self.W_enc.dtype) @ self.W_enc + self.b_enc)
+        pre = acts.to(self.W_enc.dtype) @ self.W_enc + self.b_enc
+        if self.architecture == "hysteresis":
+            return pre * self._held(pre, mask, doc)
+        codes = self._activate(pre)
         return codes if mask is None else codes * mask.unsqueeze(-1)
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -76,21 +87,22 @@ class SparseAutoencoder:
 
     def encode_sparse(self, batch: ActivationBatch) -> SparseCodes:
         """The active pairs of a batch's valid positions; codes are rescaled by their decoder norm."""
-        B, L, D = batch.acts_BLD.shape
-        acts_ND, mask_N = batch.acts_BLD.reshape(-1, D), batch.mask_BL.reshape(-1)
+        B, L, _ = batch.acts_BLD.shape
         norm_F = self.W_dec.norm(dim=-1)
-        tokens, latents, values = [], [], []
-        for start in range(0, B * L, _TOKENS_AT_ONCE):
-            part = slice(start, start + _TOKENS_AT_ONCE)
-            codes_NF = self.encode(acts_ND[part], mask_N[part])
+        parts = []
+        rows_at_once = max(1, _TOKENS_AT_ONCE // L)
+        for start in range(0, B, rows_at_once):
+            rows = slice(start, start + rows_at_once)
+            codes_BLF = self.encode(batch.acts_BLD[rows], batch.mask_BL[rows], batch.doc_BL[rows])
+            codes_NF = codes_BLF.flatten(0, 1)
+            all_tokens = np.ones(len(codes_NF), np.bool_)
             token_P, latent_P = kernels.scan(
-                codes_NF.numpy(), mask_N[part].numpy(), np.zeros(len(codes_NF), np.float32), 64 * len(codes_NF)
+                codes_NF.numpy(), all_tokens, _ZERO.repeat(len(codes_NF)), 64 * len(codes_NF)
             )
             token_P, latent_P = torch.from_numpy(token_P).long(), torch.from_numpy(latent_P).long()
-            tokens.append(token_P + start)
-            latents.append(latent_P)
-            values.append(codes_NF[token_P, latent_P] * norm_F[latent_P])
-        return SparseCodes(torch.cat(tokens), torch.cat(latents), torch.cat(values), (B, L, self.d_sae))
+            parts.append((token_P + start * L, latent_P, codes_NF[token_P, latent_P] * norm_F[latent_P]))
+        token_P, latent_P, value_P = (torch.cat(column) for column in zip(*parts, strict=True))
+        return SparseCodes(token_P, latent_P, value_P, (B, L, self.d_sae))
 
     def decode_sparse(self, codes: SparseCodes) -> Tensor:
         """Reconstruction [B, L, D] of sparse codes; positions without any code decode to b_dec."""
@@ -157,8 +169,30 @@ class SparseAutoencoder:
             return torch.zeros_like(pre).scatter_(-1, top.indices, top.values.relu())
         return torch.relu(pre)
 
+    def _held(self, pre: Tensor, mask: Tensor | None, doc: Tensor | None) -> Tensor:
+        """on[..., L, F]: the last set is at least as recent as the last reset, found with two running maxima.
+
+        A reset lies before the token's own set where a document starts or masked tokens end.
+        """
+        assert self.threshold is not None
+        assert self.release is not None
+        valid = torch.ones(pre.shape[:-1], dtype=torch.bool) if mask is None else mask
+        opens = torch.ones_like(valid)
+        opens[..., 1:] = ~valid[..., :-1]
+        if doc is not None:
+            opens[..., 1:] |= doc[..., 1:] != doc[..., :-1]
+        set_on = (pre >= self.threshold) & valid.unsqueeze(-1)
+        reset = (pre < self.release * self.threshold) | (opens | ~valid).unsqueeze(-1)
+        at = torch.arange(pre.shape[-2], dtype=torch.int16).unsqueeze(-1)
+        never = torch.tensor(-1, dtype=torch.int16)
+        last_set = torch.where(set_on, at, never).cummax(-2).values
+        last_reset = torch.where(reset, at, never).cummax(-2).values
+        return (last_set >= last_reset) & valid.unsqueeze(-1) & (last_set >= 0) & (pre > 0)
+
     def _check(self, acts: Tensor) -> None:
         if acts.shape[-1] != self.d_in:
-            raise LegatoError(f"activations have width {acts.shape[-1]}, the SAE expects {self.d_in}: wrong model or layer")
+            raise LegatoError(
+                f"activations have width {acts.shape[-1]}, the SAE expects {self.d_in}: wrong model or layer"
+            )
         if not torch.isfinite(acts).all():
             raise LegatoError("activations hold values that are not finite; harvest them again or in float32")

@@ -6,6 +6,7 @@ candidates; their values are recomputed in the weights' own precision, and the c
 Shape legend: N flat tokens, D width, F latents, P active pairs in token order.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -16,33 +17,49 @@ from torch import Tensor
 
 from legato import kernels
 from legato.kernels import Pairs
+from legato.sequences import SequenceLayout
 
 Array = NDArray[Any]
 
 # Candidates are taken above this share of the last batch's threshold: wide enough that neither its drift between two
 # batches nor bfloat16's rounding (0.4 %) can hide a pair, narrow enough to leave only some 15 % surplus to recompute.
 _FLOOR_SHARE = 0.95
+# bfloat16 pre-activations lie within 0.4 % of the exact ones, and a little more where large terms cancel.
+_ROUGH_SHARE = 0.98
 
 
 class Preactivations(NamedTuple):
-    """pre_NF: the encoder's dense output, the inputs beside it for exact values; valid_N: tokens that take part."""
+    """pre_NF: the encoder's dense output, the inputs beside it for exact values; layout: tokens that take part,
+    runs."""
 
     pre_NF: Tensor
     x_ND: Array
     W_enc_FD: Array
     b_enc_F: Array
-    valid_N: Array
+    layout: SequenceLayout
+
+    @property
+    def n_valid(self) -> int:
+        return int(self.layout.valid_N.sum())
 
     def scan(self, floor_N: Array, expected: int) -> tuple[Array, Array, Array]:
         """(token_P, latent_P, exact value_P) of the pairs whose pre_NF lies above the floor (in `ordered` units)."""
-        token_P, latent_P = kernels.scan(self.ordered, self.valid_N, floor_N, expected)
-        return token_P, latent_P, kernels.exact_values(self.x_ND, self.W_enc_FD, self.b_enc_F, token_P, latent_P)
+        token_P, latent_P = kernels.scan(self.ordered, self.layout.valid_N, floor_N, expected)
+        return token_P, latent_P, self.exact(token_P, latent_P)
+
+    def exact(self, token_P: Array, latent_P: Array) -> Array:
+        return kernels.exact_values(self.x_ND, self.W_enc_FD, self.b_enc_F, token_P, latent_P)
 
     @property
     def ordered(self) -> Array:
         """pre_NF as an array numpy can compare: bfloat16 as its bits, whose order is that of positive numbers."""
         bits = self.pre_NF.view(torch.int16) if self.pre_NF.dtype == torch.bfloat16 else self.pre_NF
         return bits.numpy()
+
+    def rough(self, token_P: Array, latent_P: Array) -> Array:
+        """The matmul's own values of the given pairs, float32 or finer."""
+        values_P = self.pre_NF[torch.from_numpy(token_P).long(), torch.from_numpy(latent_P).long()]
+        return (values_P.float() if values_P.dtype == torch.bfloat16 else values_P).numpy()
 
     def constant_floor(self, floor: float) -> Array:
         value = torch.full((self.pre_NF.shape[0],), floor, dtype=self.pre_NF.dtype)
@@ -54,7 +71,10 @@ class Sparsity(Protocol):
 
     architecture: ClassVar[str]
 
-    def select(self, pre: Preactivations, floor: float) -> tuple[Pairs, float]: ...
+    def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
+        """Active pairs and the next floor; progress: share of the training steps done, for what is annealed."""
+        ...
+
     def penalty(self, pairs: Pairs, n_valid: int, d_in: int) -> tuple[float, float]:
         """A sparsity loss and its (constant) derivative by every active code."""
         ...
@@ -65,11 +85,11 @@ class BatchTopK:
     """The k * (valid tokens) largest positive pre-activations of a batch (Bussmann et al. 2024, arXiv 2412.06410)."""
 
     k: int
-    architecture: ClassVar[str] = "batchtopk"
+    architecture: ClassVar[str] = "jumprelu"
 
-    def select(self, pre: Preactivations, floor: float) -> tuple[Pairs, float]:
-        N, F = pre.pre_NF.shape
-        count = self.k * int(pre.valid_N.sum())
+    def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
+        N = pre.pre_NF.shape[0]
+        count = self.k * pre.n_valid
         if floor <= 0:
             floor = _quantile_floor(pre, self.k)
         while True:
@@ -87,15 +107,63 @@ class BatchTopK:
 
 
 @dataclass(frozen=True)
+class Hysteresis:
+    """A Schmitt trigger along the sequence: a latent switches on where its pre-activation reaches a threshold, and
+    stays on, token after token of one document, while it stays above `release` times that threshold.
+
+    The threshold is the batch's own: the highest at which k latents are on per token on average, so that the budget
+    pays for what is held as well as for what is set, and L0 is the baseline's by construction. The pre-activations of
+    held tokens get gradient like any other code. `release` falls linearly from 1 (plain BatchTopK) over the first
+    `anneal` of training. At inference the threshold is a constant. Ours.
+    """
+
+    k: int
+    release: float = 0.5
+    anneal: float = 0.3
+    architecture: ClassVar[str] = "hysteresis"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.release <= 1:
+            raise ValueError(f"release {self.release} must lie in (0, 1]: 1 holds nothing, less holds longer")
+
+    def release_at(self, progress: float) -> float:
+        return 1 - (1 - self.release) * min(1.0, progress / max(self.anneal, 1e-9))
+
+    def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
+        N, F = pre.pre_NF.shape
+        count, release = self.k * pre.n_valid, self.release_at(progress)
+        threshold = floor if floor > 0 else _quantile_floor(pre, self.k)
+        while True:
+            lowest = release * threshold
+            token_P, latent_P = kernels.scan(pre.ordered, pre.layout.valid_N, pre.constant_floor(lowest), 3 * count + F)
+            # The matmul's own values bracket the threshold; only what may be on is computed exactly.
+            rough = kernels.hold(pre.layout.start_N, token_P, latent_P, pre.rough(token_P, latent_P), F)
+            if rough.count(threshold, release) >= count or lowest <= 0:
+                break
+            threshold = 0.7 * threshold if threshold > 1e-6 else 0.0
+        near = kernels.highest_threshold([rough], count, release, threshold)
+        may_be_on = rough.on(_ROUGH_SHARE * near, release)
+        token_P, latent_P = token_P[may_be_on], latent_P[may_be_on]
+        value_P = pre.exact(token_P, latent_P)
+        exact = kernels.hold(pre.layout.start_N, token_P, latent_P, value_P, F)
+        cut = kernels.highest_threshold([exact], count, release, _ROUGH_SHARE * near)
+        pairs = kernels.keep(N, token_P, latent_P, value_P, exact.on(cut, release) & (value_P > 0))
+        return pairs, _FLOOR_SHARE * cut
+
+    def penalty(self, pairs: Pairs, n_valid: int, d_in: int) -> tuple[float, float]:
+        return 0.0, 0.0
+
+
+@dataclass(frozen=True)
 class TopK:
     """The k largest positive pre-activations of each token (Gao et al. 2024, arXiv 2406.04093)."""
 
     k: int
     architecture: ClassVar[str] = "topk"
 
-    def select(self, pre: Preactivations, floor: float) -> tuple[Pairs, float]:
+    def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
         N = pre.pre_NF.shape[0]
-        floor_N = kernels.row_floors(pre.ordered, pre.valid_N, self.k)
+        floor_N = kernels.row_floors(pre.ordered, pre.layout.valid_N, self.k)
         token_P, latent_P, value_P = pre.scan(floor_N, 3 * self.k * N)
         keep_P = kernels.keep_row_top(N, token_P, value_P, self.k)
         return kernels.keep(N, token_P, latent_P, value_P, keep_P), 0.0
@@ -106,13 +174,13 @@ class TopK:
 
 @dataclass(frozen=True)
 class ReLU:
-    """Every positive pre-activation, with an L1 penalty: l1 / D * mean over tokens of sum_i f_i (codes with unit decoder
-    rows). Dividing by D puts l1 on the scale of a loss ||x - xhat||^2 summed over D, as SAELens has it."""
+    """Every positive pre-activation, with an L1 penalty: l1 / D * mean over tokens of sum_i f_i (codes with unit
+    decoder rows). Dividing by D puts l1 on the scale of a loss ||x - xhat||^2 summed over D, as SAELens has it."""
 
     l1: float
     architecture: ClassVar[str] = "standard"
 
-    def select(self, pre: Preactivations, floor: float) -> tuple[Pairs, float]:
+    def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
         N, F = pre.pre_NF.shape
         token_P, latent_P, value_P = pre.scan(pre.constant_floor(0.0), N * F // 8)
         return kernels.keep(N, token_P, latent_P, value_P, value_P > 0), 0.0
@@ -122,9 +190,21 @@ class ReLU:
         return slope * float(pairs.value_P.sum(dtype=np.float64)), slope
 
 
+def frozen_threshold(sparsity: BatchTopK | Hysteresis, batches: Sequence[Preactivations]) -> float:
+    """The one threshold at which all batches together have k active latents per token, for inference."""
+    release = sparsity.release if isinstance(sparsity, Hysteresis) else 1.0
+    lowest = min(_quantile_floor(pre, 2 * sparsity.k) for pre in batches)
+    holds = []
+    for pre in batches:
+        token_P, latent_P, value_P = pre.scan(pre.constant_floor(release * lowest), 4 * sparsity.k * pre.n_valid)
+        holds.append(kernels.hold(pre.layout.start_N, token_P, latent_P, value_P, pre.pre_NF.shape[1]))
+    count = sparsity.k * sum(pre.n_valid for pre in batches)
+    return kernels.highest_threshold(holds, count, release, lowest)
+
+
 def _quantile_floor(pre: Preactivations, k: int) -> float:
     """A first guess: the value that 1.2 k latents of a token exceed on average, from a sample of tokens."""
-    rows = np.flatnonzero(pre.valid_N)
+    rows = np.flatnonzero(pre.layout.valid_N)
     sample_SF = pre.pre_NF[torch.from_numpy(rows[:: max(1, len(rows) // 64)])].float().flatten()
     rank = max(1, round(sample_SF.numel() * (1 - 1.2 * k / pre.pre_NF.shape[1])))
     return max(0.0, float(sample_SF.kthvalue(min(rank, sample_SF.numel())).values))

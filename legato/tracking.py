@@ -22,7 +22,8 @@ def say(text: str) -> None:
 
 @contextmanager
 def progress_bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function that takes the number of units done: a bar on a terminal, a plain line now and then otherwise."""
+    """Yields a function that takes the number of units done: a bar on a terminal, a plain line now and then
+    otherwise."""
     console = Console(file=sys.stdout)
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -1,12 +1,12 @@
 """The one training loop: a bank of SAEs that learn from the same activation batches.
 
-Shape legend: B rows, L positions, N = B * L flat tokens, D width, F latents, P / Q active pairs in token / latent order.
+Shape legend: B rows, L positions, N = B * L flat tokens, D width, F latents, P / Q active pairs by token / by latent.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from legato.hardware import fast_matmul_dtype
 from legato.kernels import Pairs
 from legato.sae import SparseAutoencoder
 from legato.sequences import SequenceLayout
-from legato.sparsity import BatchTopK, Preactivations, Sparsity, TopK
+from legato.sparsity import BatchTopK, Hysteresis, Preactivations, Sparsity, TopK, frozen_threshold
 
 Array = NDArray[Any]
 
@@ -42,11 +42,13 @@ class ArmConfig:
 class TrainConfig:
     """How every SAE of a bank is trained.
 
-    steps: optimiser steps. lr: Adam's peak learning rate, after a linear warm-up over `warmup` of the steps and before a
-    linear decay to 0 over the last `decay` of them. Temporal coefficients grow linearly over `term_warmup` of the steps.
+    steps: optimiser steps. lr: Adam's peak learning rate, after a linear warm-up over `warmup` of the steps and before
+    a linear decay to 0 over the last `decay` of them. Temporal coefficients grow linearly over `term_warmup` of the
+    steps.
     clip_norm: the gradient's global norm is cut to this, after the backward pass and before Adam.
-    dead_after_tokens: a latent that fired on none of that many tokens is dead; the `aux_k` dead latents with the largest
-    pre-activations then learn the residual of `aux_tokens` tokens, weighted by aux_coefficient (Gao et al. 2024, 2.4).
+    dead_after_tokens: a latent that fired on none of that many tokens is dead; the `aux_k` dead latents with the
+    largest pre-activations then learn the residual of `aux_tokens` tokens, weighted by aux_coefficient (Gao et al.
+    2024, 2.4).
     """
 
     steps: int
@@ -59,7 +61,6 @@ class TrainConfig:
     aux_k: int = 64
     aux_tokens: int = 1024
     aux_coefficient: float = 1 / 32
-    calibration_batches: int = 8
     log_every: int = 10
 
     def __post_init__(self) -> None:
@@ -78,8 +79,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """A batch as every SAE of the bank reads it: x_ND normalised float32 (zero on invalid tokens), low_ND the same in the
-    matmul's dtype, mean_power = the mean over valid tokens of ||x - mean||^2."""
+    """A batch as every SAE of the bank reads it: x_ND normalised float32 (zero on invalid tokens), low_ND the same in
+    the matmul's dtype, mean_power = the mean over valid tokens of ||x - mean||^2."""
 
     x_ND: Tensor
     low_ND: Tensor
@@ -94,13 +95,17 @@ class TrainBatch:
         mask_N = batch.mask_BL.reshape(-1)
         n_valid = int(mask_N.sum())
         if n_valid == 0:
-            raise LegatoError("a batch has no valid token (all special, padding or outliers): check the text and the mask")
+            raise LegatoError(
+                "a batch has no valid token (all special, padding or outliers): check the text and the mask"
+            )
         acts_ND = batch.acts_BLD.reshape(-1, batch.acts_BLD.shape[-1])
         x_ND = normaliser.apply(acts_ND.float()) * mask_N[:, None]
         norm_N = x_ND.square().sum(-1)
         total = norm_N.sum(dtype=torch.float64)
         if not torch.isfinite(total):
-            raise LegatoError("activations hold values that are not finite; harvest them again, or with --dtype float32")
+            raise LegatoError(
+                "activations hold values that are not finite; harvest them again, or with --dtype float32"
+            )
         mean_D = x_ND.sum(0) / n_valid
         mean_power = float(total / n_valid - mean_D.square().sum())
         layout = SequenceLayout.of(batch.mask_BL, batch.doc_BL)
@@ -133,8 +138,8 @@ class Parameters:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one forward and backward pass gives: named loss terms (each already times its coefficient), the gradients (in
-    the workspace, valid until its next use; decoder rows projected), their norm, the active pairs."""
+    """What one forward and backward pass gives: named loss terms (each already times its coefficient), the gradients
+    (in the workspace, valid until its next use; decoder rows projected), their norm, the active pairs."""
 
     loss_terms: dict[str, float]
     gradients: Parameters
@@ -173,6 +178,7 @@ def forward_backward(
     workspace: Workspace,
     floor: float = 0.0,
     step: int = 0,
+    progress: float = 1.0,
     dead_F: Tensor | None = None,
     config: TrainConfig,
 ) -> StepResult:
@@ -189,10 +195,9 @@ def forward_backward(
     torch.addmm(parameters.b_enc_F.to(pre_NF.dtype), batch.low_ND, low_W_enc_FD.T, out=pre_NF)
 
     pairs, floor = sparsity.select(
-        Preactivations(
-            pre_NF, x_ND.numpy(), parameters.W_enc_FD.numpy(), parameters.b_enc_F.numpy(), batch.layout.valid_N
-        ),
+        Preactivations(pre_NF, x_ND.numpy(), parameters.W_enc_FD.numpy(), parameters.b_enc_F.numpy(), batch.layout),
         floor,
+        progress,
     )
     order = kernels.by_latent(pairs, F)
     residual_ND, squared_N = kernels.decode(
@@ -309,6 +314,7 @@ class SAETrainer:
             workspace=self._workspace,
             floor=self.floor,
             step=step,
+            progress=step / config.steps,
             dead_F=dead_F,
             config=config,
         )
@@ -357,44 +363,30 @@ class SAETrainer:
         self.low_W_enc_FD.copy_(self.parameters.W_enc_FD)
 
     def finish(self, normaliser: Normaliser, calibration: Sequence[TrainBatch]) -> SparseAutoencoder:
-        """The SAE for raw activations: the normaliser folded in, a BatchTopK's threshold frozen so that the calibration
-        batches have exactly k active latents per token on average."""
+        """The SAE for raw activations: the normaliser folded in, a batch-wide threshold frozen so that the calibration
+        batches have k active latents per token on average."""
         if self.steps_done == 0:
             raise LegatoError(f"{self.arm.name}: 0 training steps were taken: there is nothing to save; raise --tokens")
         p, scale = self.parameters, normaliser.scale
         sparsity = self.arm.sparsity
-        threshold = self._threshold(calibration, sparsity) / scale if isinstance(sparsity, BatchTopK) else None
+        threshold = None
+        if isinstance(sparsity, (BatchTopK, Hysteresis)):
+            threshold = frozen_threshold(sparsity, [self._preactivations(batch) for batch in calibration]) / scale
         return SparseAutoencoder(
-            architecture="jumprelu" if threshold is not None else sparsity.architecture,
+            architecture=sparsity.architecture,
             W_enc=p.W_enc_FD.T.contiguous(),
             b_enc=p.b_enc_F / scale - p.W_enc_FD @ normaliser.mean_D,
             W_dec=p.W_dec_FD.clone(),
             b_dec=normaliser.mean_D + p.b_dec_D / scale,
             threshold=None if threshold is None else torch.full((self.arm.d_sae,), threshold),
             k=sparsity.k if isinstance(sparsity, TopK) else None,
+            release=sparsity.release if isinstance(sparsity, Hysteresis) else None,
         )
 
-    def _threshold(self, calibration: Sequence[TrainBatch], sparsity: BatchTopK) -> float:
-        generous = replace(sparsity, k=sparsity.k + (sparsity.k + 1) // 2)
-        values, n_valid = [], 0
-        for batch in calibration:
-            pre_NF = torch.addmm(
-                self.parameters.b_enc_F.to(batch.low_ND.dtype), batch.low_ND, self.low_W_enc_FD.T
-            )
-            pre = Preactivations(
-                pre_NF,
-                batch.x_ND.numpy(),
-                self.parameters.W_enc_FD.numpy(),
-                self.parameters.b_enc_F.numpy(),
-                batch.layout.valid_N,
-            )
-            values.append(generous.select(pre, 0.0)[0].value_P)
-            n_valid += batch.n_valid
-        value_P = np.concatenate(values)
-        count = sparsity.k * n_valid
-        if len(value_P) <= count:
-            return 0.0
-        return float(np.partition(value_P, len(value_P) - count - 1)[len(value_P) - count - 1])
+    def _preactivations(self, batch: TrainBatch) -> Preactivations:
+        p = self.parameters
+        pre_NF = torch.addmm(p.b_enc_F.to(self.dtype), batch.low_ND, self.low_W_enc_FD.T)
+        return Preactivations(pre_NF, batch.x_ND.numpy(), p.W_enc_FD.numpy(), p.b_enc_F.numpy(), batch.layout)
 
 
 def train_bank(

@@ -6,8 +6,9 @@ import torch
 
 from legato import kernels
 from legato.consistency_losses import Contrastive, WindowVariance
+from legato.sae import SparseAutoencoder
 from legato.sequences import SequenceLayout
-from legato.sparsity import BatchTopK, Preactivations, ReLU, Sparsity, TopK
+from legato.sparsity import BatchTopK, Hysteresis, Preactivations, ReLU, Sparsity, TopK, frozen_threshold
 from legato.train import Parameters, TrainBatch, TrainConfig, Workspace, auxiliary_loss, forward_backward
 
 B, L, D, F = 6, 20, 24, 64
@@ -42,10 +43,84 @@ def dense_codes(parameters: Parameters, batch: TrainBatch, mask_BL: torch.Tensor
         return pre_NF * (pre_NF >= pre_NF.topk(sparsity.k, dim=-1).values[:, -1:])
     if isinstance(sparsity, BatchTopK):
         return pre_NF * (pre_NF >= pre_NF.flatten().topk(sparsity.k * batch.n_valid).values[-1])
+    if isinstance(sparsity, Hysteresis):
+        on_BLF, _ = highest_budget(pre_NF.detach().view(B, L, F), batch.layout, sparsity)
+        return pre_NF * on_BLF.view(-1, F)
     return pre_NF
 
 
-@pytest.mark.parametrize("sparsity", [BatchTopK(4), TopK(4), ReLU(0.3)])
+def schmitt(pre_BLF: torch.Tensor, layout: SequenceLayout, threshold: float, release: float) -> torch.Tensor:
+    """The trigger as a plain loop."""
+    starts = torch.from_numpy(layout.start_N).view(pre_BLF.shape[:2])
+    on_BLF = torch.zeros(pre_BLF.shape, dtype=torch.bool)
+    for b in range(pre_BLF.shape[0]):
+        held_F = torch.zeros(pre_BLF.shape[2], dtype=torch.bool)
+        for t in range(pre_BLF.shape[1]):
+            if starts[b, t] in (-1, b * pre_BLF.shape[1] + t):  # invalid, or the first token of a run
+                held_F = torch.zeros_like(held_F)
+            if starts[b, t] >= 0:
+                held_F = (pre_BLF[b, t] >= threshold) | (held_F & (pre_BLF[b, t] >= release * threshold))
+                on_BLF[b, t] = held_F
+    return on_BLF
+
+
+def highest_budget(pre_BLF: torch.Tensor, layout: SequenceLayout, sparsity: Hysteresis) -> tuple[torch.Tensor, float]:
+    """Bisect the threshold on the plain loop."""
+    count, low, high = sparsity.k * int(layout.valid_N.sum()), 0.0, float(pre_BLF.max())
+    while high - low > 1e-5 * high:
+        middle = (low + high) / 2
+        if int(schmitt(pre_BLF, layout, middle, sparsity.release).sum()) >= count:
+            low = middle
+        else:
+            high = middle
+    return schmitt(pre_BLF, layout, low, sparsity.release), low
+
+
+def test_hysteresis_budget_and_inference_equal_the_plain_loop():
+    batch, mask_BL, doc_BL = make_batch()
+    parameters = make_parameters()
+    sparsity = Hysteresis(5, release=0.5)
+    pre_NF = batch.x_ND @ parameters.W_enc_FD.T + parameters.b_enc_F
+    on_BLF, threshold = highest_budget(pre_NF.view(B, L, F), batch.layout, sparsity)
+    plain_BLF, _ = highest_budget(pre_NF.view(B, L, F), batch.layout, Hysteresis(5, release=1.0))
+    assert on_BLF.sum() == plain_BLF.sum() == 5 * batch.n_valid  # the same budget
+    assert (on_BLF != plain_BLF).any()  # spent on other pairs
+
+    arrays = [tensor.numpy() for tensor in (batch.x_ND, parameters.W_enc_FD, parameters.b_enc_F)]
+    pre = Preactivations(pre_NF, *arrays, batch.layout)
+    for floor in (0.0, 0.3, 1e9):
+        pairs, _ = sparsity.select(pre, floor, 1.0)
+        found_NF = torch.zeros(B * L, F, dtype=torch.bool)
+        found_NF[pairs.token_P, pairs.latent_P] = True
+        assert torch.equal(found_NF.view(B, L, F), on_BLF)
+    assert frozen_threshold(sparsity, [pre]) == pytest.approx(threshold, rel=1e-4)
+
+    p = parameters
+    sae = SparseAutoencoder(
+        "hysteresis",
+        p.W_enc_FD.T.contiguous(),
+        p.b_enc_F,
+        p.W_dec_FD,
+        p.b_dec_D,
+        threshold=torch.full((F,), threshold, dtype=torch.float64),
+        release=0.5,
+    )
+    codes_BLF = sae.encode(batch.x_ND.view(B, L, D), mask_BL, doc_BL)
+    assert torch.equal(codes_BLF > 0, on_BLF)
+    torch.testing.assert_close(codes_BLF, (pre_NF * on_BLF.view(-1, F)).view(B, L, F))
+
+
+def test_release_one_is_batch_top_k():
+    batch, _, _ = make_batch()
+    parameters = make_parameters()
+    arrays = [tensor.numpy() for tensor in (batch.x_ND, parameters.W_enc_FD, parameters.b_enc_F)]
+    pre = Preactivations(batch.x_ND @ parameters.W_enc_FD.T + parameters.b_enc_F, *arrays, batch.layout)
+    held, _ = Hysteresis(6, release=0.3).select(pre, 0.0, 0.0)  # before annealing starts
+    plain, _ = BatchTopK(6).select(pre, 0.0, 0.0)
+    assert set(zip(held.token_P, held.latent_P, strict=True)) == set(zip(plain.token_P, plain.latent_P, strict=True))
+
+
+@pytest.mark.parametrize("sparsity", [BatchTopK(4), TopK(4), ReLU(0.3), Hysteresis(4, release=0.4)])
 @pytest.mark.parametrize(
     "terms",
     [
@@ -110,7 +185,8 @@ def test_selection_is_exact_whatever_the_floor_and_the_matmul_dtype(sparsity, dt
     valid_N = np.arange(N) % 7 != 0
     exact_NF = x_ND @ W_FD.T + b_F
     exact_NF[~torch.from_numpy(valid_N)] = -1
-    pre = Preactivations(exact_NF.to(dtype), x_ND.numpy(), W_FD.numpy(), b_F.numpy(), valid_N)
+    layout = SequenceLayout.of(torch.from_numpy(valid_N)[None], torch.zeros(1, N, dtype=torch.int32))
+    pre = Preactivations(exact_NF.to(dtype), x_ND.numpy(), W_FD.numpy(), b_F.numpy(), layout)
     k = sparsity.k
     if isinstance(sparsity, TopK):
         cut_N = exact_NF.topk(k, dim=-1).values[:, -1:]
@@ -118,7 +194,7 @@ def test_selection_is_exact_whatever_the_floor_and_the_matmul_dtype(sparsity, dt
         cut_N = exact_NF.flatten().topk(k * int(valid_N.sum())).values[-1]
     expected = {(int(n), int(f)) for n, f in (exact_NF >= cut_N).nonzero() if valid_N[n]}
     for floor in (0.0, 0.5, 2.0, 1e9):  # far too low, low, high, absurd
-        pairs, _ = sparsity.select(pre, floor)
+        pairs, _ = sparsity.select(pre, floor, 1.0)
         chosen = set(zip(pairs.token_P.tolist(), pairs.latent_P.tolist(), strict=True))
         assert len(chosen ^ expected) <= 2  # float32 sums in another order may swap the two pairs at the cut
         assert len(chosen) == k * int(valid_N.sum())
