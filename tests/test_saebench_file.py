@@ -198,7 +198,7 @@ def test_values_that_are_not_numbers_do_not_reach_the_details(tmp_path):
 
 def test_without_the_language_models_loss_there_is_no_file(tmp_path):
     result = result_of(two_tokens())
-    del result["core"]["saebench"]["model_performance_preservation"]
+    del result["core"]["saebench"]
     with pytest.raises(LegatoError, match="needs the language model's loss"):
         write(tmp_path, result)
     assert not (tmp_path / "eval_results").exists()

@@ -51,11 +51,10 @@ def evaluate(
         `ce_rows` rows. Splicing replaces valid positions only: special tokens and outliers keep their activation. Zero
         ablation replaces every position. The loss counts at valid positions whose next token is text of the same
         document. SAEBench's own numbers (`core.saebench`) follow its rules instead: outliers are reconstructed, and
-        every position whose token is not pad, EOS or BOS counts.
+        every position whose token is not pad, EOS or BOS counts; without a model they are left out.
     kept_rows: rows whose codes are kept for the position x position matrix.
     all_reduce: sums a float64 tensor over the ranks in place, where each rank has its own rows. The matrix stays that
-    of the
-        rank's rows.
+        of the rank's rows.
 
     Returns per SAE {"core", "consistency", "position"}, plain numbers and lists as in metrics.json, and beside them
     "features" (columns of the feature table, see features.py) and "arrays" ("position_matrix" (L, L) and "rate_FL", the
@@ -132,22 +131,24 @@ def _result(sae: Judged, judge: Judge, kept: KeptCodes, shared: _Shared) -> dict
     if not judge.codes.firing.total_F.any():
         raise LegatoError(f"no latent fires on any of {tokens} tokens: the SAE is untrained or fits other activations")
     bench_features = saebench_features(judge.bench, weight_statistics(sae))
-    core = {
+    core: dict[str, Any] = {
         **reconstruction_metrics(shared.inputs, judge.reconstruction),
         **sparsity_metrics(judge.codes),
         "tokens": tokens,
     }
-    n_positions = shared.counts.tokens_L.size
-    bench = saebench_metrics(judge.bench, bench_features, shared.inputs.total_D.size)
-    bench["token_stats"] = {
-        "total_tokens_eval_reconstruction": int(shared.ce_rows) * n_positions,
-        "total_tokens_eval_sparsity_variance": int(shared.rows) * n_positions,
-    }
     if shared.ce_rows:
+        n_positions = shared.counts.tokens_L.size
         core |= splice_metrics(judge.splice)
-        bench |= saebench_losses(splice_metrics(judge.bench_splice))
+        core["saebench"] = {
+            **saebench_losses(splice_metrics(judge.bench_splice)),
+            **saebench_metrics(judge.bench, bench_features, shared.inputs.total_D.size),
+            "token_stats": {
+                "total_tokens_eval_reconstruction": int(shared.ce_rows) * n_positions,
+                "total_tokens_eval_sparsity_variance": int(shared.rows) * n_positions,
+            },
+        }
     return {
-        "core": {**core, "saebench": bench},
+        "core": core,
         "consistency": {
             **consistency_metrics(judge.codes),
             "raw_stream": raw_stream_metrics(shared.counts, shared.raw),

@@ -75,9 +75,9 @@ def write_core_file(
     result: what `legato.evaluate` returned for it, with the language model's loss. sae_cfg_dict: its SAELens cfg.
     Raises LegatoError if the loss was not measured: SAEBench's schema has no place for its absence.
     """
-    measured = result["core"]["saebench"]
-    if "model_performance_preservation" not in measured:
+    if "saebench" not in result["core"]:
         raise LegatoError("a SAEBench file needs the language model's loss: evaluate with the language model")
+    measured = result["core"]["saebench"]
     batch_tokens = context_size * ROWS_PER_BATCH
     content = {
         "eval_type_id": "core",
