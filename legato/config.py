@@ -80,18 +80,43 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class ArmsConfig:
-    """Which temporal SAEs stand beside the baseline."""
+    """Which SAEs stand beside the baseline."""
 
-    window: int = option(8, "window of the temporal arm, in tokens")
-    coefficient: float = option(0.3, "weight of its window variance beside the reconstruction loss (an FVU)")
-    temporal: tuple[str, ...] = option(("window_variance",), "temporal terms beside the baseline, comma-separated")
+    temporal: tuple[str, ...] = option(
+        ("hysteresis", "contrastive"), "named temporal arms, comma-separated: hysteresis, contrastive, window_variance"
+    )
+    window: int = option(8, "window of the window_variance arm, in tokens")
+    coefficient: float = option(0.3, "weight of its term beside the reconstruction loss (an FVU)")
+    contrastive_coefficient: float = option(0.02, "weight of the contrastive arm's term")
+    release: float = option(0.5, "hysteresis: a latent that is on stays on above this share of the threshold")
+    grid: str = option("2,4,8,16,32x0.1,0.3,1", "ablation: windows x coefficients of window_variance")
+    ablation: bool = option(True, "train the grid: --no-ablation leaves it out")
+    sweep_k: tuple[int, ...] = option((), "further baselines at these k, comma-separated, to compare at matched L0")
 
     def __post_init__(self) -> None:
         _at_least("window", self.window, 2)
-        if self.coefficient < 0:
-            raise UsageError(f"--coefficient {self.coefficient} rewards flicker: use 0 or more")
         for name in self.temporal:
-            _choice("temporal", name, ("window_variance", "contrastive"))
+            _choice("temporal", name, ("hysteresis", "contrastive", "window_variance"))
+        if not 0 < self.release <= 1:
+            raise UsageError(f"--release {self.release} must lie above 0 and at most at 1")
+        for k in self.sweep_k:
+            _at_least("sweep_k", k, 1)
+        for window, coefficient in [(self.window, self.coefficient), *self._parsed_grid()]:
+            _at_least("grid window", window, 2)
+            if not coefficient >= 0:
+                raise UsageError(f"coefficient {coefficient} rewards flicker: use 0 or more")
+
+    @property
+    def grid_points(self) -> list[tuple[int, float]]:
+        """(window, coefficient) of every member of the ablation; empty without one."""
+        return self._parsed_grid() if self.ablation else []
+
+    def _parsed_grid(self) -> list[tuple[int, float]]:
+        try:
+            windows, coefficients = self.grid.split("x")
+            return [(int(w), float(c)) for w in windows.split(",") for c in coefficients.split(",")]
+        except ValueError as error:
+            raise UsageError(f"--grid {self.grid!r} is not WINDOWSxCOEFFICIENTS, such as 2,8,32x0.1,1") from error
 
 
 @dataclass(frozen=True)
@@ -147,6 +172,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_rows": 48,
         "ce_rows": 8,
         "held_out": 0.2,
+        "grid": "2,16x0.3,1",
     },
     "gpt2": {
         "model": "gpt2",
@@ -175,9 +201,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr": 5e-4,
     },
     # The founding plan's runs, on the demo.
-    "baseline": {"temporal": ()},
-    "window8": {"window": 8, "coefficient": 0.1},
-    "window16": {"window": 16, "coefficient": 0.5},
+    "baseline": {"temporal": (), "ablation": False},
+    "window8": {"temporal": ("window_variance",), "window": 8, "coefficient": 0.1, "ablation": False},
+    "window16": {"temporal": ("window_variance",), "window": 16, "coefficient": 0.5, "ablation": False},
 }
 
 
@@ -194,6 +220,14 @@ def parse(arguments: Sequence[str]) -> tuple[ExperimentConfig, str, bool]:
     for stage in _stages().values():
         group = parser.add_argument_group(stage.__name__, (stage.__doc__ or "").strip())
         for f in dataclasses.fields(stage):
+            if typing.get_type_hints(stage)[f.name] is bool:
+                group.add_argument(
+                    f"--{f.name}",
+                    action=argparse.BooleanOptionalAction,
+                    default=argparse.SUPPRESS,
+                    help=f.metadata["help"],
+                )
+                continue
             group.add_argument(
                 f"--{f.name}",
                 type=_reader(typing.get_type_hints(stage)[f.name]),
