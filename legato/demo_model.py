@@ -82,6 +82,12 @@ def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
     return folder
 
 
+def one_line(error: Exception) -> str:
+    """What a library's error says, short enough for one line of ours."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _is_whole(folder: Path) -> bool:
     try:
         checksums = json.loads(Path(folder, MANIFEST).read_text())
@@ -100,8 +106,8 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
                 **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
             )
             tokenizer = AutoTokenizer.from_pretrained(**source)
-        except (OSError, ValueError, KeyError, NotImplementedError) as error:
-            raise UsageError(f"cannot read {gguf.name} as a GGUF model: {' '.join(str(error).split())}") from error
+        except Exception as error:  # whatever the readers of a damaged or unknown file stumble over
+            raise UsageError(f"cannot read {gguf.name} as a GGUF model: {one_line(error)}") from error
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from legato.demo_model import demo_model_folder, gguf_model_folder
+from legato.demo_model import demo_model_folder, gguf_model_folder, one_line
 from legato.errors import LegatoError, UsageError
 from legato.fused_decoder import MAX_CONTEXT as FUSED_MAX_CONTEXT
 from legato.fused_decoder import FusedDecoder
@@ -84,7 +84,7 @@ class LanguageModel:
                 )
                 tokenizer = AutoTokenizer.from_pretrained(source, **options)
             except Exception as error:  # transformers raises a dozen kinds for what is wrong with a model
-                raise UsageError(f"cannot load the model {model}: {_one_line(error)}") from error
+                raise UsageError(f"cannot load the model {model}: {one_line(error)}") from error
         network, report = loaded
         if missing := sorted(report["missing_keys"]):
             raise UsageError(f"the weights of {model} are incomplete: {len(missing)} missing, such as {missing[0]}")
@@ -355,7 +355,7 @@ def _must_stay_offline(hub_id: str) -> bool:
         if isinstance(try_to_load_from_cache(hub_id, "config.json"), str):
             return True
         raise UsageError(
-            f"no folder {hub_id} here, and the model hub cannot be reached to download it ({_one_line(error)}): "
+            f"no folder {hub_id} here, and the model hub cannot be reached to download it ({one_line(error)}): "
             "connect to the network, or give a local folder"
         ) from error
     return False
@@ -366,7 +366,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"cannot use the device {name!r}: {_one_line(error)}") from error
+        raise UsageError(f"cannot use the device {name!r}: {one_line(error)}") from error
     return device
 
 
@@ -377,11 +377,6 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in known:
         raise UsageError(f"unknown dtype {name!r}: choose one of auto, {', '.join(known)}")
     return known[name]
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 @contextmanager
