@@ -18,14 +18,16 @@ def run_experiment(config: ExperimentConfig, out_dir: str) -> None:
     text = read_text(config, model)
     activations = harvest_activations(config, model, text)
     run.begin(config, activations.provenance)
-    trained = train_arms(config, activations, run)
-    evaluate_arms(config, trained, activations, model, run)
+    bank = train_arms(config, activations, run)
+    evaluate_arms(config, bank, activations, model, run)
     write_figures(run.root)
     notes = write_notes(run.root)
     report = write_report(run.root)
     write_final_info(run.root)
     say(notes.read_text())
     say(f"results: {run.root}/  report: {report}")
+    if bank.failures:
+        raise LegatoError(f"{len(bank.failures)} arms failed ({', '.join(bank.failures)}): see {run.root}/failed")
 
 
 def main(arguments: list[str]) -> int:

@@ -1,11 +1,14 @@
 """The stages of experiment.py, each from its config and what the stage before it gives."""
 
 import dataclasses
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
+
+import psutil
 
 from legato.activations import ActivationStore, Normaliser, harvest
 from legato.config import ExperimentConfig
@@ -21,9 +24,10 @@ from legato.sae import SparseAutoencoder
 from legato.text import load_documents, split_held_out
 from legato.tokens import TokenSet, tokenise
 from legato.tracking import RunLog, progress_bar, say
-from legato.train import SAETrainer, TrainBatch, TrainConfig, train_bank
+from legato.train import ArmConfig, SAETrainer, TrainBatch, TrainConfig, bank_bytes, train_bank
 
 CALIBRATION_BATCHES = 8
+MEMORY_SHARE = 0.6  # of what is free, for training; the rest is left to the store's page cache and to evaluation
 
 
 @dataclass(frozen=True)
@@ -118,41 +122,75 @@ def harvest_activations(config: ExperimentConfig, model: LanguageModel, text: Te
     return Activations(train, held_out, layer, provenance)
 
 
-def train_arms(config: ExperimentConfig, activations: Activations, run: RunDir) -> dict[str, TrainedArm]:
-    """Train the bank on shared batches and save every SAE."""
+@dataclass(frozen=True)
+class Bank:
+    """The trained arms by name, and what became of those that failed."""
+
+    trained: dict[str, TrainedArm]
+    failures: dict[str, str]
+
+
+def train_arms(config: ExperimentConfig, activations: Activations, run: RunDir) -> Bank:
+    """Train the bank on shared batches and save every SAE; in several passes where it would not fit in memory."""
     training, store = config.training, activations.train
     tokens_per_step = training.batch_rows * store.n_valid / store.n_rows
     steps = math.ceil(training.tokens / tokens_per_step)
     train_config = TrainConfig(steps=steps, lr=training.lr)
     normaliser = Normaliser.fit(store)
-    bank = arms(config)
-    say(f"training: {len(bank)} SAEs of {training.d_sae:,} latents, {steps} steps of {tokens_per_step:,.0f} tokens")
-    batches = store.batches(training.batch_rows, seed=min(training.seeds), epochs=None, drop_last=True)
-    with RunLog(run.log, run.tensorboard) as log, progress_bar("train", steps) as progress:
-        trainers = train_bank(bank, batches, normaliser, train_config, log=log, progress=progress)
+    passes = split_to_fit(arms(config), store.d_in, training.batch_rows * store.context_length)
+    say(
+        f"training: {sum(map(len, passes))} SAEs of {training.d_sae:,} latents in {len(passes)} pass(es), "
+        f"{steps} steps of {tokens_per_step:,.0f} tokens"
+    )
     # Contexts in stored order: the same ones for every arm, whatever the seed.
     calibration = [
         TrainBatch.of(batch, normaliser, fast_matmul_dtype())
         for batch in islice(store.batches(training.batch_rows, seed=None), CALIBRATION_BATCHES)
     ]
-    trained = {}
-    for trainer in trainers:
-        details = {
-            **activations.provenance,
-            "arm": trainer.arm.name,
-            "objective": recipe(trainer.arm),
-            "training": {**dataclasses.asdict(train_config), "batch_rows": training.batch_rows},
-            "environment": environment(),
-        }
-        sae = dataclasses.replace(trainer.finish(normaliser, calibration), details=details)
-        sae.save(run.sae(trainer.arm.name))
-        trained[trainer.arm.name] = TrainedArm(sae, _training_metrics(trainer, store))
-    return trained
+    bank = Bank({}, {})
+    for members in passes:
+        batches = store.batches(training.batch_rows, seed=min(training.seeds), epochs=None, drop_last=True)
+        with RunLog(run.log, run.tensorboard) as log, progress_bar("train", steps) as progress:
+            result = train_bank(members, batches, normaliser, train_config, log=log, progress=progress)
+        for trainer in result.finished:
+            details = {
+                **activations.provenance,
+                "arm": trainer.arm.name,
+                "objective": recipe(trainer.arm),
+                "training": {**dataclasses.asdict(train_config), "batch_rows": training.batch_rows},
+                "environment": environment(),
+            }
+            sae = dataclasses.replace(trainer.finish(normaliser, calibration), details=details)
+            sae.save(run.sae(trainer.arm.name))
+            bank.trained[trainer.arm.name] = TrainedArm(sae, _training_metrics(trainer, store))
+        for trainer, reason in result.failed:
+            run.write_failure(trainer.arm.name, dict(trainer.parameters.items()), trainer.steps_done, reason)
+            bank.failures[trainer.arm.name] = reason
+            say(f"  dropped {reason}")
+    return bank
+
+
+def split_to_fit(bank: Sequence[ArmConfig], d_in: int, tokens_per_batch: int) -> list[list[ArmConfig]]:
+    """The bank in as few passes as fit into 60 % of the free memory; says what it needs."""
+    free = psutil.virtual_memory().available
+    needs = bank_bytes(bank, d_in, tokens_per_batch)
+    say(f"memory: the bank needs {sum(needs) / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
+    passes: list[list[ArmConfig]] = [[]]
+    used = 0
+    for arm, need in zip(bank, needs, strict=True):
+        if need > MEMORY_SHARE * free:
+            raise LegatoError(f"{arm.name} needs {need / 2**30:.1f} GiB to train: lower --d_sae or free memory")
+        if used + need > MEMORY_SHARE * free:
+            passes.append([])
+            used = 0
+        passes[-1].append(arm)
+        used += need
+    return passes
 
 
 def evaluate_arms(
     config: ExperimentConfig,
-    trained: Mapping[str, TrainedArm],
+    bank: Bank,
     activations: Activations,
     model: LanguageModel,
     run: RunDir,
@@ -160,7 +198,7 @@ def evaluate_arms(
     """Judge every SAE on the held-out side in one pass and save the numbers."""
     say(f"evaluation: {activations.held_out.n_valid:,} held-out tokens")
     results = evaluate(
-        {name: arm.sae for name, arm in trained.items()},
+        {name: arm.sae for name, arm in bank.trained.items()},
         activations.held_out,
         language_model=model if config.evaluation.ce_rows else None,
         layer=activations.layer,
@@ -172,8 +210,19 @@ def evaluate_arms(
         write_features(run.features / f"{name}.parquet", result.pop("features"))
         run.write_arrays(name, result.pop("arrays"))
         if "saebench" in result["core"]:
-            write_core_file(run.eval_results, run.release, name, result["core"].pop("saebench"), trained[name].sae)
-        metrics[name] = {**result, "training": trained[name].training}
+            write_core_file(
+                run.eval_results,
+                run.release,
+                name,
+                result,
+                model_name=model.name,
+                llm_dtype=str(model.dtype).removeprefix("torch."),
+                dataset=config.data.dataset,
+                context_size=config.data.context_length,
+                sae_cfg_dict=json.loads((run.sae(name) / "cfg.json").read_text()),
+            )
+            del result["core"]["saebench"]
+        metrics[name] = {**result, "training": bank.trained[name].training}
     run.write_metrics(metrics)
 
 

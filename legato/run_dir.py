@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import yaml
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 
 from legato.cache import write_atomically
 from legato.config import ExperimentConfig
@@ -63,9 +64,7 @@ class RunDir:
                 raise UsageError(f"--out_dir {root} holds a finished run: choose a new folder, or delete it first")
             changes = _changes(_read_config(run.config), config.to_dict())
             if changes:
-                raise UsageError(
-                    f"--out_dir {root} holds a run with {changes}: use its options or a new folder"
-                )
+                raise UsageError(f"--out_dir {root} holds a run with {changes}: use its options or a new folder")
         probe = run.root
         while not probe.exists():
             probe = probe.parent
@@ -76,7 +75,14 @@ class RunDir:
     def begin(self, config: ExperimentConfig, resolved: Mapping[str, Any]) -> None:
         """Write config.yaml and start the log; drops what an unfinished run left behind."""
         self.root.mkdir(parents=True, exist_ok=True)
-        for part in (self.root / "saes", self.eval_results, self.features, self.arrays, self.tensorboard):
+        for part in (
+            self.root / "saes",
+            self.root / "failed",
+            self.eval_results,
+            self.features,
+            self.arrays,
+            self.tensorboard,
+        ):
             shutil.rmtree(part, ignore_errors=True)
         content = {"config": config.to_dict(), "resolved": dict(resolved), "environment": environment()}
         write_atomically(self.config, yaml.safe_dump(content, sort_keys=False).encode())
@@ -91,9 +97,16 @@ class RunDir:
             )
         write_atomically(self.metrics, (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
 
+    def write_failure(self, arm: str, tensors: Mapping[str, torch.Tensor], steps: int, reason: str) -> None:
+        """What is left of an arm that failed: its weights after the last good step, and why it stopped."""
+        folder = self.root / "failed" / arm
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(dict(tensors), folder / "weights.safetensors")
+        write_atomically(folder / "reason.json", json.dumps({"steps": steps, "reason": reason}).encode())
+
     def write_arrays(self, arm: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         self.arrays.mkdir(exist_ok=True)
-        np.savez_compressed(self.arrays / f"{arm}.npz", **dict(arrays))
+        np.savez_compressed(self.arrays / f"{arm}.npz", allow_pickle=False, **dict(arrays))
 
 
 def environment() -> dict[str, Any]:

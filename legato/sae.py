@@ -99,10 +99,10 @@ class SparseAutoencoder:
             token_P, latent_P = kernels.scan(
                 codes_NF.numpy(), all_tokens, _ZERO.repeat(len(codes_NF)), 64 * len(codes_NF)
             )
-            token_P, latent_P = torch.from_numpy(token_P).long(), torch.from_numpy(latent_P).long()
-            parts.append((token_P + start * L, latent_P, codes_NF[token_P, latent_P] * norm_F[latent_P]))
-        token_P, latent_P, value_P = (torch.cat(column) for column in zip(*parts, strict=True))
-        return SparseCodes(token_P, latent_P, value_P, (B, L, self.d_sae))
+            token, latent = torch.from_numpy(token_P).long(), torch.from_numpy(latent_P).long()
+            parts.append((token + start * L, latent, codes_NF[token, latent] * norm_F[latent]))
+        tokens, latents, values = (torch.cat(column) for column in zip(*parts, strict=True))
+        return SparseCodes(tokens, latents, values, (B, L, self.d_sae))
 
     def decode_sparse(self, codes: SparseCodes) -> Tensor:
         """Reconstruction [B, L, D] of sparse codes; positions without any code decode to b_dec."""
@@ -154,9 +154,9 @@ class SparseAutoencoder:
             b_enc,
             weights["W_dec"],
             weights["b_dec"],
-            weights.get("threshold"),
-            folder.k,
-            folder.legato or {},
+            threshold=weights.get("threshold"),
+            k=folder.k,
+            details=folder.legato or {},
         )
 
     def _activate(self, pre: Tensor) -> Tensor:

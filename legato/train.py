@@ -389,6 +389,24 @@ class SAETrainer:
         return Preactivations(pre_NF, batch.x_ND.numpy(), p.W_enc_FD.numpy(), p.b_enc_F.numpy(), batch.layout)
 
 
+@dataclass(frozen=True)
+class BankResult:
+    """Trainers that finished, and those that failed with the reason (their state is that of the last good step)."""
+
+    finished: list[SAETrainer]
+    failed: list[tuple[SAETrainer, str]]
+
+
+def bank_bytes(arms: Sequence[ArmConfig], d_in: int, tokens_per_batch: int) -> list[int]:
+    """Memory that training each arm takes: weights and Adam's moments in float32, the encoder once more in the matmul's
+    dtype, and its part of the shared buffers if it is the widest (pre-activations, gradients)."""
+    low = torch.finfo(fast_matmul_dtype()).bits // 8
+    widest = max(arm.d_sae for arm in arms)
+    shared = tokens_per_batch * widest * low + 2 * widest * d_in * 4 + 3 * tokens_per_batch * d_in * 4
+    own = [arm.d_sae * d_in * (6 * 4 + low) for arm in arms]
+    return [shared // len(arms) + each for each in own]
+
+
 def train_bank(
     arms: Sequence[ArmConfig],
     batches: Iterable[ActivationBatch],
@@ -397,11 +415,16 @@ def train_bank(
     *,
     log: Callable[[Mapping[str, Any]], None],
     progress: Callable[[int], None] = lambda step: None,
-) -> list[SAETrainer]:
-    """Train every arm on the same `config.steps` batches. Raises LegatoError when the batches run out before that."""
+) -> BankResult:
+    """Train every arm on the same `config.steps` batches.
+
+    A member whose numbers go wrong is dropped and reported; the others go on. Raises LegatoError when no member is left
+    or when the batches run out.
+    """
     workspace, dtype = Workspace(), fast_matmul_dtype()
     d_in = normaliser.mean_D.numel()
     trainers = [SAETrainer(arm, config, d_in, workspace) for arm in arms]
+    failed: list[tuple[SAETrainer, str]] = []
     stream = iter(batches)
     for step in range(config.steps):
         raw = next(stream, None)
@@ -409,9 +432,16 @@ def train_bank(
             raise LegatoError(f"the activations ran out after {step} of {config.steps} steps: harvest more tokens")
         batch = TrainBatch.of(raw, normaliser, dtype)
         last = step == config.steps - 1
-        for trainer in trainers:
-            record = trainer.step(batch)
+        for trainer in list(trainers):
+            try:
+                record = trainer.step(batch)
+            except LegatoError as error:
+                trainers.remove(trainer)
+                failed.append((trainer, str(error)))
+                if not trainers:
+                    raise
+                continue
             if step % config.log_every == 0 or last:
                 log(record)
         progress(step + 1)
-    return trainers
+    return BankResult(trainers, failed)
