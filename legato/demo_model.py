@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
-import torch
 from filelock import FileLock
 
 from legato.cache import cache_dir, sha256_file, sha256_files, sync_to_disk
@@ -97,6 +96,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}

