@@ -4,7 +4,7 @@ Shape legend: B rows, L positions, N flat tokens, D width, F latents.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from legato import kernels
 from legato.activations import ActivationBatch
 from legato.codes import SparseCodes
 from legato.errors import LegatoError, UsageError
-from legato.interop.saelens import read_saelens_folder, write_saelens_folder
+from legato.interop.saelens_folder import read_saelens_folder, write_saelens_folder
 
 ARCHITECTURES = ("standard", "topk", "jumprelu", "hysteresis")
 
@@ -74,7 +74,9 @@ class SparseAutoencoder:
         self._check(acts)
         pre = acts.to(self.W_enc.dtype) @ self.W_enc + self.b_enc
         if self.architecture == "hysteresis":
-            return pre * self._held(pre, mask, doc)
+            assert self.threshold is not None
+            assert self.release is not None
+            return pre * held(pre, self.threshold, self.release, mask, doc)
         codes = self._activate(pre)
         return codes if mask is None else codes * mask.unsqueeze(-1)
 
@@ -114,8 +116,40 @@ class SparseAutoencoder:
         )
         return (acts_ND + self.b_dec).view(B, L, self.d_in)
 
+    def stateless(self, batch: ActivationBatch) -> "SparseAutoencoder":
+        """A jumprelu SAE with the weights of this hysteresis SAE, for tools that keep no order of tokens.
+
+        One factor on all thresholds gives it the L0 that this SAE has on the batch's valid tokens. How far it is from
+        this one there is saved with it, as details["stateless"]: the L0, `same_pairs` (token-latent pairs active in
+        both / in either) and the FVU of both.
+        Raises UsageError for a SAE without state, LegatoError where thresholds are not positive or nothing fires.
+        """
+        if self.architecture != "hysteresis":
+            raise UsageError(f"a {self.architecture} SAE keeps no state: save it as it is")
+        assert self.threshold is not None
+        codes_NF = self.encode(batch.acts_BLD, batch.mask_BL, batch.doc_BL)[batch.mask_BL]
+        on_NF = codes_NF > 0
+        count = int(on_NF.sum())
+        if count == 0 or not bool((self.threshold > 0).all()):
+            raise LegatoError("no latent fires on the batch, or a threshold is not positive: was the SAE trained?")
+        x_ND = batch.acts_BLD[batch.mask_BL].to(self.W_enc.dtype)
+        share_NF = (x_ND @ self.W_enc + self.b_enc) / self.threshold
+        factor = share_NF.flatten().topk(count + 1).values[-1].clamp_min(0)
+        plain = replace(self, architecture="jumprelu", threshold=factor * self.threshold, release=None)
+        plain_NF = plain.encode(x_ND)
+        power = (x_ND - x_ND.mean(0)).square().sum()
+        difference = {
+            "release": self.release,
+            "tokens": len(x_ND),
+            "l0": count / len(x_ND),
+            "same_pairs": float((on_NF & (plain_NF > 0)).sum() / (on_NF | (plain_NF > 0)).sum()),
+            "fvu": float((x_ND - plain.decode(plain_NF)).square().sum() / power),
+            "fvu_with_state": float((x_ND - self.decode(codes_NF)).square().sum() / power),
+        }
+        return replace(plain, details={**self.details, "stateless": difference})
+
     def save(self, path: str | Path) -> Path:
-        """Save as a SAELens inference folder with Legato's details beside it (see interop/saelens.py)."""
+        """Save as a SAELens inference folder with Legato's details beside it (see interop/saelens_folder.py)."""
         details = dict(self.details)
         return write_saelens_folder(
             path,
@@ -126,6 +160,7 @@ class SparseAutoencoder:
             b_dec=self.b_dec,
             threshold=self.threshold,
             k=self.k,
+            release=self.release,
             apply_b_dec_to_input=False,
             metadata={
                 "model_name": details.get("model"),
@@ -140,7 +175,7 @@ class SparseAutoencoder:
 
     @classmethod
     def load(cls, path: str | Path) -> "SparseAutoencoder":
-        """Open a SAELens inference folder (standard, topk, jumprelu), one of Legato's or another's."""
+        """Open a SAELens inference folder (standard, topk, jumprelu, hysteresis), one of Legato's or another's."""
         folder = read_saelens_folder(path)
         weights = folder.weights
         if folder.architecture == "gated":
@@ -156,6 +191,7 @@ class SparseAutoencoder:
             weights["b_dec"],
             threshold=weights.get("threshold"),
             k=folder.k,
+            release=folder.release,
             details=folder.legato or {},
         )
 
@@ -169,26 +205,6 @@ class SparseAutoencoder:
             return torch.zeros_like(pre).scatter_(-1, top.indices, top.values.relu())
         return torch.relu(pre)
 
-    def _held(self, pre: Tensor, mask: Tensor | None, doc: Tensor | None) -> Tensor:
-        """on[..., L, F]: the last set is at least as recent as the last reset, found with two running maxima.
-
-        A reset lies before the token's own set where a document starts or masked tokens end.
-        """
-        assert self.threshold is not None
-        assert self.release is not None
-        valid = torch.ones(pre.shape[:-1], dtype=torch.bool) if mask is None else mask
-        opens = torch.ones_like(valid)
-        opens[..., 1:] = ~valid[..., :-1]
-        if doc is not None:
-            opens[..., 1:] |= doc[..., 1:] != doc[..., :-1]
-        set_on = (pre >= self.threshold) & valid.unsqueeze(-1)
-        reset = (pre < self.release * self.threshold) | (opens | ~valid).unsqueeze(-1)
-        at = torch.arange(pre.shape[-2], dtype=torch.int16).unsqueeze(-1)
-        never = torch.tensor(-1, dtype=torch.int16)
-        last_set = torch.where(set_on, at, never).cummax(-2).values
-        last_reset = torch.where(reset, at, never).cummax(-2).values
-        return (last_set >= last_reset) & valid.unsqueeze(-1) & (last_set >= 0) & (pre > 0)
-
     def _check(self, acts: Tensor) -> None:
         if acts.shape[-1] != self.d_in:
             raise LegatoError(
@@ -196,3 +212,27 @@ class SparseAutoencoder:
             )
         if not torch.isfinite(acts).all():
             raise LegatoError("activations hold values that are not finite; harvest them again or in float32")
+
+
+def held(
+    pre: Tensor, threshold: Tensor, release: float, mask: Tensor | None = None, doc: Tensor | None = None
+) -> Tensor:
+    """on[..., L, F] of pre-activations pre[..., L, F]: a latent switches on where pre >= threshold (F) and stays on
+    while pre >= release * threshold, through the positions L of one document. mask, doc: [..., L].
+
+    On where the last set is at least as recent as the last reset, found with two running maxima. A reset lies before
+    the token's own set where a document starts or masked tokens end.
+    """
+    valid = torch.ones(pre.shape[:-1], dtype=torch.bool, device=pre.device) if mask is None else mask
+    opens = torch.ones_like(valid)
+    opens[..., 1:] = ~valid[..., :-1]
+    if doc is not None:
+        opens[..., 1:] |= doc[..., 1:] != doc[..., :-1]
+    set_on = (pre >= threshold) & valid.unsqueeze(-1)
+    reset = (pre < release * threshold) | (opens | ~valid).unsqueeze(-1)
+    small = pre.shape[-2] <= torch.iinfo(torch.int16).max
+    at = torch.arange(pre.shape[-2], dtype=torch.int16 if small else torch.int32, device=pre.device).unsqueeze(-1)
+    never = at.new_tensor(-1)
+    last_set = torch.where(set_on, at, never).cummax(-2).values
+    last_reset = torch.where(reset, at, never).cummax(-2).values
+    return (last_set >= last_reset) & valid.unsqueeze(-1) & (last_set >= 0) & (pre > 0)

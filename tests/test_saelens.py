@@ -1,14 +1,19 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from legato.errors import LegatoError, UsageError
-from legato.interop.saelens import read_saelens_folder, write_saelens_folder
+from legato.interop.saelens_folder import read_saelens_folder, write_saelens_folder
+from legato.sae import SparseAutoencoder
 
-D, F, K = 24, 80, 6
-ARCHITECTURES = ("standard", "topk", "jumprelu", "batchtopk", "gated")
+ROOT = Path(__file__).resolve().parents[1]
+D, F, K, RELEASE = 24, 80, 6, 0.4
+ARCHITECTURES = ("standard", "topk", "jumprelu", "hysteresis", "batchtopk", "gated")
 
 
 def random_weights(architecture: str) -> dict:
@@ -25,8 +30,10 @@ def random_weights(architecture: str) -> dict:
     weights["b_enc"] = 100 * randn(F)
     if architecture == "topk":
         weights["k"] = K
-    if architecture == "jumprelu":
+    if architecture in ("jumprelu", "hysteresis"):
         weights["threshold"] = 800 + 100 * randn(F)
+    if architecture == "hysteresis":
+        weights["release"] = RELEASE
     if architecture == "batchtopk":
         weights["threshold"] = 900.0
     return weights
@@ -43,6 +50,12 @@ def reference_encode(acts_ND, architecture, weights, apply_b_dec_to_input=True):
         return torch.where(pre_NF >= kth_N1, pre_NF, 0.0).relu()
     if architecture in ("jumprelu", "batchtopk"):
         return torch.where(pre_NF > weights["threshold"], pre_NF, 0.0).relu()
+    if architecture == "hysteresis":  # the rows are one sequence
+        codes_NF, on_F = torch.zeros_like(pre_NF), torch.zeros(F, dtype=torch.bool)
+        for code_F, pre_F in zip(codes_NF, pre_NF, strict=True):
+            on_F = (pre_F >= weights["threshold"]) | (on_F & (pre_F >= RELEASE * weights["threshold"]))
+            code_F[on_F] = pre_F[on_F]
+        return codes_NF.relu()
     return pre_NF.relu()
 
 
@@ -63,6 +76,7 @@ def test_what_is_written_is_read_back(tmp_path, architecture):
     folder = read_saelens_folder(tmp_path / "sae")
     assert folder.architecture == {"batchtopk": "jumprelu"}.get(architecture, architecture)
     assert folder.k == weights.pop("k", None)
+    assert folder.release == weights.pop("release", None)
     assert folder.apply_b_dec_to_input is True
     assert folder.metadata["hook_name"] == "model.layers.9"
     assert folder.legato == {"objective": {"temporal": "contrastive"}}
@@ -78,6 +92,8 @@ def test_what_is_written_is_read_back(tmp_path, architecture):
 @pytest.mark.filterwarnings("default")  # SAELens and its dependencies warn at import
 def test_saelens_opens_it_and_computes_the_same(tmp_path, architecture, apply_b_dec_to_input):
     SAE = pytest.importorskip("sae_lens", reason="sae-lens is not installed", exc_type=ImportError).SAE
+    import legato.interop.saelens  # noqa: F401  registers hysteresis
+
     weights = random_weights(architecture)
     path = write_saelens_folder(
         tmp_path / "sae", architecture=architecture, apply_b_dec_to_input=apply_b_dec_to_input, **weights
@@ -95,15 +111,50 @@ def test_saelens_opens_it_and_computes_the_same(tmp_path, architecture, apply_b_
     assert torch.equal(codes_NF > 0, expected_NF > 0)
 
 
-@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])
+@pytest.mark.filterwarnings("default")
+def test_hysteresis_opens_in_saelens_and_holds_along_each_sequence(tmp_path):
+    SAE = pytest.importorskip("sae_lens", reason="sae-lens is not installed", exc_type=ImportError).SAE
+    import legato.interop.saelens  # noqa: F401
+
+    path = write_saelens_folder(tmp_path / "sae", architecture="hysteresis", **random_weights("hysteresis"))
+    theirs, ours = SAE.load_from_disk(path), SparseAutoencoder.load(path)
+    acts_BLD = raw_activations(rows=64).view(4, 16, D)
+    with torch.no_grad():
+        codes_BLF = theirs.encode(acts_BLD)
+        torch.testing.assert_close(theirs(acts_BLD), ours(acts_BLD), rtol=1e-4, atol=1e-2)
+    expected_BLF = ours.encode(acts_BLD)
+    assert torch.equal(codes_BLF > 0, expected_BLF > 0)
+    torch.testing.assert_close(codes_BLF, expected_BLF, rtol=1e-4, atol=1e-2)
+    rows_as_one = ours.encode(acts_BLD.flatten(0, 1)).view_as(expected_BLF)
+    assert not torch.equal(rows_as_one > 0, expected_BLF > 0)  # so the state does end with the row
+    # SAELens' own save keeps it, release included.
+    theirs.save_model(tmp_path / "again")
+    assert SparseAutoencoder.load(tmp_path / "again").release == RELEASE
+    # The thresholds follow the decoder norms, as a jumprelu's do.
+    doubled = SAE.load_from_disk(path)
+    doubled.W_dec.data *= 2
+    doubled.fold_W_dec_norm()
+    with torch.no_grad():
+        torch.testing.assert_close(doubled.encode(acts_BLD), 2 * codes_BLF, rtol=1e-4, atol=1e-2)
+
+
+def test_legato_does_not_import_saelens():
+    check = "import sys, legato.experiment; sys.exit('sae_lens' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "hysteresis", "gated"])
 @pytest.mark.filterwarnings("default")
 def test_folder_has_exactly_the_keys_saelens_saves(tmp_path, architecture):
     pytest.importorskip("sae_lens", reason="sae-lens is not installed", exc_type=ImportError)
     from sae_lens.registry import get_sae_class
     from safetensors.torch import load_file
 
+    import legato.interop.saelens  # noqa: F401
+
     sae_class, cfg_class = get_sae_class(architecture)
-    theirs = sae_class(cfg_class(d_in=D, d_sae=F, **({"k": K} if architecture == "topk" else {})))
+    own_field = {"topk": {"k": K}, "hysteresis": {"release": RELEASE}}.get(architecture, {})
+    theirs = sae_class(cfg_class(d_in=D, d_sae=F, **own_field))
     theirs.save_model(tmp_path / "theirs")
     write_saelens_folder(tmp_path / "ours", architecture=architecture, **random_weights(architecture))
     cfg = {who: json.loads((tmp_path / who / "cfg.json").read_text()) for who in ("theirs", "ours")}
@@ -156,6 +207,9 @@ def test_a_foreign_folder_is_not_replaced(tmp_path):
         ("standard", {"threshold": 1.0}, "unexpected threshold"),
         ("standard", {"k": 3}, "takes no k"),
         ("topk", {"k": None}, "needs k"),
+        ("jumprelu", {"release": 0.5}, "takes no release"),
+        ("hysteresis", {"release": None}, "needs release"),
+        ("hysteresis", {"release": 1.5}, "above 0 and at most at 1"),
         ("jumprelu", {"b_dec": torch.zeros(D + 1)}, "b_dec has shape"),
         ("jumprelu", {"threshold": float("nan")}, "not finite"),
         ("matching_pursuit", {}, "choose one of"),
@@ -185,10 +239,16 @@ def test_folders_that_cannot_be_reproduced_are_refused(tmp_path):
         ({"reshape_activations": "hook_z"}, "reshape_activations='hook_z'"),
         ({"architecture": "temporal"}, "architecture 'temporal'"),
         ({"architecture": "topk"}, "without a usable k"),
+        ({"architecture": "hysteresis"}, "missing threshold"),
     ]:
         folder = fresh("changed")
         edit_cfg(folder, **change)
         with pytest.raises(LegatoError, match=message):
+            read_saelens_folder(folder)
+    for release in (None, 0.0, "high", float("nan")):
+        folder = write_saelens_folder(tmp_path / "h", architecture="hysteresis", **random_weights("hysteresis"))
+        edit_cfg(folder, release=release)
+        with pytest.raises(LegatoError, match="release must lie above 0"):
             read_saelens_folder(folder)
     folder = fresh("cut")
     whole = (folder / "sae_weights.safetensors").read_bytes()

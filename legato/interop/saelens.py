@@ -1,264 +1,47 @@
-"""SAELens inference folders: `cfg.json` + `sae_weights.safetensors`, as SAELens 6.54 saves and opens them.
+"""SAELens' side of Legato's folders: `import legato.interop.saelens`, and `SAE.load_from_disk` opens them all.
 
-`SAE.load_from_disk(folder)` opens what `write_saelens_folder` writes; neither function needs SAELens installed.
+Registers the architecture `hysteresis`, which has state along the sequence and so no class in SAELens. Needs sae-lens,
+whose import takes seconds: Legato itself reads and writes these folders through saelens_folder.py, without it.
 
-Shape legend: D activation width, F latents.
+Shape legend: B rows, L positions, D activation width, F latents.
 """
 
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from legato.errors import LegatoError, UsageError
+from legato.sae import held
 
-CFG_FILENAME = "cfg.json"
-WEIGHTS_FILENAME = "sae_weights.safetensors"
-LEGATO_FILENAME = "legato.json"
-
-# The layout written here. SAELens parses a folder whose metadata.sae_lens_version is below 6 as its older, flat layout.
-SAELENS_VERSION = "6.54.0"
-
-_WEIGHT_SHAPES: dict[str, dict[str, str]] = {
-    "standard": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D"},
-    "topk": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D"},
-    "jumprelu": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D", "threshold": "F"},
-    "gated": {"W_enc": "DF", "b_gate": "F", "b_mag": "F", "r_mag": "F", "W_dec": "FD", "b_dec": "D"},
-}
-
-# What SAELens' own trainer records; a key the caller does not know stays None, which SAELens reads as unset.
-_METADATA_KEYS = (
-    "dataset_path",
-    "hook_name",
-    "model_name",
-    "model_class_name",
-    "hook_head_index",
-    "context_size",
-    "seqpos_slice",
-    "model_from_pretrained_kwargs",
-    "prepend_bos",
-    "exclude_special_tokens",
-    "sequence_separator_token",
-    "disable_concat_sequences",
-)
+try:
+    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+    from sae_lens.registry import register_sae_class
+except ImportError as error:
+    raise ImportError(f"legato.interop.saelens needs SAELens (pip install sae-lens): {error}") from error
 
 
-@dataclass(frozen=True)
-class SAELensFolder:
-    """A SAE as read from a SAELens folder, decoder norms folded where the folder asked for it.
+@dataclass
+class HysteresisSAEConfig(JumpReLUSAEConfig):
+    """release: share of the threshold down to which a latent that is on stays on."""
 
-    architecture: standard, topk, jumprelu or gated.
-    weights: float32 tensors by SAELens' names: W_enc (D, F), W_dec (F, D), b_dec (D) and, by architecture,
-        b_enc (F); threshold (F), a latent fires strictly above it; b_gate, b_mag, r_mag (F).
-    k: latents per token (topk only).
-    apply_b_dec_to_input: whether b_dec is subtracted from the activation before encoding.
-    metadata: the folder's metadata (model_name, hook_name, ...).
-    legato: the content of legato.json beside it, None where there is none.
+    release: float = 1.0
+
+    @classmethod
+    def architecture(cls) -> str:
+        return "hysteresis"
+
+
+class HysteresisSAE(JumpReLUSAE):
+    """`legato.SparseAutoencoder` of architecture hysteresis, as SAELens sees it: see `legato.sae.held`.
+
+    The sequence is the dimension before the last: activations [B, L, D], or one sequence [L, D]. SAELens passes no
+    mask, so BOS tokens take part; `SparseAutoencoder.encode` takes a mask and document numbers.
     """
 
-    architecture: str
-    weights: dict[str, Tensor]
-    k: int | None
-    apply_b_dec_to_input: bool
-    metadata: dict[str, Any]
-    legato: dict[str, Any] | None
+    cfg: HysteresisSAEConfig
+
+    def encode(self, x: Tensor) -> Tensor:
+        pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
+        return self.hook_sae_acts_post(pre * held(pre, self.threshold, self.cfg.release))
 
 
-def write_saelens_folder(
-    path: str | Path,
-    *,
-    architecture: str,
-    W_enc: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    b_enc: Tensor | None = None,
-    threshold: Tensor | float | None = None,
-    k: int | None = None,
-    b_gate: Tensor | None = None,
-    b_mag: Tensor | None = None,
-    r_mag: Tensor | None = None,
-    apply_b_dec_to_input: bool = True,
-    metadata: Mapping[str, Any] | None = None,
-    legato: Mapping[str, Any] | None = None,
-) -> Path:
-    """Save a SAE that maps raw activations to raw activations as a SAELens folder; return its path.
-
-    architecture: `standard` (ReLU), `topk` (needs k), `jumprelu` (needs threshold), `gated` (needs b_gate, b_mag, r_mag
-        and no b_enc), or `batchtopk`, which SAELens saves for inference as jumprelu, its one threshold for all latents.
-    W_enc (D, F), W_dec (F, D), b_dec (D), b_enc / b_gate / b_mag / r_mag (F); threshold (F) or one number.
-    metadata: model_name, hook_name, context_size, prepend_bos, ...; unknown keys are kept.
-    legato: what SAELens has no field for, written beside it as legato.json.
-
-    The folder appears whole or not at all: it is written under a temporary name and renamed. A SAE folder that is
-    there already is replaced; any other non-empty folder is refused. Tensors are stored in float32.
-    Raises LegatoError for tensors that do not fit together or are not finite. Layout: SAELens 6.54 `SAE.save_model`.
-    """
-    path = Path(path)
-    stored_as = "jumprelu" if architecture == "batchtopk" else architecture
-    if stored_as not in _WEIGHT_SHAPES:
-        known = ", ".join([*_WEIGHT_SHAPES, "batchtopk"])
-        raise UsageError(f"architecture {architecture!r} cannot be saved as a SAELens folder; choose one of {known}")
-    if (stored_as == "topk") != (k is not None):
-        raise UsageError(f"architecture {architecture!r} {'needs' if stored_as == 'topk' else 'takes no'} k")
-
-    F = W_enc.shape[-1]
-    if threshold is not None:
-        threshold = torch.as_tensor(threshold, dtype=torch.float32).expand(F)
-    given = {
-        "W_enc": W_enc,
-        "b_enc": b_enc,
-        "threshold": threshold,
-        "b_gate": b_gate,
-        "b_mag": b_mag,
-        "r_mag": r_mag,
-        "W_dec": W_dec,
-        "b_dec": b_dec,
-    }
-    weights = {
-        name: tensor.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
-        for name, tensor in given.items()
-        if tensor is not None
-    }
-    _check_weights(stored_as, weights, what=f"SAE to be saved in {path}")
-
-    cfg: dict[str, Any] = {
-        "d_in": W_enc.shape[0],
-        "d_sae": F,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": apply_b_dec_to_input,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "metadata": {
-            "sae_lens_version": SAELENS_VERSION,
-            "sae_lens_training_version": None,
-            **dict.fromkeys(_METADATA_KEYS),
-            **(metadata or {}),
-        },
-    }
-    if stored_as == "topk":
-        cfg |= {"k": k, "rescale_acts_by_decoder_norm": False}
-    cfg["architecture"] = stored_as
-
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / CFG_FILENAME).is_file()):
-        raise LegatoError(f"{path} exists and is not a SAE folder; choose another place to save to")
-    try:
-        _replace_folder(path, weights, cfg, legato)
-    except OSError as error:
-        raise LegatoError(f"cannot save the SAE in {path}: {error.strerror or error}") from error
-    return path
-
-
-def read_saelens_folder(path: str | Path) -> SAELensFolder:
-    """Read a SAELens folder that encodes raw activations.
-
-    A topk folder with `rescale_acts_by_decoder_norm` is returned with the decoder norms folded into the encoder, which
-    leaves the selection, the codes and the reconstruction as SAELens computes them.
-    Raises UsageError where the folder or a file is missing, LegatoError where it is damaged or asks for something that
-    cannot be reproduced (another architecture, run-time normalisation, head reshaping, the layout before SAELens 6).
-    """
-    path = Path(path)
-    for name in (CFG_FILENAME, WEIGHTS_FILENAME):
-        if not (path / name).is_file():
-            raise UsageError(f"{path} is not a SAELens folder: it has no {name}")
-    cfg = _read_json(path / CFG_FILENAME)
-    metadata = cfg.get("metadata") or {}
-    version = str(metadata.get("sae_lens_version") or cfg.get("sae_lens_version") or "0")
-    if not version.split(".")[0].isdigit() or int(version.split(".")[0]) < 6:
-        raise LegatoError(f"{path} has SAELens' layout before version 6; load and save it once with SAELens 6 or later")
-    architecture = cfg.get("architecture")
-    if architecture not in _WEIGHT_SHAPES:
-        raise LegatoError(f"{path} holds architecture {architecture!r}; can be read: {', '.join(_WEIGHT_SHAPES)}")
-    for key in ("normalize_activations", "reshape_activations"):
-        if cfg.get(key, "none") != "none":
-            raise LegatoError(f"{path} asks for {key}={cfg[key]!r}, which is not folded into its weights")
-
-    try:
-        stored = load_file(path / WEIGHTS_FILENAME)
-    except (SafetensorError, OSError) as error:
-        raise LegatoError(f"{path / WEIGHTS_FILENAME} is damaged: {error}") from error
-    weights = {name: tensor.to(torch.float32) for name, tensor in stored.items()}
-    _check_weights(architecture, weights, what=str(path))
-    k = cfg.get("k") if architecture == "topk" else None
-    if architecture == "topk":
-        if not isinstance(k, int) or not 0 < k <= weights["W_enc"].shape[1]:
-            raise LegatoError(f"{path} is a topk SAE without a usable k ({k!r})")
-        if cfg.get("rescale_acts_by_decoder_norm", False):
-            weights = _fold_decoder_norm(weights)
-    legato = _read_json(path / LEGATO_FILENAME) if (path / LEGATO_FILENAME).is_file() else None
-    return SAELensFolder(architecture, weights, k, bool(cfg.get("apply_b_dec_to_input", True)), metadata, legato)
-
-
-def _check_weights(architecture: str, weights: dict[str, Tensor], *, what: str) -> None:
-    expected = _WEIGHT_SHAPES[architecture]
-    missing, surplus = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    if missing or surplus:
-        detail = "; ".join(
-            f"{label} {', '.join(names)}" for label, names in (("missing", missing), ("unexpected", surplus)) if names
-        )
-        raise LegatoError(f"{what}: the tensors are not those of a {architecture} SAE ({detail})")
-    if weights["W_enc"].ndim != 2:
-        raise LegatoError(f"{what}: W_enc has shape {tuple(weights['W_enc'].shape)}, expected (d_in, d_sae)")
-    size = dict(zip("DF", weights["W_enc"].shape, strict=True))
-    for name, axes in expected.items():
-        shape, wanted = tuple(weights[name].shape), tuple(size[axis] for axis in axes)
-        if shape != wanted:
-            raise LegatoError(f"{what}: {name} has shape {shape}, expected {wanted}")
-        if not torch.isfinite(weights[name]).all():
-            raise LegatoError(f"{what}: {name} holds values that are not finite")
-
-
-def _fold_decoder_norm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    norm_F = weights["W_dec"].norm(dim=-1)
-    return weights | {
-        "W_enc": weights["W_enc"] * norm_F,
-        "b_enc": weights["b_enc"] * norm_F,
-        "W_dec": weights["W_dec"] / norm_F[:, None],
-    }
-
-
-def _replace_folder(
-    path: Path, weights: dict[str, Tensor], cfg: dict[str, Any], legato: Mapping[str, Any] | None
-) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        new = staging / "new"
-        new.mkdir()
-        save_file(weights, new / WEIGHTS_FILENAME)
-        _write_json(new / CFG_FILENAME, cfg)
-        if legato is not None:
-            _write_json(new / LEGATO_FILENAME, legato)
-        if path.exists():
-            os.replace(path, staging / "old")
-        try:
-            os.replace(new, path)
-        except OSError:
-            if (staging / "old").exists():
-                os.replace(staging / "old", path)
-            raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise LegatoError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise LegatoError(f"{path} is damaged: expected an object")
-    return content
+register_sae_class("hysteresis", HysteresisSAE, HysteresisSAEConfig)

@@ -1,0 +1,84 @@
+import json
+
+import pytest
+import torch
+
+from legato.activations import ActivationBatch
+from legato.errors import LegatoError, UsageError
+from legato.sae import SparseAutoencoder
+
+
+def hysteresis_sae(**changes) -> SparseAutoencoder:
+    """Two latents that read a dimension each: on from 2, held down to 1."""
+    parts = {
+        "architecture": "hysteresis",
+        "W_enc": torch.eye(2),
+        "b_enc": torch.zeros(2),
+        "W_dec": torch.eye(2),
+        "b_dec": torch.zeros(2),
+        "threshold": torch.full((2,), 2.0),
+        "release": 0.5,
+        "details": {"model": "demo"},
+    }
+    return SparseAutoencoder(**parts | changes)
+
+
+def batch_of(first, second, mask=None) -> ActivationBatch:
+    acts_BLD = torch.tensor([first, second]).T[None]
+    mask_BL = torch.ones(1, len(first), dtype=torch.bool) if mask is None else torch.tensor([mask])
+    return ActivationBatch(acts_BLD, mask_BL, torch.zeros(1, len(first)), torch.zeros(1, len(first), dtype=torch.long))
+
+
+def test_stateless_approximation_by_hand():
+    # With state, latent 0 is on at 3.0, 1.5, 1.2 and latent 1 at 2.5: four pairs over five tokens. The four largest
+    # values are 3.0, 2.5, 1.9, 1.8, so a plain threshold shares two pairs of six; it lies at the fifth, 1.5.
+    batch = batch_of([3.0, 1.5, 1.2, 0.5, 1.9], [0.0, 0.0, 2.5, 0.0, 1.8])
+    batch.acts_BLD[0, 4] = torch.tensor([1.9, 1.8])
+    batch.acts_BLD[0, 3] = torch.tensor([0.5, 0.9])  # below release: latent 1 is reset
+    sae = hysteresis_sae()
+    on_LF = sae.encode(batch.acts_BLD, batch.mask_BL, batch.doc_BL)[0] > 0
+    assert on_LF.T.tolist() == [[True, True, True, False, False], [False, False, True, False, False]]
+    plain = sae.stateless(batch)
+    assert (plain.architecture, plain.release) == ("jumprelu", None)
+    assert plain.threshold.tolist() == [1.5, 1.5]
+    difference = plain.details["stateless"]
+    assert difference["l0"] == pytest.approx(4 / 5)
+    assert difference["same_pairs"] == pytest.approx(2 / 6)
+    x_ND = batch.acts_BLD[0]
+    power = (x_ND - x_ND.mean(0)).square().sum().item()
+    assert difference["fvu_with_state"] == pytest.approx((0.5**2 + 0.9**2 + 1.9**2 + 1.8**2) / power)
+    assert difference["fvu"] == pytest.approx((1.5**2 + 1.2**2 + 0.5**2 + 0.9**2) / power)
+
+
+def test_stateless_counts_valid_tokens_only_and_is_saved_with_its_difference(tmp_path):
+    batch = batch_of([9.0, 3.0, 1.5, 0.1], [9.0, 0.2, 0.3, 0.4], mask=[False, True, True, True])
+    path = hysteresis_sae().stateless(batch).save(tmp_path / "sae")
+    plain = SparseAutoencoder.load(path)
+    assert plain.architecture == "jumprelu"
+    assert plain.threshold.tolist() == pytest.approx([0.4, 0.4])  # 3.0 and 1.5 are on, the next value is 0.4
+    stored = json.loads((path / "legato.json").read_text())
+    assert stored["model"] == "demo"
+    assert stored["stateless"]["same_pairs"] == 1
+    assert stored["stateless"]["tokens"] == 3
+
+
+def test_what_has_no_stateless_approximation_says_so():
+    batch = batch_of([3.0, 1.5], [0.0, 0.0])
+    with pytest.raises(UsageError, match="keeps no state"):
+        hysteresis_sae(architecture="standard", threshold=None, release=None).stateless(batch)
+    with pytest.raises(LegatoError, match="no latent fires"):
+        hysteresis_sae().stateless(batch_of([1.0, 1.0], [1.0, 1.0]))
+
+
+def test_hysteresis_is_saved_and_opened_as_itself(tmp_path):
+    sae = hysteresis_sae(b_dec=torch.tensor([5.0, -1.0]))
+    opened = SparseAutoencoder.load(sae.save(tmp_path / "sae"))
+    assert (opened.architecture, opened.release, opened.details) == ("hysteresis", 0.5, {"model": "demo"})
+    acts_BLD = 3 * torch.randn(2, 50, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(opened.encode(acts_BLD), sae.encode(acts_BLD))
+
+
+def test_a_sequence_longer_than_int16_holds_too():
+    acts_LD = torch.full((40_000, 2), 1.5)
+    acts_LD[0] = 2.5
+    assert hysteresis_sae().encode(acts_LD).min() == 1.5
