@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from legato import kernels
-from legato.consistency_losses import Contrastive, WindowVariance
+from legato.consistency_losses import (
+    Contrastive,
+    FusedLasso,
+    PositionPenalty,
+    Slowness,
+    TsaeContrastive,
+    WindowGroupLasso,
+    WindowVariance,
+)
 from legato.sae import SparseAutoencoder
 from legato.sequences import SequenceLayout
 from legato.sparsity import BatchTopK, Hysteresis, Preactivations, ReLU, Sparsity, TopK, frozen_threshold
@@ -128,6 +136,8 @@ def test_release_one_is_batch_top_k():
         (WindowVariance(window=2, coefficient=0.7),),
         (WindowVariance(window=7, coefficient=0.7),),
         (Contrastive(coefficient=0.3, anchors=20), WindowVariance(window=20, coefficient=1.0)),
+        (Slowness(window=5, coefficient=0.3), TsaeContrastive(coefficient=0.3, slow_fraction=0.5)),
+        (WindowGroupLasso(window=4, coefficient=0.2), FusedLasso(0.3, slow_fraction=0.5), PositionPenalty(0.5)),
     ],
 )
 @pytest.mark.parametrize("with_dead", [False, True])
