@@ -32,6 +32,7 @@ class RunDir:
         self.config = self.root / "config.yaml"
         self.log = self.root / "log.jsonl"
         self.metrics = self.root / "metrics.json"
+        self.ablation = self.root / "ablation.parquet"  # and .csv
         self.eval_results = self.root / "eval_results"
         self.features = self.root / "features"
         self.arrays = self.root / "arrays"
