@@ -17,7 +17,7 @@ from torch import Tensor
 from legato.codes import SparseCodes
 from legato.evaluation import consistency, position
 from legato.evaluation.accumulators import DEFAULT_LAGS, CodeSums, LatentOrder, PairLayout
-from legato.evaluation.core import InputSums, ReconstructionSums, reconstruction_metrics
+from legato.evaluation.core import InputSums, ReconstructionSums, TokenErrors, reconstruction_metrics
 
 __all__ = [
     "Correlations",
@@ -146,7 +146,7 @@ def reconstruction(acts_BLD: Tensor, reconstruction_BLD: Tensor, mask_BL: Tensor
     """fvu, explained_variance, cossim, l2_ratio, ... of a reconstruction; keys as in `core` of metrics.json."""
     inputs, sums = InputSums.zero(acts_BLD.shape[-1]), ReconstructionSums()
     inputs.add(acts_BLD, mask_BL)
-    sums.add(acts_BLD, reconstruction_BLD, mask_BL)
+    sums.add(TokenErrors.of(acts_BLD, reconstruction_BLD), mask_BL)
     return reconstruction_metrics(inputs, sums)
 
 

@@ -14,7 +14,7 @@ from legato.activations import ActivationBatch
 from legato.codes import SparseCodes
 from legato.errors import LegatoError, UsageError
 from legato.evaluation.accumulators import CodeSums, LatentOrder, PairLayout
-from legato.evaluation.core import InputSums, ReconstructionSums, sparsity_metrics
+from legato.evaluation.core import InputSums, ReconstructionSums, TokenErrors, sparsity_metrics
 from legato.evaluation.evaluate import evaluate
 from legato.evaluation.features import read_features, write_features
 from legato.evaluation.splice import splice_losses
@@ -85,7 +85,7 @@ def test_sums_over_two_ranks_are_the_sums_over_one():
     def sums(rows):
         inputs, outputs = InputSums.zero(3), ReconstructionSums()
         inputs.add(acts_BLD[rows], mask_BL[rows])
-        outputs.add(acts_BLD[rows], out_BLD[rows], mask_BL[rows])
+        outputs.add(TokenErrors.of(acts_BLD[rows], out_BLD[rows]), mask_BL[rows])
         return inputs, outputs
 
     for whole, first, second in zip(sums(slice(None)), sums(slice(0, 2)), sums(slice(2, 6)), strict=True):

@@ -9,8 +9,10 @@ import torch
 
 from legato.codes import SparseCodes
 from legato.errors import LegatoError
+from legato.evaluation.core import TokenErrors
 from legato.evaluation.saebench_core import (
     SaeBenchSums,
+    batch_spread,
     saebench_features,
     saebench_metrics,
     weight_statistics,
@@ -52,13 +54,18 @@ DETAIL = [
 ]
 
 
+def add_reconstruction(sums, acts_BLD, out_BLD):
+    mask_BL = torch.ones(acts_BLD.shape[:2], dtype=torch.bool)
+    sums.add_reconstruction(TokenErrors.of(acts_BLD, out_BLD), batch_spread(acts_BLD, mask_BL), mask_BL)
+
+
 def two_tokens():
     """One batch of x = (3, 4) and (0, 1), reconstructed as (3, 0) and (0, 1); latent 0 fires twice with 2."""
     acts_BLD = torch.tensor([[[3.0, 4.0], [0.0, 1.0]]])
     out_BLD = torch.tensor([[[3.0, 0.0], [0.0, 1.0]]])
     codes = SparseCodes.from_dense(torch.tensor([[[2.0, 0.0], [2.0, 0.0]]]))
     sums = SaeBenchSums.zero(2)
-    sums.add_reconstruction(acts_BLD, out_BLD, torch.ones(1, 2, dtype=torch.bool))
+    add_reconstruction(sums, acts_BLD, out_BLD)
     sums.add_codes(codes)
     return sums
 
@@ -114,7 +121,7 @@ def test_batches_of_sixteen_rows_matter():
     acts_BLD = torch.ones(32, 1, 2)
     out_BLD = torch.cat([torch.tensor([[[3.0, 0.0]]]).expand(16, 1, 2), torch.ones(16, 1, 2)])
     sums = SaeBenchSums.zero(1)
-    sums.add_reconstruction(acts_BLD, out_BLD, torch.ones(32, 1, dtype=torch.bool))
+    add_reconstruction(sums, acts_BLD, out_BLD)
     assert sums.mse / sums.tokens == pytest.approx(5 / 32)
     assert sums.batch_bias / sums.batches == pytest.approx(2)
 
@@ -123,7 +130,7 @@ def test_undefined_values_are_minus_one():
     # a reconstruction of zero has no direction
     acts_BLD = torch.tensor([[[3.0, 4.0], [0.0, 1.0]]])
     sums = SaeBenchSums.zero(2)
-    sums.add_reconstruction(acts_BLD, torch.zeros_like(acts_BLD), torch.ones(1, 2, dtype=torch.bool))
+    add_reconstruction(sums, acts_BLD, torch.zeros_like(acts_BLD))
     metrics = saebench_metrics(sums, saebench_features(sums, weight_statistics(SAE)), width=2)
     assert metrics["reconstruction_quality"]["cossim"] == -1
     assert metrics["shrinkage"]["relative_reconstruction_bias"] == -1

@@ -8,8 +8,8 @@ Shape legend: B rows, L positions, N valid tokens, D width, F latents.
 from dataclasses import dataclass
 from typing import Any
 
+import numba
 import numpy as np
-import torch
 from torch import Tensor
 
 from legato.errors import LegatoError
@@ -18,6 +18,48 @@ from legato.evaluation.consistency import DENSE_RATE, firing_rate
 from legato.evaluation.splice import TokenLosses
 
 HISTOGRAM_EDGES = np.arange(-6.0, 0.01, 0.25)  # log10 firing rate
+
+
+@dataclass(frozen=True)
+class TokenErrors:
+    """Per position, float64 [B, L]: ||x||^2, ||xhat||^2, x.xhat and ||x - xhat||^2."""
+
+    square_in_BL: Floats
+    square_out_BL: Floats
+    dot_BL: Floats
+    error_BL: Floats
+
+    @classmethod
+    def of(cls, acts_BLD: Tensor, reconstruction_BLD: Tensor) -> "TokenErrors":
+        B, L, D = acts_BLD.shape
+        x_ND, out_ND = (
+            np.ascontiguousarray(acts.detach().cpu().float().numpy().reshape(B * L, D))
+            for acts in (acts_BLD, reconstruction_BLD)
+        )
+        return cls(*(values_N.reshape(B, L) for values_N in _token_errors(x_ND, out_ND)))
+
+
+@numba.njit(cache=True, parallel=True, fastmath={"reassoc", "contract"})
+def _token_errors(x_ND, out_ND):  # type: ignore[no-untyped-def]
+    N, D = x_ND.shape
+    square_in_N, square_out_N, dot_N, error_N = np.zeros(N), np.zeros(N), np.zeros(N), np.zeros(N)
+    for n in numba.prange(N):
+        square_in = 0.0
+        square_out = 0.0
+        dot = 0.0
+        error = 0.0
+        for d in range(D):
+            x = np.float64(x_ND[n, d])
+            out = np.float64(out_ND[n, d])
+            square_in += x * x
+            square_out += out * out
+            dot += x * out
+            error += (x - out) * (x - out)
+        square_in_N[n] = square_in
+        square_out_N[n] = square_out
+        dot_N[n] = dot
+        error_N[n] = error
+    return square_in_N, square_out_N, dot_N, error_N
 
 
 @dataclass
@@ -39,17 +81,17 @@ class InputSums(Summed):
 
     def add(self, acts_BLD: Tensor, mask_BL: Tensor) -> None:
         """LegatoError where a valid activation is not finite."""
-        x_BLD = acts_BLD.double() * mask_BL[..., None]
+        x_BLD = acts_BLD.detach().cpu().double() * mask_BL[..., None].cpu()
         square_BL = x_BLD.square().sum(-1)
         total_BD = x_BLD.sum(1)
-        tokens_B = mask_BL.sum(1).double()
+        tokens_B = mask_BL.sum(1).double().cpu()
         square = float(square_BL.sum())
         if not np.isfinite(square):
             raise LegatoError("activations hold values that are not finite; harvest them again or in float32")
         self.tokens += float(tokens_B.sum())
         self.square += square
         self.norm += float(square_BL.sqrt().sum())
-        self.total_D += total_BD.sum(0).cpu().numpy()
+        self.total_D += total_BD.sum(0).numpy()
         self.within_rows += square - float((total_BD.square().sum(1) / tokens_B.clamp(min=1)).sum())
 
     @property
@@ -71,22 +113,21 @@ class ReconstructionSums(Summed):
     cosine: float = 0.0
     cosine_tokens: float = 0.0
 
-    def add(self, acts_BLD: Tensor, reconstruction_BLD: Tensor, mask_BL: Tensor) -> None:
+    def add(self, errors: TokenErrors, mask_BL: Tensor) -> None:
         """LegatoError where a reconstruction at a valid position is not finite."""
-        x_ND, out_ND = acts_BLD[mask_BL].float(), reconstruction_BLD[mask_BL].float()
-        error_N = (x_ND - out_ND).square().sum(1).double()
-        norm_in_N, norm_out_N = x_ND.norm(dim=1).double(), out_ND.norm(dim=1).double()
-        dot_N = (x_ND * out_ND).sum(1).double()
-        if not bool(torch.isfinite(error_N).all()):
+        mask = mask_BL.cpu().numpy()
+        error_N, dot_N = errors.error_BL[mask], errors.dot_BL[mask]
+        norm_in_N, norm_out_N = np.sqrt(errors.square_in_BL[mask]), np.sqrt(errors.square_out_BL[mask])
+        if not np.isfinite(error_N).all():
             raise LegatoError("the SAE's reconstruction is not finite; its weights are damaged or training diverged")
         both_N = (norm_in_N > 0) & (norm_out_N > 0)
-        self.tokens += float(error_N.numel())
+        self.tokens += float(error_N.size)
         self.error += float(error_N.sum())
-        self.square += float(norm_out_N.square().sum())
+        self.square += float((norm_out_N**2).sum())
         self.norm += float(norm_out_N.sum())
         self.ratio += float((norm_out_N[norm_in_N > 0] / norm_in_N[norm_in_N > 0]).sum())
         self.dot += float(dot_N.sum())
-        self.cosine += float((dot_N / (norm_in_N * norm_out_N))[both_N].sum())
+        self.cosine += float((dot_N[both_N] / (norm_in_N[both_N] * norm_out_N[both_N])).sum())
         self.cosine_tokens += float(both_N.sum())
 
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from legato.activations import ActivationBatch, ActivationSource
 from legato.errors import LegatoError, UsageError
-from legato.evaluation.accumulators import DEFAULT_LAGS, PairCounts, PairLayout, PairSums, Summed, check_lags
+from legato.evaluation.accumulators import DEFAULT_LAGS, PairCounts, PairSums, Summed, check_lags
 from legato.evaluation.consistency import consistency_metrics, raw_stream_metrics
 from legato.evaluation.core import InputSums, reconstruction_metrics, sparsity_metrics, splice_metrics
 from legato.evaluation.features import code_features
-from legato.evaluation.judge import BenchPositions, Decoded, Judge, Judged, add_splices
+from legato.evaluation.judge import Decoded, Judge, Judged, JudgedBatch, add_splices
 from legato.evaluation.kept_codes import KeptCodes
 from legato.evaluation.position import position_matrix, position_metrics, position_profile
 from legato.evaluation.saebench_core import saebench_features, saebench_losses, saebench_metrics, weight_statistics
@@ -70,25 +70,23 @@ def evaluate(
     shared: _Shared | None = None
     judges: dict[str, Judge] = {}
     kept = {name: KeptCodes(kept_rows) for name in bank}
-    for batch in _batches(activations, rows_per_batch):
+    for raw in _batches(activations, rows_per_batch):
         if shared is None:
-            _, length, width = batch.acts_BLD.shape
+            _, length, width = raw.acts_BLD.shape
             shared = _Shared.zero(width, length, lags)
             judges = {name: Judge.zero(one.W_enc.shape[1], length, lags) for name, one in bank.items()}
-        layout = PairLayout.of(batch.mask_BL, batch.doc_BL, lags)
-        bench = BenchPositions.of(batch, language_model)
-        step_BL = _steps(batch.acts_BLD)
+        batch = JudgedBatch.of(raw, lags, language_model)
+        n_rows = ce_rows - int(shared.rows)
+        shared.add(batch)
         decoded = {}
         for name, one in bank.items():
             with _naming(name):
-                decoded[name] = Decoded.of(one, batch, bench)
-                judges[name].add(batch, layout, step_BL, decoded[name], bench)
-                kept[name].add(decoded[name].codes, batch.mask_BL, batch.doc_BL)
-        if language_model is not None and layer is not None and shared.rows < ce_rows:
-            n_rows = ce_rows - int(shared.rows)
-            add_splices(judges, decoded, batch, bench, language_model, layer=layer, site=site, n_rows=n_rows)
-            shared.ce_rows += min(n_rows, len(batch.mask_BL))
-        shared.add(batch, layout)
+                decoded[name] = Decoded.of(one, batch)
+                judges[name].add(batch, decoded[name])
+                kept[name].add(decoded[name].codes, raw.mask_BL, raw.doc_BL)
+        if language_model is not None and layer is not None and n_rows > 0:
+            add_splices(judges, decoded, batch, language_model, layer=layer, site=site, n_rows=n_rows)
+            shared.ce_rows += min(n_rows, len(raw.mask_BL))
     if shared is None:
         raise LegatoError("there are no activations to evaluate on: harvest held-out text first")
     if all_reduce is not None:
@@ -119,11 +117,11 @@ class _Shared(Summed):
             InputSums.zero(width), PairCounts.zero(n_positions, lags), PairSums.zero(width, n_positions, len(lags))
         )
 
-    def add(self, batch: ActivationBatch, layout: PairLayout) -> None:
-        self.inputs.add(batch.acts_BLD, batch.mask_BL)
-        self.counts.add(layout)
-        self.raw.add_dense(batch.acts_BLD, layout)
-        self.rows += len(batch.mask_BL)
+    def add(self, batch: JudgedBatch) -> None:
+        self.inputs.add(batch.raw.acts_BLD, batch.raw.mask_BL)
+        self.counts.add(batch.layout)
+        self.raw.add_dense(batch.raw.acts_BLD, batch.layout)
+        self.rows += len(batch.raw.mask_BL)
 
 
 def _result(sae: Judged, judge: Judge, kept: KeptCodes, shared: _Shared) -> dict[str, Any]:
@@ -164,13 +162,6 @@ def _result(sae: Judged, judge: Judge, kept: KeptCodes, shared: _Shared) -> dict
 
 def _batches(activations: ActivationSource | Iterable[ActivationBatch], rows: int) -> Iterator[ActivationBatch]:
     return activations.batches(rows, seed=None) if hasattr(activations, "batches") else iter(activations)
-
-
-def _steps(acts_BLD: Tensor) -> Tensor:
-    """||x_t - x_{t-1}||, 0 in the first column."""
-    step_BL = torch.zeros(acts_BLD.shape[:2])
-    step_BL[:, 1:] = (acts_BLD[:, 1:].float() - acts_BLD[:, :-1].float()).norm(dim=-1)
-    return step_BL
 
 
 @contextmanager

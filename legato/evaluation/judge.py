@@ -17,9 +17,9 @@ from torch import Tensor
 from legato.activations import ActivationBatch
 from legato.codes import SparseCodes
 from legato.errors import LegatoError
-from legato.evaluation.accumulators import CodeSums, LatentOrder, PairLayout, Summed
-from legato.evaluation.core import ReconstructionSums, SpliceSums
-from legato.evaluation.saebench_core import SaeBenchSums, Weights
+from legato.evaluation.accumulators import CodeSums, Floats, LatentOrder, PairLayout, Summed
+from legato.evaluation.core import ReconstructionSums, SpliceSums, TokenErrors
+from legato.evaluation.saebench_core import SaeBenchSums, Weights, batch_spread
 from legato.evaluation.splice import TokenLosses, splice_losses
 from legato.language_model import LanguageModel
 
@@ -35,10 +35,11 @@ class Judged(Weights, Protocol):
 
 @dataclass(frozen=True)
 class BenchPositions:
-    """Positions that count for SAEBench, and the rows where they are not the valid ones."""
+    """Positions that count for SAEBench, the rows where they are not the valid ones, and the spread of its batches."""
 
     mask_BL: Tensor
     rows: Tensor
+    spread_BL: Floats
 
     @classmethod
     def of(cls, batch: ActivationBatch, language_model: LanguageModel | None) -> "BenchPositions":
@@ -48,10 +49,26 @@ class BenchPositions:
             tokenizer = language_model.tokenizer
             special = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
             mask_BL = ~torch.isin(batch.tokens_BL.long(), torch.tensor(sorted(special)))
-        return cls(mask_BL, (mask_BL != batch.mask_BL).any(1).nonzero()[:, 0])
+        rows = (mask_BL != batch.mask_BL).any(1).nonzero()[:, 0]
+        return cls(mask_BL, rows, batch_spread(batch.acts_BLD, mask_BL))
 
-    def first(self, n_rows: int) -> "BenchPositions":
-        return BenchPositions(self.mask_BL[:n_rows], self.rows[self.rows < n_rows])
+
+@dataclass(frozen=True)
+class JudgedBatch:
+    """A batch of activations with what all SAEs need to know about it. step_BL: ||x_t - x_{t-1}||."""
+
+    raw: ActivationBatch
+    layout: PairLayout
+    bench: BenchPositions
+    step_BL: Tensor
+
+    @classmethod
+    def of(cls, batch: ActivationBatch, lags: tuple[int, ...], language_model: LanguageModel | None) -> "JudgedBatch":
+        acts_BLD = batch.acts_BLD.float()
+        step_BL = torch.zeros(acts_BLD.shape[:2])
+        step_BL[:, 1:] = (acts_BLD[:, 1:] - acts_BLD[:, :-1]).norm(dim=-1)
+        layout = PairLayout.of(batch.mask_BL, batch.doc_BL, lags)
+        return cls(batch, layout, BenchPositions.of(batch, language_model), step_BL)
 
 
 @dataclass(frozen=True)
@@ -64,11 +81,11 @@ class Decoded:
     bench_out: Tensor | None
 
     @classmethod
-    def of(cls, sae: Judged, batch: ActivationBatch, bench: BenchPositions) -> "Decoded":
-        codes = _finite(sae.encode_sparse(batch))
-        if not len(bench.rows):
+    def of(cls, sae: Judged, batch: JudgedBatch) -> "Decoded":
+        codes = _finite(sae.encode_sparse(batch.raw))
+        if not len(batch.bench.rows):
             return cls(codes, sae.decode_sparse(codes), None, None)
-        bench_codes = _finite(sae.encode_sparse(_take(batch, bench.rows, bench.mask_BL)))
+        bench_codes = _finite(sae.encode_sparse(_take(batch.raw, batch.bench.rows, batch.bench.mask_BL)))
         return cls(codes, sae.decode_sparse(codes), bench_codes, sae.decode_sparse(bench_codes))
 
 
@@ -104,19 +121,16 @@ class Judge(Summed):
         codes = CodeSums.zero(n_latents, n_positions, tuple(lags))
         return cls(codes, ReconstructionSums(), SpliceSums(), SaeBenchSums.zero(n_latents), SpliceSums())
 
-    def add(
-        self, batch: ActivationBatch, layout: PairLayout, step_BL: Tensor, decoded: Decoded, bench: BenchPositions
-    ) -> None:
-        self.codes.add(layout, LatentOrder.of(decoded.codes, layout), step_BL)
-        self.reconstruction.add(batch.acts_BLD, decoded.out_BLD, batch.mask_BL)
-        if decoded.bench_codes is None or decoded.bench_out is None:
-            self.bench.add_reconstruction(batch.acts_BLD, decoded.out_BLD, bench.mask_BL)
-            self.bench.add_codes(decoded.codes)
-        else:
-            out_BLD = decoded.out_BLD.index_copy(0, bench.rows, decoded.bench_out)
-            self.bench.add_reconstruction(batch.acts_BLD, out_BLD, bench.mask_BL)
-            self.bench.add_codes(_without_rows(decoded.codes, bench.rows))
+    def add(self, batch: JudgedBatch, decoded: Decoded) -> None:
+        self.codes.add(batch.layout, LatentOrder.of(decoded.codes, batch.layout), batch.step_BL)
+        errors = TokenErrors.of(batch.raw.acts_BLD, decoded.out_BLD)
+        self.reconstruction.add(errors, batch.raw.mask_BL)
+        self.bench.add_codes(_without_rows(decoded.codes, batch.bench.rows))
+        if decoded.bench_codes is not None and decoded.bench_out is not None:
             self.bench.add_codes(decoded.bench_codes)
+            out_BLD = decoded.out_BLD.index_copy(0, batch.bench.rows, decoded.bench_out)
+            errors = TokenErrors.of(batch.raw.acts_BLD, out_BLD)
+        self.bench.add_reconstruction(errors, batch.bench.spread_BL, batch.bench.mask_BL)
 
 
 def _without_rows(codes: SparseCodes, rows: Tensor) -> SparseCodes:
@@ -129,8 +143,7 @@ def _without_rows(codes: SparseCodes, rows: Tensor) -> SparseCodes:
 def add_splices(
     judges: dict[str, Judge],
     decoded: dict[str, Decoded],
-    batch: ActivationBatch,
-    bench: BenchPositions,
+    batch: JudgedBatch,
     language_model: LanguageModel,
     *,
     layer: int,
@@ -138,12 +151,13 @@ def add_splices(
     n_rows: int,
 ) -> None:
     """Splice every SAE's reconstruction of the batch's first n_rows rows into the model and add up its losses."""
-    first = torch.arange(min(n_rows, len(batch.mask_BL)))
-    batch, bench = _take(batch, first, batch.mask_BL), bench.first(len(first))
-    own_BL = batch.mask_BL & _next_is_text(batch, language_model)
-    bench_loss_BL = bench.mask_BL.clone()
+    first = torch.arange(min(n_rows, len(batch.raw.mask_BL)))
+    raw = _take(batch.raw, first, batch.raw.mask_BL)
+    bench_BL, bench_rows = batch.bench.mask_BL[first], batch.bench.rows[batch.bench.rows < len(first)]
+    own_BL = raw.mask_BL & _next_is_text(raw, language_model)
+    bench_loss_BL = bench_BL.clone()
     bench_loss_BL[:, -1] = False
-    counted_BL = own_BL | bench.mask_BL
+    counted_BL = own_BL | bench_BL
 
     def losses(
         part: ActivationBatch, outs: dict[str, Tensor], counted: Tensor
@@ -155,14 +169,14 @@ def add_splices(
         spliced[ABLATION] = torch.zeros_like(part.acts_BLD)
         return splice_losses(language_model, part.acts_BLD, part.tokens_BL, spliced, counted, layer=layer, site=site)
 
-    clean, own = losses(batch, {name: one.out_BLD[first] for name, one in decoded.items()}, counted_BL)
+    clean, own = losses(raw, {name: one.out_BLD[first] for name, one in decoded.items()}, counted_BL)
     benched = dict(own)
-    if len(bench.rows):
-        outs = {name: one.bench_out[: len(bench.rows)] for name, one in decoded.items() if one.bench_out is not None}
-        _, again = losses(_take(batch, bench.rows, bench.mask_BL), outs, counted_BL[bench.rows])
-        place_N = torch.isin(counted_BL.nonzero()[:, 0], bench.rows).numpy()
+    if len(bench_rows):
+        outs = {name: one.bench_out[: len(bench_rows)] for name, one in decoded.items() if one.bench_out is not None}
+        _, again = losses(_take(raw, bench_rows, bench_BL), outs, counted_BL[bench_rows])
+        place_N = torch.isin(counted_BL.nonzero()[:, 0], bench_rows).numpy()
         benched |= {name: _replaced(own[name], place_N, again[name]) for name in outs}
-    own_N, bench_loss_N, bench_N = (where[counted_BL].numpy() for where in (own_BL, bench_loss_BL, bench.mask_BL))
+    own_N, bench_loss_N, bench_N = (where_BL[counted_BL].numpy() for where_BL in (own_BL, bench_loss_BL, bench_BL))
     for name, judge in judges.items():
         judge.splice.add(clean, own[name], own[ABLATION], own_N, own_N)
         judge.bench_splice.add(clean, benched[name], own[ABLATION], bench_loss_N, bench_N)

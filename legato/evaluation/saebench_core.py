@@ -22,6 +22,7 @@ from torch import Tensor
 
 from legato.codes import SparseCodes
 from legato.evaluation.accumulators import Floats, Summed
+from legato.evaluation.core import TokenErrors
 
 ROWS_PER_BATCH = 16  # sae-bench's default --batch_size_prompts
 UNDEFINED = -1.0
@@ -63,11 +64,20 @@ class SaeBenchSums(Summed):
     def zero(cls, n_latents: int) -> "SaeBenchSums":
         return cls(np.zeros(n_latents), np.zeros(n_latents))
 
-    def add_reconstruction(self, acts_BLD: Tensor, reconstruction_BLD: Tensor, mask_BL: Tensor) -> None:
-        for start in range(0, mask_BL.shape[0], ROWS_PER_BATCH):
+    def add_reconstruction(self, errors: TokenErrors, spread_BL: Floats, mask_BL: Tensor) -> None:
+        """spread_BL: ||x - batch mean||^2 (see `batch_spread`). mask_BL: positions that count."""
+        mask = mask_BL.cpu().numpy()
+        for start in range(0, len(mask), ROWS_PER_BATCH):
             rows = slice(start, start + ROWS_PER_BATCH)
-            if mask_BL[rows].any():
-                self._add_batch(acts_BLD[rows][mask_BL[rows]], reconstruction_BLD[rows][mask_BL[rows]])
+            where = mask[rows]
+            if where.any():
+                self._add_batch(
+                    errors.square_in_BL[rows][where],
+                    errors.square_out_BL[rows][where],
+                    errors.dot_BL[rows][where],
+                    errors.error_BL[rows][where],
+                    spread_BL[rows][where],
+                )
 
     def add_codes(self, codes: SparseCodes) -> None:
         """codes: at the positions that count; equal to the SAE's own scale where decoder rows have unit norm."""
@@ -79,25 +89,33 @@ class SaeBenchSums(Summed):
         self.rows_F += fires_BF.sum(0)
         self.l1 += float(codes.value_P.double().sum())
 
-    def _add_batch(self, acts_ND: Tensor, reconstruction_ND: Tensor) -> None:
-        x_ND, out_ND = acts_ND.float(), reconstruction_ND.float()
-        norm_in_N, norm_out_N = x_ND.norm(dim=1).double(), out_ND.norm(dim=1).double()
-        error_N = (x_ND - out_ND).square().sum(1).double()
-        spread_N = (x_ND - x_ND.mean(0)).square().sum(1).double()
-        dot_N = (x_ND * out_ND).sum(1).double()
-        n = x_ND.shape[0]
-        divisor_N = torch.where(norm_in_N < _SMALL_NORM, torch.ones_like(norm_in_N), norm_in_N)
-        self.tokens += n
+    def _add_batch(
+        self, square_in_N: Floats, square_out_N: Floats, dot_N: Floats, error_N: Floats, spread_N: Floats
+    ) -> None:
+        norm_in_N, norm_out_N = np.sqrt(square_in_N), np.sqrt(square_out_N)
+        self.tokens += error_N.size
         self.batches += 1
         self.l2_norm_in += float(norm_in_N.sum())
         self.l2_norm_out += float(norm_out_N.sum())
-        self.l2_ratio += float((norm_out_N / divisor_N).sum())
-        self.mse += float(error_N.sum()) / n
-        self.cossim += float((dot_N / (norm_in_N * norm_out_N)).sum())
-        self.explained_variance_legacy += float((1.0 - error_N / spread_N).sum())
-        self.batch_bias += float(norm_out_N.square().sum() / dot_N.sum())
-        self.batch_square += float(norm_in_N.square().mean())
+        self.l2_ratio += float((norm_out_N / np.where(norm_in_N < _SMALL_NORM, 1.0, norm_in_N)).sum())
+        self.mse += float(error_N.mean())
+        with np.errstate(invalid="ignore", divide="ignore"):  # undefined values are written as -1 in the end
+            self.cossim += float((dot_N / (norm_in_N * norm_out_N)).sum())
+            self.explained_variance_legacy += float((1.0 - error_N / spread_N).sum())
+            self.batch_bias += float(square_out_N.sum() / dot_N.sum())
+        self.batch_square += float(square_in_N.mean())
         self.batch_error += float(error_N.mean())
+
+
+def batch_spread(acts_BLD: Tensor, mask_BL: Tensor) -> Floats:
+    """||x - mean||^2 with the mean over the counted tokens of the batch of ROWS_PER_BATCH rows, [B, L]."""
+    spread_BL = np.zeros(mask_BL.shape)
+    for start in range(0, len(mask_BL), ROWS_PER_BATCH):
+        rows = slice(start, start + ROWS_PER_BATCH)
+        if mask_BL[rows].any():
+            x_BLD = acts_BLD[rows].float()
+            spread_BL[rows] = (x_BLD - x_BLD[mask_BL[rows]].mean(0)).square().sum(-1).cpu().numpy()
+    return spread_BL
 
 
 def weight_statistics(sae: Weights) -> dict[str, np.ndarray]:
