@@ -1,0 +1,151 @@
+"""The training loop on small synthetic sequences with planted features."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from legato.activations import ActivationBatch, Normaliser
+from legato.consistency_losses import Contrastive, WindowVariance
+from legato.errors import LegatoError
+from legato.hardware import fast_matmul_dtype
+from legato.sparsity import BatchTopK, Hysteresis, ReLU, TopK
+from legato.train import ArmConfig, TrainBatch, TrainConfig, bank_bytes, train_bank
+
+B, L, D, F = 8, 16, 32, 64
+CONFIG = TrainConfig(steps=120, lr=1e-2, log_every=1)
+
+
+def planted_batches(n: int, seed: int = 0) -> list[ActivationBatch]:
+    """Sparse sums of 40 fixed directions, each held for a few tokens, far from the origin and at a large scale."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.nn.functional.normalize(torch.randn(40, D, generator=torch.Generator().manual_seed(99)), dim=-1)
+    batches = []
+    for _ in range(n):
+        on = (torch.rand(B, L // 4, 40, generator=generator) < 0.1).repeat_interleave(4, dim=1)
+        acts_BLD = 300 * (on * (0.5 + torch.rand(B, L, 40, generator=generator))) @ directions + 1000.0
+        mask_BL = torch.ones(B, L, dtype=torch.bool)
+        mask_BL[:, 0] = False
+        doc_BL = torch.arange(B, dtype=torch.int32)[:, None].expand(B, L)
+        batches.append(ActivationBatch(acts_BLD, mask_BL, doc_BL, torch.zeros(B, L, dtype=torch.int32)))
+    return batches
+
+
+class InMemory:
+    d_in, n_rows = D, 130 * B
+
+    def batches(self, *_args, **_options):
+        return iter(planted_batches(130))
+
+
+@pytest.fixture(scope="module")
+def normaliser() -> Normaliser:
+    return Normaliser.fit(InMemory())
+
+
+ARMS = [
+    ArmConfig("baseline", BatchTopK(4), F),
+    ArmConfig("topk", TopK(4), F, seed=1),
+    ArmConfig("relu", ReLU(2.0), F),
+    ArmConfig("wide", BatchTopK(4), 2 * F),
+    ArmConfig("variance", BatchTopK(4), F, (WindowVariance(window=4, coefficient=0.3),)),
+    ArmConfig("contrastive", BatchTopK(4), F, (Contrastive(coefficient=0.05, anchors=16),)),
+    ArmConfig("hysteresis", Hysteresis(4, release=0.5), F),
+]
+
+
+def train(arms, normaliser, config=CONFIG, batches=None):
+    log: list[dict] = []
+    result = train_bank(arms, planted_batches(130) if batches is None else batches, normaliser, config, log=log.append)
+    return result, log
+
+
+def test_every_arm_learns_and_logs_what_it_did(normaliser):
+    result, log = train(ARMS, normaliser)
+    assert not result.failed
+    for arm in ARMS:
+        records = [record for record in log if record["arm"] == arm.name]
+        assert [record["step"] for record in records] == list(range(1, CONFIG.steps + 1))
+        assert records[-1]["fvu"] < 0.5 * records[0]["fvu"]
+        assert records[-1]["grad_norm"] > 0
+        assert sum(records[-1]["loss_terms"].values()) == pytest.approx(records[-1]["loss"])
+        if not isinstance(arm.sparsity, ReLU):
+            assert records[-1]["l0"] == pytest.approx(4, rel=1e-3)
+    names = {record["arm"]: set(record["loss_terms"]) for record in log}
+    assert names["variance"] == {"reconstruction", "window_variance"}
+    assert names["relu"] == {"reconstruction", "sparsity"}
+
+
+def test_a_member_of_a_bank_equals_the_same_sae_alone(normaliser):
+    together, _ = train(ARMS, normaliser)
+    for place in (1, 3, 6):
+        alone, _ = train(ARMS[place : place + 1], normaliser)
+        for (_, one), (_, other) in zip(
+            together.finished[place].parameters.items(), alone.finished[0].parameters.items(), strict=True
+        ):
+            assert torch.equal(one, other)
+
+
+def test_the_normaliser_is_folded_into_what_is_saved(normaliser, tmp_path):
+    result, _ = train([ARMS[0], ARMS[6]], normaliser)
+    held_out = planted_batches(4, seed=7)
+    calibration = [TrainBatch.of(batch, normaliser, fast_matmul_dtype()) for batch in planted_batches(8, seed=3)]
+    for trainer in result.finished:
+        sae = trainer.finish(normaliser, calibration)
+        torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(F))
+        error = power = active = 0.0
+        for batch in held_out:
+            x_ND = batch.acts_BLD[batch.mask_BL]
+            codes_BLF = sae.encode(batch.acts_BLD, batch.mask_BL, batch.doc_BL)
+            error += float((sae.decode(codes_BLF)[batch.mask_BL] - x_ND).square().sum())
+            power += float((x_ND - x_ND.mean(0)).square().sum())
+            active += float((codes_BLF > 0).sum()) / len(x_ND) / len(held_out)
+        assert error / power < 0.35
+        assert active == pytest.approx(4, rel=0.1)
+
+
+def test_an_auxiliary_loss_revives_dead_latents(normaliser):
+    config = dataclasses.replace(CONFIG, dead_after_tokens=300, aux_k=8)
+    _, with_aux = train([ARMS[0]], normaliser, config)
+    _, without = train([ARMS[0]], normaliser, dataclasses.replace(config, aux_coefficient=0.0))
+    assert any("auxiliary" in record["loss_terms"] for record in with_aux)
+    assert with_aux[-1]["dead"] <= without[-1]["dead"]
+
+
+def test_a_failing_member_is_dropped_and_the_others_go_on(normaliser):
+    bad = ArmConfig("explodes", BatchTopK(4), F, (WindowVariance(window=4, coefficient=float("nan")),))
+    result, _ = train([ARMS[0], bad, ARMS[1]], normaliser)
+    assert [trainer.arm.name for trainer in result.finished] == ["baseline", "topk"]
+    [(trainer, reason)] = result.failed
+    assert trainer.arm.name == "explodes"
+    assert "diverged" in reason
+    assert all(torch.isfinite(tensor).all() for _, tensor in trainer.parameters.items())
+    with pytest.raises(LegatoError, match="diverged"):
+        train([bad], normaliser)
+
+
+def test_states_that_are_no_result_are_errors(normaliser):
+    with pytest.raises(LegatoError, match="0 training steps"):
+        TrainConfig(steps=0)
+    with pytest.raises(LegatoError, match="ran out after 3 of 120"):
+        train([ARMS[0]], normaliser, batches=planted_batches(3))
+    [batch] = planted_batches(1)
+    spoiled = dataclasses.replace(batch, acts_BLD=batch.acts_BLD.clone().index_fill_(1, torch.tensor(3), torch.nan))
+    with pytest.raises(LegatoError, match="not finite"):
+        train([ARMS[0]], normaliser, batches=[spoiled])
+    with pytest.raises(LegatoError, match="no valid token"):
+        train([ARMS[0]], normaliser, batches=[dataclasses.replace(batch, mask_BL=batch.mask_BL & False)])
+
+
+def test_the_learning_rate_warms_up_and_decays():
+    config = TrainConfig(steps=100, lr=1.0, warmup=0.1, decay=0.2)
+    rates = [config.lr_at(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[79] == pytest.approx(1.0)
+    assert rates[80:] == sorted(rates[80:], reverse=True)
+    assert rates[99] == pytest.approx(0.05)
+
+
+def test_the_stated_memory_covers_what_is_allocated():
+    [need] = bank_bytes(ARMS[:1], D, B * L)
+    assert need > F * D * 4 * 6
