@@ -207,8 +207,6 @@ def evaluate_arms(
     )
     metrics = {}
     for name, result in results.items():
-        write_features(run.features / f"{name}.parquet", result.pop("features"))
-        run.write_arrays(name, result.pop("arrays"))
         if "saebench" in result["core"]:
             write_core_file(
                 run.eval_results,
@@ -222,6 +220,8 @@ def evaluate_arms(
                 sae_cfg_dict=json.loads((run.sae(name) / "cfg.json").read_text()),
             )
             del result["core"]["saebench"]
+        write_features(run.features / f"{name}.parquet", result.pop("features"))
+        run.write_arrays(name, result.pop("arrays"))
         metrics[name] = {**result, "training": bank.trained[name].training}
     run.write_metrics(metrics)
 
