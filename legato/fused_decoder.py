@@ -1,11 +1,11 @@
-"""Decoder layers of the Llama and Gemma families on the CPU, about twice as fast as transformers' own.
+"""Decoder layers of the Llama, Gemma, GPT-2 and GPT-NeoX families on the CPU, about twice as fast as transformers' own.
 
 transformers spends half its time outside the matrix products: norms in several float32 passes, rotary embeddings, the
 activation, a flash attention that is slow at short contexts. Here each is one pass (`fused_kernels`), attention is two
 batched products over all heads of a key group, and every core takes contexts of its own through all layers, so that
 their activations stay in its cache.
 
-Shape legend: B rows (contexts), L positions, D width, N flat tokens, H head width, R rows of queries.
+Shape legend: B rows (contexts), L positions, D width, N flat tokens, H head width, K rotated width, R rows of queries.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from threading import Barrier
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,133 +23,205 @@ from legato import fused_kernels as kernels
 
 TOKENS_A_TASK = 512
 MAX_CONTEXT = 2048  # beyond it the matrix of scores outgrows the caches, and flash attention is the better way
-_POST_NORMS = {"Gemma2DecoderLayer", "Gemma3DecoderLayer"}
-_GEMMA = {"GemmaDecoderLayer", *_POST_NORMS}
-_KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", *_GEMMA}
-_ACTIVATIONS = {"silu": kernels.SILU, "gelu_pytorch_tanh": kernels.GELU_TANH}
-_NO_WEIGHT = np.empty(0, np.float32)
+_ACTIVATIONS = {"silu": kernels.SILU, "gelu_pytorch_tanh": kernels.GELU_TANH, "gelu_new": kernels.GELU_TANH}
+_NO_WINDOW = 2**30
+_NO_SOFTCAP = np.float32(0)
 
 
 @dataclass(frozen=True)
-class _Norm:
+class _RmsNorm:
+    """An empty weight means no norm."""
+
     weight: Any
     eps: np.float32
 
     @classmethod
-    def of(cls, module: nn.Module | None, is_gemma: bool) -> "_Norm":
-        """No module gives an empty weight: no norm."""
+    def of(cls, module: Any, offset: float) -> "_RmsNorm":
         if module is None:
-            return cls(_NO_WEIGHT, np.float32(0))
-        eps: Any = getattr(module, "variance_epsilon", None) or module.eps
-        weight: Any = module.weight
-        return cls(weight.detach().float().add(1.0 if is_gemma else 0.0).numpy(), np.float32(eps))
+            return cls(np.empty(0, np.float32), np.float32(0))
+        eps = getattr(module, "variance_epsilon", None) or module.eps
+        return cls(module.weight.detach().float().add(offset).numpy(), np.float32(eps))
+
+    def __call__(self, x_ND: Tensor) -> Tensor:
+        out_ND = torch.empty_like(x_ND)
+        kernels.rms_norm(kernels.as_array(x_ND), self.weight, self.eps, kernels.as_array(out_ND))
+        return out_ND
+
+    def add_to(self, residual_ND: Tensor, x_ND: Tensor) -> None:
+        """residual += norm(x), or += x where there is no norm."""
+        if len(self.weight):
+            kernels.add_rms_norm(kernels.as_array(residual_ND), kernels.as_array(x_ND), self.weight, self.eps)
+        else:
+            residual_ND += x_ND
+
+
+_NO_NORM = _RmsNorm.of(None, 0)
 
 
 @dataclass(frozen=True)
-class _Layer:
+class _Attention:
+    """Causal attention over heads laid side by side, key heads shared by groups of query heads."""
+
+    head_dim: int
+    scale: np.float32
+    softcap: np.float32 = _NO_SOFTCAP
+    window: int = _NO_WINDOW
+    query_norm: _RmsNorm = _NO_NORM
+    key_norm: _RmsNorm = _NO_NORM
+
+    def __call__(self, query_N: Tensor, key_N: Tensor, value_N: Tensor, cos_LK: Any, sin_LK: Any) -> Tensor:
+        L, H, n_tokens = len(cos_LK), self.head_dim, len(query_N)
+        n_groups, per_group = key_N.shape[1] // H, query_N.shape[1] // key_N.shape[1]
+        B = n_tokens // L * n_groups
+        query_BRH, key_BLH = query_N.new_empty(B, L * per_group, H), key_N.new_empty(B, L, H)
+        for heads, norm, n_heads, out in (
+            (query_N, self.query_norm, per_group, query_BRH),
+            (key_N, self.key_norm, 1, key_BLH),
+        ):
+            rows = kernels.as_array(out.view(-1, H))
+            kernels.arrange_heads(
+                kernels.as_array(heads.contiguous()), norm.weight, norm.eps, cos_LK, sin_LK, n_groups, n_heads, rows
+            )
+        value_BLH = value_N.reshape(-1, L, n_groups, H).transpose(1, 2).reshape(B, L, H)
+        scores_BRL = torch.bmm(query_BRH, key_BLH.transpose(1, 2))
+        kernels.causal_softmax(
+            kernels.as_array(scores_BRL.view(-1, L)), per_group, self.scale, self.softcap, self.window
+        )
+        mixed = torch.bmm(scores_BRL, value_BLH).view(-1, n_groups, L, per_group * H)
+        return mixed.transpose(1, 2).reshape(n_tokens, -1)
+
+
+class _Layer(Protocol):
     """A decoder layer's modules and constants; the matrices stay the model's own."""
 
-    attention: Any
-    mlp: Any
-    input_norm: _Norm
-    attention_output_norm: _Norm
-    mlp_norm: _Norm
-    mlp_output_norm: _Norm
-    query_norm: _Norm
-    key_norm: _Norm
-    activation: tuple[np.float32, np.float32]
-    softcap: np.float32
-    window: int
     rope: str
 
-    @classmethod
-    def of(cls, layer: Any, config: Any) -> "_Layer":
-        kind, attention = type(layer).__name__, layer.self_attn
-
-        def norm(owner: Any, name: str) -> _Norm:
-            return _Norm.of(getattr(owner, name, None), kind in _GEMMA)
-
-        has_post_norms = kind in _POST_NORMS
-        return cls(
-            attention=attention,
-            mlp=layer.mlp,
-            input_norm=norm(layer, "input_layernorm"),
-            attention_output_norm=norm(layer, "post_attention_layernorm" if has_post_norms else "none"),
-            mlp_norm=norm(layer, "pre_feedforward_layernorm" if has_post_norms else "post_attention_layernorm"),
-            mlp_output_norm=norm(layer, "post_feedforward_layernorm" if has_post_norms else "none"),
-            query_norm=norm(attention, "q_norm"),
-            key_norm=norm(attention, "k_norm"),
-            activation=_ACTIVATIONS[_activation_name(config)],
-            softcap=np.float32(getattr(attention, "attn_logit_softcapping", None) or 0.0),
-            window=getattr(attention, "sliding_window", getattr(config, "sliding_window", None)) or 2**30,
-            rope=getattr(attention, "layer_type", None) or "",
-        )
-
-    def run(self, residual_ND: Tensor, ropes: dict[str, tuple[Any, Any]]) -> None:
-        """Add to the residual stream what the layer adds; tokens of whole contexts."""
-        normed_ND = torch.empty_like(residual_ND)
-        _normalise(residual_ND, self.input_norm, normed_ND)
-        self._add(residual_ND, self._attend(normed_ND, *ropes[self.rope]), self.attention_output_norm)
-        _normalise(residual_ND, self.mlp_norm, normed_ND)
-        gate_NI, up_NI = self.mlp.gate_proj(normed_ND), self.mlp.up_proj(normed_ND)
-        kernels.gated_activation(kernels.as_array(gate_NI), kernels.as_array(up_NI), *self.activation)
-        self._add(residual_ND, self.mlp.down_proj(gate_NI), self.mlp_output_norm)
-
-    def _attend(self, x_ND: Tensor, cos_LH: Any, sin_LH: Any) -> Tensor:
-        attention, (L, head_dim) = self.attention, cos_LH.shape
-        query_N, key_N, value_N = attention.q_proj(x_ND), attention.k_proj(x_ND), attention.v_proj(x_ND)
-        B, n_groups = len(x_ND) // L, key_N.shape[1] // head_dim
-        per_group = query_N.shape[1] // key_N.shape[1]
-        query_RH = query_N.new_empty(B * n_groups * L * per_group, head_dim)
-        key_RH = key_N.new_empty(B * n_groups * L, head_dim)
-        for heads, norm, n_heads, out in (
-            (query_N, self.query_norm, per_group, query_RH),
-            (key_N, self.key_norm, 1, key_RH),
-        ):
-            kernels.rotate_heads(
-                kernels.as_array(heads), norm.weight, norm.eps, cos_LH, sin_LH, n_groups, n_heads, kernels.as_array(out)
-            )
-        value_GLH = value_N.view(B, L, n_groups, head_dim).transpose(1, 2).reshape(B * n_groups, L, head_dim)
-        scores_GRL = torch.bmm(
-            query_RH.view(B * n_groups, L * per_group, head_dim), key_RH.view(B * n_groups, L, head_dim).transpose(1, 2)
-        )
-        kernels.causal_softmax(
-            kernels.as_array(scores_GRL.view(-1, L)),
-            per_group,
-            np.float32(attention.scaling),
-            self.softcap,
-            self.window,
-        )
-        mixed = torch.bmm(scores_GRL, value_GLH).view(B, n_groups, L, per_group * head_dim)
-        return attention.o_proj(mixed.transpose(1, 2).reshape(len(x_ND), -1))
+    def __init__(self, layer: Any, config: Any) -> None: ...
 
     @staticmethod
-    def _add(residual_ND: Tensor, x_ND: Tensor, output_norm: _Norm) -> None:
-        if len(output_norm.weight):
-            kernels.add_rms_norm(
-                kernels.as_array(residual_ND), kernels.as_array(x_ND), output_norm.weight, output_norm.eps
-            )
-        else:
-            residual_ND += x_ND
+    def knows(layer: Any, config: Any) -> bool: ...
+
+    def run(self, residual_ND: Tensor, cos_LK: Any, sin_LK: Any) -> None:
+        """Add to the residual stream what the layer adds; tokens of whole contexts."""
+
+
+class _LlamaLayer:
+    """Llama, Mistral, Qwen 2 and 3, Gemma 1 to 3: RMS norms and a gated MLP."""
+
+    def __init__(self, layer: Any, config: Any) -> None:
+        name, attention, self.mlp = type(layer).__name__, layer.self_attn, layer.mlp
+        self.projections = attention
+
+        def norm(owner: Any, attribute: str) -> _RmsNorm:
+            return _RmsNorm.of(getattr(owner, attribute, None), 1.0 if name.startswith("Gemma") else 0.0)
+
+        # Where a layer has four norms, `post_attention_layernorm` is the attention's output norm, else the MLP's input.
+        has_output_norms = hasattr(layer, "pre_feedforward_layernorm")
+        self.input_norm = norm(layer, "input_layernorm")
+        self.attention_output_norm = norm(layer, "post_attention_layernorm" if has_output_norms else "none")
+        self.mlp_norm = norm(layer, "pre_feedforward_layernorm" if has_output_norms else "post_attention_layernorm")
+        self.mlp_output_norm = norm(layer, "post_feedforward_layernorm")
+        self.attention = _Attention(
+            head_dim=attention.head_dim,
+            scale=np.float32(attention.scaling),
+            softcap=np.float32(getattr(attention, "attn_logit_softcapping", None) or 0.0),
+            window=getattr(attention, "sliding_window", getattr(config, "sliding_window", None)) or _NO_WINDOW,
+            query_norm=norm(attention, "q_norm"),
+            key_norm=norm(attention, "k_norm"),
+        )
+        self.activation = _ACTIVATIONS[_activation_name(config)]
+        self.rope = getattr(attention, "layer_type", None) or ""
+
+    @staticmethod
+    def knows(layer: Any, config: Any) -> bool:
+        return layer.self_attn.is_causal and _activation_name(config) in _ACTIVATIONS
+
+    def run(self, residual_ND: Tensor, cos_LK: Any, sin_LK: Any) -> None:
+        project, mlp, x_ND = self.projections, self.mlp, self.input_norm(residual_ND)
+        mixed_N = self.attention(project.q_proj(x_ND), project.k_proj(x_ND), project.v_proj(x_ND), cos_LK, sin_LK)
+        self.attention_output_norm.add_to(residual_ND, project.o_proj(mixed_N))
+        x_ND = self.mlp_norm(residual_ND)
+        gate_NI, up_NI = mlp.gate_proj(x_ND), mlp.up_proj(x_ND)
+        kernels.gated_activation(kernels.as_array(gate_NI), kernels.as_array(up_NI), *self.activation)
+        self.mlp_output_norm.add_to(residual_ND, mlp.down_proj(gate_NI))
+
+
+class _Gpt2Layer:
+    """Layer norms, one projection for queries, keys and values, no rotary embedding."""
+
+    rope = ""
+
+    def __init__(self, layer: Any, config: Any) -> None:
+        self.layer = layer
+        self.attention = _Attention(layer.attn.head_dim, np.float32(layer.attn.scaling))
+        self.activation = _ACTIVATIONS.get(_activation_name(config))
+
+    @staticmethod
+    def knows(layer: Any, config: Any) -> bool:
+        return not config.add_cross_attention
+
+    def run(self, residual_ND: Tensor, cos_LK: Any, sin_LK: Any) -> None:
+        layer, mlp = self.layer, self.layer.mlp
+        query_N, key_N, value_N = layer.attn.c_attn(layer.ln_1(residual_ND)).chunk(3, dim=1)
+        residual_ND += layer.attn.c_proj(self.attention(query_N, key_N, value_N, cos_LK, sin_LK))
+        inner_NI = mlp.c_fc(layer.ln_2(residual_ND))
+        residual_ND += mlp.c_proj(_activate(inner_NI, self.activation, mlp.act))
+
+
+class _NeoxLayer:
+    """Pythia's: layer norms, queries, keys and values interleaved by head, the MLP beside the attention or after it."""
+
+    rope = ""
+
+    def __init__(self, layer: Any, config: Any) -> None:
+        self.layer = layer
+        self.attention = _Attention(layer.attention.head_size, np.float32(layer.attention.scaling))
+        self.activation = _ACTIVATIONS.get(_activation_name(config))
+
+    @staticmethod
+    def knows(layer: Any, config: Any) -> bool:
+        return True
+
+    def run(self, residual_ND: Tensor, cos_LK: Any, sin_LK: Any) -> None:
+        layer, mlp, H = self.layer, self.layer.mlp, self.attention.head_dim
+        heads_NC3H = layer.attention.query_key_value(layer.input_layernorm(residual_ND)).view(
+            len(residual_ND), -1, 3, H
+        )
+        query_N, key_N, value_N = (heads.flatten(1) for heads in heads_NC3H.unbind(2))
+        attention_ND = layer.attention.dense(self.attention(query_N, key_N, value_N, cos_LK, sin_LK))
+        if not layer.use_parallel_residual:
+            residual_ND += attention_ND
+        inner_NI = mlp.dense_h_to_4h(layer.post_attention_layernorm(residual_ND))
+        if layer.use_parallel_residual:
+            residual_ND += attention_ND
+        residual_ND += mlp.dense_4h_to_h(_activate(inner_NI, self.activation, mlp.act))
+
+
+_KINDS: dict[str, type[_Layer]] = {
+    "GPT2Block": _Gpt2Layer,
+    "GPTNeoXLayer": _NeoxLayer,
+    **dict.fromkeys(
+        [f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3")],
+        _LlamaLayer,
+    ),
+}
 
 
 class FusedDecoder:
     """The layers of one model; `of` gives None for a model that it does not know."""
 
     def __init__(self, decoder: Any, layers: Iterable[Any], config: Any) -> None:
-        self._rotary = decoder.rotary_emb
-        self._layers = [_Layer.of(layer, config) for layer in layers]
+        self._rotary = getattr(decoder, "rotary_emb", None)
+        self._layers = [_KINDS[type(layer).__name__](layer, config) for layer in layers]
 
     @classmethod
     def of(cls, decoder: Any, layers: Iterable[Any], config: Any) -> "FusedDecoder | None":
         weight = next(decoder.parameters())
-        is_known = (
-            all(type(layer).__name__ in _KNOWN and layer.self_attn.is_causal for layer in layers)
-            and weight.device.type == "cpu"
-            and weight.dtype in (torch.float32, torch.bfloat16)
-            and _activation_name(config) in _ACTIVATIONS
-        )
-        return cls(decoder, layers, config) if is_known else None
+        if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+            return None
+        if not all((kind := _KINDS.get(type(layer).__name__)) and kind.knows(layer, config) for layer in layers):
+            return None
+        return cls(decoder, layers, config)
 
     @torch.no_grad()
     def run(self, hidden_BLD: Tensor, first: int, last: int) -> Tensor:
@@ -158,17 +230,17 @@ class FusedDecoder:
         Full rows, attended causally from position 0. L at most MAX_CONTEXT.
         """
         _, L, D = hidden_BLD.shape
-        ropes = {layer.rope: self._rope(layer.rope, hidden_BLD) for layer in self._layers[first : last + 1]}
+        layers = self._layers[first : last + 1]
+        ropes = {layer.rope: self._rope(layer.rope, hidden_BLD) for layer in layers}
         hidden_BLD = hidden_BLD.clone(memory_format=torch.contiguous_format)
         tasks = hidden_BLD.split(max(1, TOKENS_A_TASK // L))
 
         def through_layers(rows_BLD: Tensor) -> None:
             with torch.no_grad():
-                for layer in self._layers[first : last + 1]:
-                    layer.run(rows_BLD.view(-1, D), ropes)
+                for layer in layers:
+                    layer.run(rows_BLD.view(-1, D), *ropes[layer.rope])
 
-        n_threads = min(torch.get_num_threads(), len(tasks))
-        if n_threads == 1:
+        if torch.get_num_threads() == 1 or len(tasks) == 1:
             for task in tasks:
                 through_layers(task)
         else:
@@ -176,18 +248,27 @@ class FusedDecoder:
         return hidden_BLD
 
     def _rope(self, kind: str, hidden_BLD: Tensor) -> tuple[Any, Any]:
-        """cos_LH and sin_LH as the model rounds them, float32."""
-        positions = torch.arange(hidden_BLD.shape[1])[None]
-        cos, sin = self._rotary(hidden_BLD, positions, *([kind] if hasattr(self._rotary, f"{kind}_inv_freq") else []))
+        """cos_LK and sin_LK as the model rounds them, float32; K is 0 for a model without rotary embeddings."""
+        L = hidden_BLD.shape[1]
+        if self._rotary is None:
+            return np.empty((L, 0), np.float32), np.empty((L, 0), np.float32)
+        of_kind = [kind] if hasattr(self._rotary, f"{kind}_inv_freq") else []
+        cos, sin = self._rotary(hidden_BLD, torch.arange(L)[None], *of_kind)
         return cos[0].float().contiguous().numpy(), sin[0].float().contiguous().numpy()
 
 
-def _normalise(x_ND: Tensor, norm: _Norm, out_ND: Tensor) -> None:
-    kernels.rms_norm(kernels.as_array(x_ND), norm.weight, norm.eps, kernels.as_array(out_ND))
+def _activate(x_NI: Tensor, constants: tuple[np.float32, np.float32] | None, module: nn.Module) -> Tensor:
+    """The activation, in place where a kernel knows it."""
+    if constants is None:
+        return module(x_NI)
+    kernels.activation(kernels.as_array(x_NI), *constants)
+    return x_NI
 
 
 def _activation_name(config: Any) -> str:
-    return getattr(config, "hidden_activation", None) or config.hidden_act
+    return (
+        getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None) or config.activation_function
+    )
 
 
 @cache

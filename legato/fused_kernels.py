@@ -138,36 +138,43 @@ def add_rms_norm(sum_ND: Any, x_ND: Any, weight_D: Any, eps: Any) -> None:
 
 
 @_reducing
-def rotate_heads(
-    x_ND: Any, weight_H: Any, eps: Any, cos_LH: Any, sin_LH: Any, n_groups: int, per_group: int, out_RH: Any
+def arrange_heads(
+    x_ND: Any, weight_H: Any, eps: Any, cos_LK: Any, sin_LK: Any, n_groups: int, per_group: int, out_RH: Any
 ) -> None:
-    """Rotary position embedding of every head, after an RMS norm if weight_H is not empty.
+    """Each head as one row: RMS-normed if weight_H is not empty, its first K dimensions rotated by the position.
 
-    x_ND: tokens of whole contexts of L positions, heads side by side. out_RH: one row a head, ordered by context, key
-    group, position, head in the group, so that all queries of a key group are one matrix.
+    x_ND: tokens of whole contexts of L positions, heads side by side. out_RH: rows ordered by context, key group,
+    position, head in the group, so that all queries of a key group are one matrix.
     """
-    L, head_dim = cos_LH.shape
-    half = head_dim // 2
+    L, n_rotated = cos_LK.shape
+    head_dim, half = out_RH.shape[1], n_rotated // 2
     for n in range(len(x_ND)):
         context, position = n // L, n % L
-        cos_H, sin_H = cos_LH[position], sin_LH[position]
+        cos_low, cos_high = cos_LK[position, :half], cos_LK[position, half:]
+        sin_low, sin_high = sin_LK[position, :half], sin_LK[position, half:]
         for head in range(n_groups * per_group):
             group = head // per_group
-            row = ((context * n_groups + group) * L + position) * per_group + head % per_group
-            x_H, out_H = x_ND[n, head * head_dim : (head + 1) * head_dim], out_RH[row]
-            low, high, out_low, out_high = x_H[:half], x_H[half:], out_H[:half], out_H[half:]
+            x_H = x_ND[n, head * head_dim : (head + 1) * head_dim]
+            out_H = out_RH[((context * n_groups + group) * L + position) * per_group + head % per_group]
+            low, high, rest = x_H[:half], x_H[half:n_rotated], x_H[n_rotated:]
+            out_low, out_high, out_rest = out_H[:half], out_H[half:n_rotated], out_H[n_rotated:]
             if len(weight_H):
                 scale = _reciprocal_rms(x_H, eps)
+                weight_low, weight_high, weight_rest = weight_H[:half], weight_H[half:n_rotated], weight_H[n_rotated:]
                 for i in range(half):
-                    a = _load(low, i) * scale * weight_H[i]
-                    b = _load(high, i) * scale * weight_H[half + i]
-                    _store(out_low, i, a * cos_H[i] - b * sin_H[i])
-                    _store(out_high, i, b * cos_H[half + i] + a * sin_H[half + i])
+                    a = _load(low, i) * scale * weight_low[i]
+                    b = _load(high, i) * scale * weight_high[i]
+                    _store(out_low, i, a * cos_low[i] - b * sin_low[i])
+                    _store(out_high, i, b * cos_high[i] + a * sin_high[i])
+                for i in range(len(rest)):
+                    _store(out_rest, i, _load(rest, i) * scale * weight_rest[i])
             else:
                 for i in range(half):
                     a, b = _load(low, i), _load(high, i)
-                    _store(out_low, i, a * cos_H[i] - b * sin_H[i])
-                    _store(out_high, i, b * cos_H[half + i] + a * sin_H[half + i])
+                    _store(out_low, i, a * cos_low[i] - b * sin_low[i])
+                    _store(out_high, i, b * cos_high[i] + a * sin_high[i])
+                for i in range(len(rest)):
+                    out_rest[i] = rest[i]
 
 
 @_exact
@@ -209,7 +216,7 @@ def _sum(values: Any) -> Any:
 def causal_softmax(scores_RS: Any, per_group: int, scale: Any, softcap: Any, window: int) -> None:
     """In place, each row over the keys its position may see: the last `window` up to itself; 0 elsewhere.
 
-    scores_RS: rows ordered as `rotate_heads` writes them, S = L keys each.
+    scores_RS: rows ordered as `arrange_heads` writes them, S = L keys each.
     """
     L = scores_RS.shape[1]
     buffer_S = np.empty(L, np.float32)
@@ -223,14 +230,27 @@ def causal_softmax(scores_RS: Any, per_group: int, scale: Any, softcap: Any, win
 
 
 @_exact
+def _smooth_gate(x: Any, linear: Any, cubic: Any) -> Any:
+    """x * sigmoid(linear * x + cubic * x^3): SiLU or tanh-GELU, see the constants below."""
+    return x / (_ONE + _clamped_exp(-x * (linear + cubic * x * x)))
+
+
+@_exact
+def activation(x_NI: Any, linear: Any, cubic: Any) -> None:
+    """In place."""
+    for n in range(len(x_NI)):
+        x_I = x_NI[n]
+        for i in range(len(x_I)):
+            _store(x_I, i, _smooth_gate(_load(x_I, i), linear, cubic))
+
+
+@_exact
 def gated_activation(gate_NI: Any, up_NI: Any, linear: Any, cubic: Any) -> None:
-    """gate = gate * sigmoid(linear * gate + cubic * gate^3) * up: SiLU for (1, 0), tanh-GELU for GELU_TANH."""
+    """gate = activation(gate) * up."""
     for n in range(len(gate_NI)):
         gate_I, up_I = gate_NI[n], up_NI[n]
         for i in range(len(gate_I)):
-            g = _load(gate_I, i)
-            sigmoid = _ONE / (_ONE + _clamped_exp(-g * (linear + cubic * g * g)))
-            _store(gate_I, i, g * sigmoid * _load(up_I, i))
+            _store(gate_I, i, _smooth_gate(_load(gate_I, i), linear, cubic) * _load(up_I, i))
 
 
 SILU = (np.float32(1), np.float32(0))

@@ -1,5 +1,7 @@
 """The fused layers against transformers' own, and their numba kernels against torch."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,12 +11,16 @@ from legato import fused_kernels as kernels
 from legato.fused_decoder import FusedDecoder
 
 
+def layers_of(decoder: Any) -> Any:
+    return decoder.h if hasattr(decoder, "h") else decoder.layers
+
+
 @pytest.mark.parametrize("architecture", FUSED)
 @pytest.mark.parametrize("length", [1, 24, 64])
 def test_equals_transformers_in_float32(architecture: str, length: int) -> None:
     network = tiny_network(architecture)
     decoder = network.get_decoder()
-    fused = FusedDecoder.of(decoder, decoder.layers, network.config)
+    fused = FusedDecoder.of(decoder, layers_of(decoder), network.config)
     assert fused is not None
     with torch.no_grad():
         states = decoder(tiny_tokens(5, length), output_hidden_states=True).hidden_states
@@ -41,10 +47,9 @@ def test_every_number_of_threads_gives_the_same() -> None:
 
 
 def test_unknown_models_are_left_to_transformers() -> None:
-    for network in (tiny_network("gpt2"), tiny_network("llama", hidden_act="relu"), tiny_network("llama").half()):
+    for network in (tiny_network("bloom"), tiny_network("llama", hidden_act="relu"), tiny_network("llama").half()):
         decoder = network.get_decoder()
-        layers = decoder.h if hasattr(decoder, "h") else decoder.layers
-        assert FusedDecoder.of(decoder, layers, network.config) is None
+        assert FusedDecoder.of(decoder, layers_of(decoder), network.config) is None
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])
@@ -76,9 +81,12 @@ def test_norms(dtype: torch.dtype) -> None:
         (kernels.GELU_TANH, lambda x: torch.nn.functional.gelu(x, approximate="tanh")),
     ],
 )
-def test_gated_activation(dtype: torch.dtype, constants: tuple, activation: object) -> None:
+def test_activations(dtype: torch.dtype, constants: tuple, activation: Any) -> None:
     gate, up = (10 * torch.randn(2, 9, 70)).to(dtype)
     gate[0, :3] = torch.tensor([1e4, -1e4, 0.0])
+    activated = gate.clone()
+    kernels.activation(kernels.as_array(activated), *constants)
+    assert_rounded(activated, activation(gate.double()))
     expected = activation(gate.double()) * up.double()
     kernels.gated_activation(kernels.as_array(gate), kernels.as_array(up), *constants)
     assert_rounded(gate, expected)

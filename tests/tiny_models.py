@@ -23,9 +23,11 @@ _SIZES = {
 }
 _GROUPED = {"num_key_value_heads": 2, "head_dim": 16}
 _LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+_ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", {"activation_function": "gelu_new"}),
-    "gpt_neox": ("GPTNeoX", {}),
+    "gpt_neox": ("GPTNeoX", {"rope_parameters": _ROTARY | {"partial_rotary_factor": 0.5}}),
+    "gpt_neox_serial": ("GPTNeoX", {"use_parallel_residual": False, "hidden_act": "gelu_new"}),
     "opt": ("OPT", {"ffn_dim": 80, "word_embed_proj_dim": 48}),
     "bloom": ("Bloom", {"n_layer": 4, "n_head": 4}),  # its layers return tuples
     "llama": ("Llama", _GROUPED | {"attention_bias": True, "mlp_bias": True}),
@@ -36,7 +38,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2", _GROUPED | {"sliding_window": 7, "query_pre_attn_scalar": 20, "final_logit_softcapping": 2.0}),
     "gemma3": ("Gemma3", _GROUPED | {"sliding_window": 7, "query_pre_attn_scalar": 20, "layer_types": _LAYER_TYPES}),
 }
-FUSED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
+FUSED = ("gpt2", "gpt_neox", "gpt_neox_serial", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
 
 
 def tiny_network(architecture: str, **overrides: Any) -> Any:
