@@ -30,6 +30,13 @@ class Pairs(NamedTuple):
     value_P: Array
 
 
+class Groups(NamedTuple):
+    """Nested reconstructions (Matryoshka): the g-th uses the latents below ends_G[g], its error counts weights_G[g]."""
+
+    ends_G: Array
+    weights_G: Array
+
+
 class LatentOrder(NamedTuple):
     """The same pairs sorted by latent, tokens ascending: pair q of latent f lies in ptr_F[f]:ptr_F[f+1].
 
@@ -179,35 +186,50 @@ def _hold(ptr_F, token_Q, value_Q, start_N, threshold, release, on_Q, count_F):
 
 
 @njit(parallel=True, cache=True, fastmath=_FAST)
-def _decode(ptr_N, latent_P, value_P, W_dec_FD, b_dec_D, x_ND, valid_N, residual_ND, squared_N):
+def _decode(ptr_N, latent_P, value_P, ends_G, weights_G, W_dec_FD, b_dec_D, x_ND, valid_N, pull_GND, squared_GN):
     N, D = x_ND.shape
+    G = ends_G.shape[0]
     for n in prange(N):
-        r_D = residual_ND[n]
         if not valid_N[n]:
-            r_D[:] = 0
-            squared_N[n] = 0
+            pull_GND[:, n] = 0
+            squared_GN[:, n] = 0
             continue
         x_D = x_ND[n]
-        for d in range(D):
-            r_D[d] = b_dec_D[d] - x_D[d]
-        for p in range(ptr_N[n], ptr_N[n + 1]):
-            a = value_P[p]
-            w_D = W_dec_FD[latent_P[p]]
+        p = ptr_N[n]
+        for g in range(G):
+            r_D = pull_GND[g, n]
             for d in range(D):
-                r_D[d] += a * w_D[d]
-        total = r_D[0] * r_D[0]
-        for d in range(1, D):
-            total += r_D[d] * r_D[d]
-        squared_N[n] = total
+                r_D[d] = b_dec_D[d] - x_D[d] if g == 0 else pull_GND[g - 1, n, d]
+            while p < ptr_N[n + 1] and latent_P[p] < ends_G[g]:
+                a = value_P[p]
+                w_D = W_dec_FD[latent_P[p]]
+                for d in range(D):
+                    r_D[d] += a * w_D[d]
+                p += 1
+            total = r_D[0] * r_D[0]
+            for d in range(1, D):
+                total += r_D[d] * r_D[d]
+            squared_GN[g, n] = total
+        if G > 1:  # a latent of group g is part of every reconstruction from g on
+            for d in range(D):
+                pull = weights_G[G - 1] * pull_GND[G - 1, n, d]
+                pull_GND[G - 1, n, d] = pull
+                for g in range(G - 2, -1, -1):
+                    pull += weights_G[g] * pull_GND[g, n, d]
+                    pull_GND[g, n, d] = pull
 
 
 @njit(parallel=True, cache=True, fastmath=_FAST)
 def _gradients(
-    x_ND, residual_ND, scale, W_dec_FD, ptr_F, token_Q, value_Q, extra_Q, cuts_T, gW_enc_FD, gW_dec_FD, gb_enc_F
+    x_ND, pull_GND, ends_G, scale, W_dec_FD, ptr_F, token_Q, value_Q, extra_Q, cuts_T, gW_enc_FD, gW_dec_FD, gb_enc_F
 ):
     D = x_ND.shape[1]
     for part in prange(cuts_T.shape[0] - 1):
         for f in range(cuts_T[part], cuts_T[part + 1]):
+            group = 0
+            while ends_G[group] <= f:
+                group += 1
+            pull_ND = pull_GND[group]
             g_enc_D = gW_enc_FD[f]
             g_dec_D = gW_dec_FD[f]
             w_D = W_dec_FD[f]
@@ -215,7 +237,7 @@ def _gradients(
             g_dec_D[:] = 0
             g_bias = extra_Q.dtype.type(0)
             for q in range(ptr_F[f], ptr_F[f + 1]):
-                r_D = residual_ND[token_Q[q]]
+                r_D = pull_ND[token_Q[q]]
                 x_D = x_ND[token_Q[q]]
                 dot = w_D[0] * r_D[0]
                 for d in range(1, D):
@@ -395,17 +417,37 @@ def by_latent(pairs: Pairs, n_latents: int) -> LatentOrder:
     return LatentOrder(*_by_latent(pairs.token_P, pairs.latent_P, pairs.value_P, n_latents))
 
 
-def decode(pairs: Pairs, W_dec_FD: Array, b_dec_D: Array, x_ND: Array, valid_N: Array) -> tuple[Array, Array]:
-    """residual_ND = xhat - x (zero on invalid tokens) and its squared norm per token."""
-    residual_ND = np.empty_like(x_ND)
-    squared_N = np.empty(x_ND.shape[0], x_ND.dtype)
-    _decode(pairs.ptr_N, pairs.latent_P, pairs.value_P, W_dec_FD, b_dec_D, x_ND, valid_N, residual_ND, squared_N)
-    return residual_ND, squared_N
+def decode(
+    pairs: Pairs, groups: Groups, W_dec_FD: Array, b_dec_D: Array, x_ND: Array, valid_N: Array
+) -> tuple[Array, Array]:
+    """What pulls on the codes, and the squared error of every nested reconstruction, zero on invalid tokens.
+
+    Reconstruction g uses the latents below ends_G[g]. squared_GN: its ||xhat - x||^2. pull_GND: the sum of
+    weights_G * (xhat - x) over the reconstructions that a latent of group g is part of; with one group (weight 1) the
+    residual itself.
+    """
+    pull_GND = np.empty((len(groups.ends_G), *x_ND.shape), x_ND.dtype)
+    squared_GN = np.empty(pull_GND.shape[:2], x_ND.dtype)
+    _decode(
+        pairs.ptr_N,
+        pairs.latent_P,
+        pairs.value_P,
+        groups.ends_G,
+        groups.weights_G.astype(x_ND.dtype),
+        W_dec_FD,
+        b_dec_D,
+        x_ND,
+        valid_N,
+        pull_GND,
+        squared_GN,
+    )
+    return pull_GND, squared_GN
 
 
 def gradients(
     x_ND: Array,
-    residual_ND: Array,
+    pull_GND: Array,
+    groups: Groups,
     scale: float,
     W_dec_FD: Array,
     order: LatentOrder,
@@ -414,17 +456,19 @@ def gradients(
     gW_dec_FD: Array,
     gb_enc_F: Array,
 ) -> None:
-    """Gradients of scale/2 * sum ||residual||^2 plus the term whose derivative by code q is extra_Q, written in place.
+    """Gradients of scale/2 * (sum over groups of weight * ||residual||^2) plus the term whose derivative by code q is
+    extra_Q, written in place.
 
-    For an active pair the code is its pre-activation, so d/d code = scale * <W_dec_f, residual_n> + extra; that number
-    times x_n is the encoder's share, the decoder's is scale * code * residual_n. Inactive latents get zero.
+    For an active pair the code is its pre-activation, so d/d code = scale * <W_dec_f, pull_n> + extra; that number
+    times x_n is the encoder's share, the decoder's is scale * code * pull_n. Inactive latents get zero.
     """
     n_parts = 8 * numba.get_num_threads()  # more parts than threads: latents differ much in how often they fire
     cuts_T = np.searchsorted(order.ptr_F, np.linspace(0, order.ptr_F[-1], n_parts + 1)[1:-1])
     cuts_T = np.concatenate([[0], cuts_T, [order.ptr_F.shape[0] - 1]])
     _gradients(
         x_ND,
-        residual_ND,
+        pull_GND,
+        groups.ends_G,
         x_ND.dtype.type(scale),
         W_dec_FD,
         order.ptr_F,

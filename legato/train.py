@@ -16,10 +16,10 @@ from torch import Tensor
 
 from legato import kernels
 from legato.activations import ActivationBatch, Normaliser
-from legato.consistency_losses import TemporalTerm
+from legato.consistency_losses import TemporalTerm, collapse, group_diagnostics, leading_count
 from legato.errors import LegatoError
 from legato.hardware import fast_matmul_dtype
-from legato.kernels import Pairs
+from legato.kernels import LatentOrder
 from legato.sae import SparseAutoencoder
 from legato.sequences import SequenceLayout
 from legato.sparsity import BatchTopK, Hysteresis, Preactivations, Sparsity, TopK, frozen_threshold
@@ -29,13 +29,27 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class ArmConfig:
-    """One SAE of the bank: its sparsity, its temporal terms (none: a baseline), its width and its seed."""
+    """One SAE of the bank: its sparsity, its temporal terms (none: a baseline), its width and its seed.
+
+    groups: Matryoshka prefixes (share of the latents, weight of that prefix's reconstruction error), the last share 1
+    (Bussmann et al. 2025, arXiv 2503.17547). One group: an ordinary SAE.
+    """
 
     name: str
     sparsity: Sparsity
     d_sae: int
     terms: tuple[TemporalTerm, ...] = ()
     seed: int = 0
+    groups: tuple[tuple[float, float], ...] = ((1.0, 1.0),)
+
+    def __post_init__(self) -> None:
+        shares = [share for share, _ in self.groups]
+        if shares != sorted(set(shares)) or shares[0] <= 0 or shares[-1] != 1:
+            raise ValueError(f"groups {self.groups} must be growing shares of the latents that end at 1")
+
+    def nested(self) -> kernels.Groups:
+        ends = [leading_count(self.d_sae, share) for share, _ in self.groups]
+        return kernels.Groups(np.array(ends), np.array([weight for _, weight in self.groups]))
 
 
 @dataclass(frozen=True)
@@ -144,7 +158,7 @@ class StepResult:
     loss_terms: dict[str, float]
     gradients: Parameters
     grad_norm: float
-    pairs: Pairs
+    order: LatentOrder
     floor: float
     fvu: float
 
@@ -172,7 +186,7 @@ def forward_backward(
     parameters: Parameters,
     low_W_enc_FD: Tensor,
     batch: TrainBatch,
-    sparsity: Sparsity,
+    arm: ArmConfig,
     terms: Sequence[tuple[TemporalTerm, float]],
     *,
     workspace: Workspace,
@@ -182,10 +196,11 @@ def forward_backward(
     dead_F: Tensor | None = None,
     config: TrainConfig,
 ) -> StepResult:
-    """One exact pass. Loss = mean over valid tokens of ||x - xhat||^2 / D  +  sparsity penalty  +  sum of coefficient *
-    temporal term  +  auxiliary loss. With the normaliser's unit power the first part is the batch's FVU.
+    """One exact pass. Loss = mean over valid tokens of ||x - xhat||^2 / D (a weighted sum over nested groups)  +
+    sparsity penalty  +  sum of coefficient * temporal term  +  auxiliary loss. With the normaliser's unit power the
+    first part of an ordinary SAE is the batch's FVU.
 
-    terms: (term, coefficient now). dead_F: bool, latents that the auxiliary loss revives (None: none).
+    terms: (term of the arm, coefficient now). dead_F: bool, latents that the auxiliary loss revives (None: none).
     """
     x_ND = batch.x_ND
     N, D = x_ND.shape
@@ -194,19 +209,20 @@ def forward_backward(
     pre_NF = workspace.get("pre", (N, F), batch.low_ND.dtype)
     torch.addmm(parameters.b_enc_F.to(pre_NF.dtype), batch.low_ND, low_W_enc_FD.T, out=pre_NF)
 
-    pairs, floor = sparsity.select(
+    pairs, floor = arm.sparsity.select(
         Preactivations(pre_NF, x_ND.numpy(), parameters.W_enc_FD.numpy(), parameters.b_enc_F.numpy(), batch.layout),
         floor,
         progress,
     )
     order = kernels.by_latent(pairs, F)
-    residual_ND, squared_N = kernels.decode(
-        pairs, W_dec_FD, parameters.b_dec_D.numpy(), x_ND.numpy(), batch.layout.valid_N
+    groups = arm.nested()
+    pull_GND, squared_GN = kernels.decode(
+        pairs, groups, W_dec_FD, parameters.b_dec_D.numpy(), x_ND.numpy(), batch.layout.valid_N
     )
-    mean_squared = float(squared_N.sum(dtype=np.float64)) / batch.n_valid
-    loss_terms = {"reconstruction": mean_squared / D}
+    mean_squared_G = squared_GN.sum(1, dtype=np.float64) / batch.n_valid
+    loss_terms = {"reconstruction": float(groups.weights_G @ mean_squared_G) / D}
 
-    penalty, slope = sparsity.penalty(pairs, batch.n_valid, D)
+    penalty, slope = arm.sparsity.penalty(pairs, batch.n_valid, D)
     if slope:
         loss_terms["sparsity"] = penalty
     extra_Q = np.full_like(order.value_Q, slope)
@@ -224,7 +240,8 @@ def forward_backward(
     scale = 2 / (D * batch.n_valid)
     kernels.gradients(
         x_ND.numpy(),
-        residual_ND,
+        pull_GND,
+        groups,
         scale,
         W_dec_FD,
         order,
@@ -233,12 +250,15 @@ def forward_backward(
         gradients.W_dec_FD.numpy(),
         gradients.b_enc_F.numpy(),
     )
-    gradients.b_dec_D.copy_(torch.from_numpy(residual_ND).sum(0) * scale)
+    gradients.b_dec_D.copy_(torch.from_numpy(pull_GND[0]).sum(0) * scale)
     if dead_F is not None and bool(dead_F.any()):
-        loss_terms["auxiliary"] = _revive(parameters, gradients, batch, torch.from_numpy(residual_ND), dead_F, config)
+        residual_ND = torch.from_numpy(pull_GND[-1]) / groups.weights_G[-1]
+        loss_terms["auxiliary"] = _revive(parameters, gradients, batch, residual_ND, dead_F, config)
     squared = kernels.project_and_norm(gradients.W_enc_FD.numpy(), gradients.W_dec_FD.numpy(), W_dec_FD)
     squared += float(gradients.b_enc_F.square().sum() + gradients.b_dec_D.square().sum())
-    return StepResult(loss_terms, gradients, math.sqrt(squared), pairs, floor, mean_squared / batch.mean_power)
+    return StepResult(
+        loss_terms, gradients, math.sqrt(squared), order, floor, float(mean_squared_G[-1]) / batch.mean_power
+    )
 
 
 def auxiliary_loss(x_ND: Tensor, residual_ND: Tensor, dead: Parameters, k: int) -> Tensor:
@@ -294,6 +314,7 @@ class SAETrainer:
         self.seconds = 0.0
         self.floor = 0.0
         self.final_loss = float("nan")
+        self._at_start: dict[str, float] = {}
         self._workspace = workspace
 
     @property
@@ -309,7 +330,7 @@ class SAETrainer:
             self.parameters,
             self.low_W_enc_FD,
             batch,
-            self.arm.sparsity,
+            self.arm,
             [(term, term.coefficient * config.term_scale_at(step)) for term in self.arm.terms],
             workspace=self._workspace,
             floor=self.floor,
@@ -323,15 +344,16 @@ class SAETrainer:
                 f"{self.arm.name}: loss {result.loss:.3g}, gradient norm {result.grad_norm:.3g} at step {step}: "
                 "training diverged; lower --lr or the temporal coefficient"
             )
-        if len(result.pairs.value_P) == 0:
+        if len(result.order.value_Q) == 0:
             raise LegatoError(f"{self.arm.name}: no latent fires at step {step}: training collapsed; lower the penalty")
         self._update(result, config.lr_at(step))
         self.floor = result.floor
         self.silent_tokens_F += batch.n_valid
-        self.silent_tokens_F[torch.from_numpy(np.unique(result.pairs.latent_P)).long()] = 0
+        self.silent_tokens_F[torch.from_numpy(np.diff(result.order.ptr_F) > 0)] = 0
         self.steps_done += 1
         self.tokens_seen += batch.n_valid
         self.final_loss = result.loss
+        diagnostics = self._diagnose(result.order, batch.n_valid) if step % config.log_every == 0 else {}
         seconds = time.perf_counter() - started
         self.seconds += seconds
         return {
@@ -340,14 +362,26 @@ class SAETrainer:
             "tokens": self.tokens_seen,
             "loss": result.loss,
             "loss_terms": result.loss_terms,
-            "l0": len(result.pairs.value_P) / batch.n_valid,
+            "l0": len(result.order.value_Q) / batch.n_valid,
             "fvu": result.fvu,
             "dead": int(dead_F.sum()),
             "grad_norm": result.grad_norm,
             "act_norm": batch.act_norm,
             "lr": config.lr_at(step),
             "tokens_per_second": batch.n_valid / seconds,
+            **diagnostics,
         }
+
+    def _diagnose(self, order: LatentOrder, n_valid: int) -> dict[str, float]:
+        """State of the group that the temporal terms look at. Raises LegatoError where it has collapsed since the end
+        of the warm-up."""
+        share = min([1.0, *(term.slow_fraction for term in self.arm.terms)])
+        found = group_diagnostics(order, n_valid, share, self.dead_F.numpy())
+        if self.steps_done >= self.config.warmup * self.config.steps and self.arm.terms:
+            self._at_start = self._at_start or found
+            if reason := collapse(self._at_start, found):
+                raise LegatoError(f"{self.arm.name}: {reason} at step {self.steps_done}: lower the coefficient")
+        return found
 
     def _update(self, result: StepResult, lr: float) -> None:
         clip = min(1.0, self.config.clip_norm / max(result.grad_norm, 1e-30))

@@ -17,7 +17,7 @@ from legato.consistency_losses import (
 from legato.sae import SparseAutoencoder
 from legato.sequences import SequenceLayout
 from legato.sparsity import BatchTopK, Hysteresis, Preactivations, ReLU, Sparsity, TopK, frozen_threshold
-from legato.train import Parameters, TrainBatch, TrainConfig, Workspace, auxiliary_loss, forward_backward
+from legato.train import ArmConfig, Parameters, TrainBatch, TrainConfig, Workspace, auxiliary_loss, forward_backward
 
 B, L, D, F = 6, 20, 24, 64
 CONFIG = TrainConfig(steps=10, aux_k=5, aux_tokens=1000)
@@ -141,15 +141,17 @@ def test_release_one_is_batch_top_k():
     ],
 )
 @pytest.mark.parametrize("with_dead", [False, True])
-def test_every_gradient_equals_dense_autograd(sparsity, terms, with_dead):
+@pytest.mark.parametrize("groups", [((1.0, 1.0),), ((0.2, 0.3), (0.5, 0.2), (1.0, 0.6))], ids=["plain", "matryoshka"])
+def test_every_gradient_equals_dense_autograd(sparsity, terms, with_dead, groups):
     batch, mask_BL, doc_BL = make_batch()
     parameters = make_parameters()
     dead_F = torch.arange(F) % 9 == 0 if with_dead else None
+    arm = ArmConfig("arm", sparsity, F, terms, groups=groups)
     result = forward_backward(
         parameters,
         parameters.W_enc_FD,
         batch,
-        sparsity,
+        arm,
         [(term, term.coefficient) for term in terms],
         workspace=Workspace(),
         step=3,
@@ -159,8 +161,12 @@ def test_every_gradient_equals_dense_autograd(sparsity, terms, with_dead):
 
     leaves = parameters.map(lambda tensor: tensor.clone().requires_grad_())
     codes_NF = dense_codes(leaves, batch, mask_BL, sparsity)
-    residual_ND = (codes_NF @ leaves.W_dec_FD + leaves.b_dec_D - batch.x_ND) * mask_BL.view(-1, 1)
-    loss = residual_ND.square().sum() / (D * batch.n_valid)
+    loss = torch.zeros((), dtype=torch.float64)
+    for share, weight in groups:
+        n = int(share * F)
+        out_ND = codes_NF[:, :n] @ leaves.W_dec_FD[:n] + leaves.b_dec_D
+        residual_ND = (out_ND - batch.x_ND) * mask_BL.view(-1, 1)
+        loss = loss + weight * residual_ND.square().sum() / (D * batch.n_valid)
     if isinstance(sparsity, ReLU):
         loss = loss + sparsity.l1 / D * codes_NF.sum() / batch.n_valid
     for term in terms:
@@ -173,7 +179,7 @@ def test_every_gradient_equals_dense_autograd(sparsity, terms, with_dead):
     loss.backward()
 
     assert result.loss == pytest.approx(float(loss.detach()), rel=1e-12)
-    assert len(result.pairs.value_P) == int((codes_NF > 0).sum())
+    assert len(result.order.value_Q) == int((codes_NF > 0).sum())
     for (name, leaf), gradient in zip(leaves.items(), vars(result.gradients).values(), strict=True):
         assert leaf.grad is not None
         expected = leaf.grad
