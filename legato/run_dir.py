@@ -76,15 +76,11 @@ class RunDir:
     def begin(self, config: ExperimentConfig, resolved: Mapping[str, Any]) -> None:
         """Write config.yaml and start the log; drops what an unfinished run left behind."""
         self.root.mkdir(parents=True, exist_ok=True)
-        for part in (
-            self.root / "saes",
-            self.root / "failed",
-            self.eval_results,
-            self.features,
-            self.arrays,
-            self.tensorboard,
-        ):
-            shutil.rmtree(part, ignore_errors=True)
+        for folder in ("saes", "failed", "eval_results", "features", "arrays", "tensorboard", "figures"):
+            shutil.rmtree(self.root / folder, ignore_errors=True)
+        csv = self.ablation.with_suffix(".csv")
+        for file in (self.metrics, self.ablation, csv, self.root / "notes.txt", self.root / "report.html"):
+            file.unlink(missing_ok=True)
         content = {"config": config.to_dict(), "resolved": dict(resolved), "environment": environment()}
         write_atomically(self.config, yaml.safe_dump(content, sort_keys=False).encode())
         self.log.write_text("")

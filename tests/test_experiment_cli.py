@@ -1,0 +1,161 @@
+"""What a person sees who mistypes the experiment's command: one line, exit code 2 or 1, and no run folder."""
+
+import json
+import os
+
+import huggingface_hub
+import pytest
+import torch
+from small_experiment import SmallExperiment, small_experiment
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch, capsys) -> SmallExperiment:
+    monkeypatch.setenv("LEGATO_CACHE", str(tmp_path / "cache"))
+    small = small_experiment(tmp_path, capsys)
+    capsys.readouterr()
+    return small
+
+
+@pytest.mark.parametrize(
+    ("flags", "what", "to_do"),
+    [
+        (["--widnow=8"], "unrecognized arguments: --widnow=8", "see --help"),
+        (["surplus"], "unrecognized arguments: surplus", "see --help"),
+        (["--preset=gtp2"], "preset 'gtp2' is unknown", "choose one of demo, "),
+        (["--k=many"], "--k: invalid integer value: 'many'", "see --help"),
+        (["--k=65"], "--k 65 exceeds --d_sae 64", "lower k or widen the SAE"),
+        (["--seeds=1,1"], "--seeds (1, 1)", "must be different whole numbers"),
+        (["--tokens=0"], "--tokens 0 is too small", "use 1 or more"),
+        (["--lr=0"], "--lr 0.0 does not train", "use a positive learning rate"),
+        (["--lr=nan"], "--lr nan does not train", "use a positive learning rate"),
+        (["--coefficient=nan"], "coefficient nan", "use 0 or more"),
+        (["--temporal=slow"], "--temporal 'slow' is unknown", "choose one of "),
+        (["--grid=2,4"], "--grid '2,4'", "such as 2,8,32x0.1,1"),
+        (["--held_out=1"], "leaves one side without text", "use a share between 0 and 1"),
+        (["--site=resid"], "--site 'resid' is unknown", "choose one of resid_post"),
+        (["--layer=-1"], "--layer -1 does not exist", "layers count from 0"),
+        (["--layer=4"], "layer 4", "0 to 3"),
+        (["--context_length=65"], "--context_length 65 is longer than", "(64)"),
+        (["--batch_rows=1000"], "fewer than one batch of 1000", "give more text or lower --batch_rows"),
+        (["--model=../models/none"], "there is no folder or file ../models/none", ""),
+        (["--model=many/parts/name"], "there is no folder or file many/parts/name", ""),
+        (["--dataset=missing.jsonl"], "no such file or folder: missing.jsonl", ""),
+        (["--dataset=/nowhere/at/all"], "no such file or folder: /nowhere/at/all", ""),
+    ],
+)
+def test_a_mistaken_flag(small, flags, what, to_do):
+    shown = small.error(*flags)
+    assert what in shown
+    assert to_do in shown
+    assert not small.out_dir.exists()
+
+
+def test_a_missing_out_dir_flag(small, capsys):
+    from small_experiment import experiment_main
+
+    assert experiment_main()([]) == 2
+    assert capsys.readouterr().err == "error: the following arguments are required: --out_dir: see --help\n"
+
+
+def test_a_folder_that_is_no_model(small):
+    assert "holds no config.json" in small.error(f"--model={small.corpus}")
+    assert not small.out_dir.exists()
+
+
+@pytest.mark.parametrize("content", [None, "", " \n\n", "one lone document"])
+def test_a_corpus_without_text_to_hold_out(small, tmp_path, content):
+    corpus = tmp_path / "empty"
+    corpus.mkdir()
+    if content is not None:
+        (corpus / "a.txt").write_text(content)
+    shown = small.error(f"--dataset={corpus}")
+    assert ("single distinct text" if content and content.strip() else "no ") in shown
+    assert not small.out_dir.exists()
+
+
+def test_a_corpus_without_the_text_column(small, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"body": "w3 w4"}) + "\n")
+    assert "has no 'text' (it has: body): name the text column" in small.error(f"--dataset={path}")
+
+
+@pytest.mark.parametrize("flag", ["--model=somebody/a-model", "--dataset=somebody/a-dataset"])
+def test_a_hub_name_without_network(small, monkeypatch, flag):
+    def unreachable(*_args, **_options):
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    shown = small.error(flag, code=2 if "model" in flag else 1)
+    assert "hub" in shown
+    assert "Name or service not known" in shown
+    assert not small.out_dir.exists()
+
+
+def test_an_out_dir_with_other_things_in_it(small):
+    small.out_dir.mkdir()
+    (small.out_dir / "thesis.txt").write_text("years of work")
+    assert "is not empty and holds no run" in small.error()
+    assert [path.name for path in small.out_dir.iterdir()] == ["thesis.txt"]
+
+
+def test_an_out_dir_that_is_a_file(small):
+    small.out_dir.write_text("not a folder")
+    assert "cannot be used" in small.error()
+    assert small.out_dir.read_text() == "not a folder"
+    assert "cannot be" in small.error(f"--out_dir={small.out_dir}/run_2")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_out_dir_without_write_permission(small):
+    small.out_dir.parent.joinpath("locked").mkdir(mode=0o500)
+    assert "cannot be written" in small.error(f"--out_dir={small.out_dir.parent}/locked/run_1")
+
+
+def test_a_run_is_finished_once_and_never_overwritten(small, capsys):
+    assert small.run("--temporal=hysteresis") == 0
+    assert small.results() == [
+        "metrics.json",
+        "final_info.json",
+        "notes.txt",
+        "report.html",
+        "saes",
+        "eval_results",
+        "features",
+    ]
+    metrics = (small.out_dir / "metrics.json").read_bytes()
+    assert list(json.loads(metrics)) == ["baseline", "hysteresis"]
+    capsys.readouterr()
+    assert "holds a finished run: choose a new folder" in small.error("--temporal=hysteresis")
+    (small.out_dir / "final_info.json").unlink()  # as a run leaves it that was cut off at the end
+    shown = small.error("--temporal=hysteresis", "--k=5")
+    assert "holds a run with training.k 4 instead of 5: use its options or a new folder" in shown
+    assert (small.out_dir / "metrics.json").read_bytes() == metrics
+    # The same command goes on. Nothing of the first attempt may pass for a result of the second.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("legato.train.Parameters.initial", zero_parameters)
+        small.error("--temporal=hysteresis", code=1)
+    assert small.results() == []
+
+
+def zero_parameters(d_in: int, d_sae: int, seed: int):
+    from legato.train import Parameters
+
+    return Parameters(torch.zeros(d_sae, d_in), torch.zeros(d_sae), torch.zeros(d_sae, d_in), torch.zeros(d_in))
+
+
+def test_debug_shows_where_it_happened(small):
+    from legato.errors import UsageError
+
+    with pytest.raises(UsageError, match="no such file"):
+        small.run("--dataset=missing.jsonl", "--debug")
+
+
+def test_help_names_the_presets_and_every_stage(small, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        small.run("--help")
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    for word in ("--out_dir", "--model", "--dataset", "--grid", "gemma-2-2b", "window16"):
+        assert word in shown
