@@ -300,6 +300,17 @@ def test_arrays_have_the_shapes_they_are_documented_with():
     assert np.isnan(arrays["rate_FL"][:, 0]).all()  # BOS
 
 
+def test_the_bootstrap_gives_intervals_around_the_means():
+    result = evaluate(sae(), batches(n=8), bootstrap=100)
+    interval = result["consistency"]["interval95"]
+    for name in ("ac1_excess_within", "ac1_excess_cross", "kappa1_excess_within", "kappa1_excess_cross"):
+        low, high = interval[name]
+        assert low < result["consistency"][name] < high
+        assert result["arrays"][f"bootstrap_{name}"].shape == (100,)
+    assert (interval["rows"], interval["replicates"]) == (32, 100)
+    assert_plain(result["consistency"])
+
+
 def test_ranks_reduce_to_the_whole():
     whole = evaluate(sae(), batches(n=2), language_model=TinyModel(), layer=0)
     doubled = evaluate(

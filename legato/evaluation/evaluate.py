@@ -18,6 +18,7 @@ from torch import Tensor
 from legato.activations import ActivationBatch, ActivationSource
 from legato.errors import LegatoError, UsageError
 from legato.evaluation.accumulators import DEFAULT_LAGS, PairCounts, PairSums, Summed, check_lags
+from legato.evaluation.bootstrap import bootstrap_documents, intervals
 from legato.evaluation.consistency import consistency_metrics, raw_stream_metrics
 from legato.evaluation.core import InputSums, reconstruction_metrics, sparsity_metrics, splice_metrics
 from legato.evaluation.features import code_features
@@ -42,6 +43,7 @@ def evaluate(
     lags: Iterable[int] = DEFAULT_LAGS,
     rows_per_batch: int = 64,
     kept_rows: int = 1024,
+    bootstrap: int = 0,
     all_reduce: Callable[[Tensor], None] | None = None,
 ) -> dict[str, Any]:
     """Metrics of one SAE, or {name: metrics} of a bank of SAEs, on held-out activations.
@@ -52,13 +54,15 @@ def evaluate(
         ablation replaces every position. The loss counts at valid positions whose next token is text of the same
         document. SAEBench's own numbers (`core.saebench`) follow its rules instead: outliers are reconstructed, and
         every position whose token is not pad, EOS or BOS counts; without a model they are left out.
-    kept_rows: rows whose codes are kept for the position x position matrix.
+    kept_rows: rows whose codes are kept for the position x position matrix and the bootstrap.
+    bootstrap: replicates of a bootstrap over documents: `consistency.interval95` gives the interval of each mean excess
+        at lag 1, "arrays" the replicates by name, paired across SAEs and runs on the same rows.
     all_reduce: sums a float64 tensor over the ranks in place, where each rank has its own rows. The matrix stays that
         of the rank's rows.
 
     Returns per SAE {"core", "consistency", "position"}, plain numbers and lists as in metrics.json, and beside them
     "features" (columns of the feature table, see features.py) and "arrays" ("position_matrix" (L, L) and "rate_FL", the
-    firing rate by position), both numpy.
+    firing rate by position; NaN where undefined), both numpy.
     Raises LegatoError where there is nothing to measure: no valid position, no latent that fires, values not finite.
     """
     bank = dict(sae) if isinstance(sae, Mapping) else {_SINGLE: sae}
@@ -97,7 +101,7 @@ def evaluate(
     results = {}
     for name, one in bank.items():
         with _naming(name):
-            results[name] = _result(one, judges[name], kept[name], shared)
+            results[name] = _result(one, judges[name], kept[name], shared, bootstrap)
     return results if isinstance(sae, Mapping) else results[_SINGLE]
 
 
@@ -124,7 +128,7 @@ class _Shared(Summed):
         self.rows += len(batch.raw.mask_BL)
 
 
-def _result(sae: Judged, judge: Judge, kept: KeptCodes, shared: _Shared) -> dict[str, Any]:
+def _result(sae: Judged, judge: Judge, kept: KeptCodes, shared: _Shared, bootstrap: int) -> dict[str, Any]:
     tokens = int(shared.inputs.tokens)
     if not judge.codes.firing.total_F.any():
         raise LegatoError(f"no latent fires on any of {tokens} tokens: the SAE is untrained or fits other activations")
@@ -145,18 +149,23 @@ def _result(sae: Judged, judge: Judge, kept: KeptCodes, shared: _Shared) -> dict
                 "total_tokens_eval_sparsity_variance": int(shared.rows) * n_positions,
             },
         }
+    layout = kept.layout()
+    arrays = {
+        "position_matrix": position_matrix(layout, kept.order(layout)),
+        "rate_FL": position_profile(judge.codes)[0].astype(np.float32),
+    }
+    consistency = consistency_metrics(judge.codes)
+    consistency["raw_stream"] = raw_stream_metrics(shared.counts, shared.raw)
+    if bootstrap:
+        replicates = bootstrap_documents(kept, replicates=bootstrap)
+        consistency["interval95"] = {**intervals(replicates), "rows": kept.n_rows, "replicates": bootstrap}
+        arrays |= {f"bootstrap_{statistic}": values_R for statistic, values_R in replicates.items()}
     return {
         "core": core,
-        "consistency": {
-            **consistency_metrics(judge.codes),
-            "raw_stream": raw_stream_metrics(shared.counts, shared.raw),
-        },
+        "consistency": consistency,
         "position": position_metrics(judge.codes),
         "features": {**code_features(judge.codes), **bench_features},
-        "arrays": {
-            "position_matrix": position_matrix(layout := kept.layout(), kept.order(layout)),
-            "rate_FL": position_profile(judge.codes)[0].astype(np.float32),
-        },
+        "arrays": arrays,
     }
 
 

@@ -1,0 +1,114 @@
+"""Bootstrap over documents: equal to the metrics on copies of documents, paired by seed, wider with fewer of them."""
+
+import numpy as np
+import pytest
+import torch
+
+from legato.codes import SparseCodes
+from legato.evaluation.accumulators import CodeSums, LatentOrder, PairLayout
+from legato.evaluation.bootstrap import _weighted_means, bootstrap_documents, intervals
+from legato.evaluation.consistency import consistency_metrics
+from legato.evaluation.kept_codes import KeptCodes
+
+
+def rows_of_one_document(B=12, L=9, F=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    codes_BLF = torch.relu(torch.randn(B, L, F, generator=generator).cumsum(1) - 0.5)
+    mask_BL = torch.rand(B, L, generator=generator) < 0.85
+    doc_BL = (torch.arange(B) // 2 * 3)[:, None].expand(B, L).int()  # two rows a document
+    return codes_BLF * mask_BL[..., None], mask_BL, doc_BL
+
+
+def keep(codes_BLF, mask_BL, doc_BL):
+    kept = KeptCodes(max_rows=10_000)
+    kept.add(SparseCodes.from_dense(codes_BLF), mask_BL, doc_BL)
+    return kept
+
+
+def plain(codes_BLF, mask_BL, doc_BL, lag):
+    layout = PairLayout.of(mask_BL, doc_BL, (lag,))
+    sums = CodeSums.zero(codes_BLF.shape[2], codes_BLF.shape[1], (lag,))
+    sums.add(layout, LatentOrder.of(SparseCodes.from_dense(codes_BLF), layout))
+    metrics = consistency_metrics(sums)
+    return {
+        f"{name}{lag}_excess_{null}": metrics[f"{name}_excess_{null}"][0]
+        for name in ("ac", "kappa")
+        for null in ("within", "cross")
+    }
+
+
+@pytest.mark.parametrize("lag", [1, 3])
+def test_a_weight_is_worth_as_many_copies_of_the_document(lag):
+    codes_BLF, mask_BL, doc_BL = rows_of_one_document()
+    documents, document_N = np.unique(doc_BL.numpy().ravel(), return_inverse=True)
+    weights = np.array([[1.0, 2], [1, 0], [1, 3], [1, 1], [1, 0], [1, 1]])
+    means = _weighted_means(keep(codes_BLF, mask_BL, doc_BL), lag, weights, document_N, None)
+    for r in range(2):
+        copies = [b for b in range(12) for _ in range(int(weights[b // 2, r]))]
+        # copies of a document are documents of their own
+        own_doc_BL = torch.arange(len(copies))[:, None].expand(-1, 9)
+        expected = plain(codes_BLF[copies], mask_BL[copies], own_doc_BL, lag)
+        assert {name: values_R[r] for name, values_R in means.items()} == pytest.approx(expected, rel=1e-9)
+    assert documents.size == 6
+
+
+def test_documents_that_share_a_row_are_drawn_apart():
+    # a row of two documents, one of them drawn twice and the other not at all, is two rows with the other masked
+    codes_BLF, mask_BL, _ = rows_of_one_document(B=4)
+    doc_BL = torch.tensor([[0] * 4 + [1] * 5, [2] * 9, [3] * 9, [4] * 9])
+    document_N = doc_BL.numpy().ravel()
+    weights = np.array([[0.0], [2], [1], [1], [1]])
+    means = _weighted_means(keep(codes_BLF, mask_BL, doc_BL), 1, weights, document_N, None)
+    rows = [0, 0, 1, 2, 3]
+    mask = mask_BL[rows] & torch.tensor([[False] * 4 + [True] * 5] * 2 + [[True] * 9] * 3)
+    expected = plain(codes_BLF[rows] * mask[..., None], mask, doc_BL[rows], 1)
+    assert {name: values_R[0] for name, values_R in means.items()} == pytest.approx(expected, rel=1e-9)
+
+
+def test_replicates_depend_on_the_seed_only_and_pair_saes():
+    codes_BLF, mask_BL, doc_BL = rows_of_one_document(B=40)
+    first = bootstrap_documents(keep(codes_BLF, mask_BL, doc_BL), replicates=50, seed=3)
+    again = bootstrap_documents(keep(codes_BLF, mask_BL, doc_BL), replicates=50, seed=3)
+    louder = bootstrap_documents(keep(4 * codes_BLF, mask_BL, doc_BL), replicates=50, seed=3)
+    other = bootstrap_documents(keep(codes_BLF, mask_BL, doc_BL), replicates=50, seed=4)
+    for name in first:
+        np.testing.assert_array_equal(first[name], again[name])
+        np.testing.assert_array_equal(first[name], louder[name])  # same documents, and scale does not matter
+        assert (first[name] != other[name]).any()
+
+
+def test_intervals_cover_the_estimate_and_narrow_with_more_documents():
+    widths = []
+    for B in (24, 240):
+        data = rows_of_one_document(B=B)
+        interval = intervals(bootstrap_documents(keep(*data), replicates=300))
+        estimate = plain(*data, lag=1)
+        low, high = interval["kappa1_excess_cross"]
+        assert low < estimate["kappa1_excess_cross"] < high
+        widths.append(high - low)
+    assert widths[1] < 0.5 * widths[0]  # theory: 1 / sqrt(10)
+
+
+def test_only_the_chosen_latents_count():
+    codes_BLF, mask_BL, doc_BL = rows_of_one_document()
+    chosen_F = np.array([False, True, False, False, False])
+    alone = bootstrap_documents(keep(codes_BLF[..., 1:2], mask_BL, doc_BL), replicates=20)
+    among = bootstrap_documents(keep(codes_BLF, mask_BL, doc_BL), replicates=20, chosen_F=chosen_F)
+    for name, values_R in among.items():
+        np.testing.assert_allclose(values_R, alone[name], rtol=1e-12)
+
+
+def test_a_statistic_without_a_value_has_no_interval():
+    always_on = keep(torch.ones(2, 4, 1), torch.ones(2, 4, dtype=torch.bool), torch.tensor([[0] * 4, [1] * 4]))
+    assert set(intervals(bootstrap_documents(always_on, replicates=5)).values()) == {None}
+
+
+def test_a_latent_absent_from_a_replicate_is_left_out_of_its_mean():
+    # the only latent fires in document 0 alone: replicates without it have no value
+    codes_BLF = torch.zeros(3, 6, 1)
+    codes_BLF[0, 2:4] = 1
+    mask_BL, doc_BL = torch.ones(3, 6, dtype=torch.bool), torch.arange(3)[:, None].expand(3, 6)
+    means = _weighted_means(
+        keep(codes_BLF, mask_BL, doc_BL), 1, np.array([[1.0, 0], [1, 2], [1, 1]]), doc_BL.numpy().ravel(), None
+    )
+    assert np.isfinite(means["kappa1_excess_within"]).tolist() == [True, False]
