@@ -13,6 +13,18 @@ from typing import Any, NoReturn
 
 from legato.errors import UsageError
 
+NAMED_ARMS = (
+    "hysteresis",
+    "contrastive",
+    "window_variance",
+    "slowness",
+    "fused_lasso",
+    "position_penalty",
+    "topk",
+    "matryoshka",
+    "tsae",
+)
+
 
 def option(default: Any, text: str) -> Any:
     """A field with its line of --help."""
@@ -83,11 +95,12 @@ class ArmsConfig:
     """Which SAEs stand beside the baseline."""
 
     temporal: tuple[str, ...] = option(
-        ("hysteresis", "contrastive"), "named temporal arms, comma-separated: hysteresis, contrastive, window_variance"
+        ("hysteresis", "contrastive"), f"named arms beside the baseline, comma-separated: {', '.join(NAMED_ARMS)}"
     )
-    window: int = option(8, "window of the window_variance arm, in tokens")
-    coefficient: float = option(0.3, "weight of its term beside the reconstruction loss (an FVU)")
-    contrastive_coefficient: float = option(0.02, "weight of the contrastive arm's term")
+    window: int = option(8, "window of the named temporal terms, in tokens")
+    coefficient: float | None = option(
+        None, "weight of the named temporal terms beside the reconstruction loss, an FVU (default: each term's own)"
+    )
     release: float = option(0.5, "hysteresis: a latent that is on stays on above this share of the threshold")
     grid: str = option("2,4,8,16,32x0.1,0.3,1", "ablation: windows x coefficients of window_variance")
     ablation: bool = option(True, "train the grid: --no-ablation leaves it out")
@@ -96,12 +109,12 @@ class ArmsConfig:
     def __post_init__(self) -> None:
         _at_least("window", self.window, 2)
         for name in self.temporal:
-            _choice("temporal", name, ("hysteresis", "contrastive", "window_variance"))
+            _choice("temporal", name, NAMED_ARMS)
         if not 0 < self.release <= 1:
             raise UsageError(f"--release {self.release} must lie above 0 and at most at 1")
         for k in self.sweep_k:
             _at_least("sweep_k", k, 1)
-        for window, coefficient in [(self.window, self.coefficient), *self._parsed_grid()]:
+        for window, coefficient in [(self.window, self.coefficient or 0.0), *self._parsed_grid()]:
             _at_least("grid window", window, 2)
             if not coefficient >= 0:
                 raise UsageError(f"coefficient {coefficient} rewards flicker: use 0 or more")
@@ -204,6 +217,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "baseline": {"temporal": (), "ablation": False},
     "window8": {"temporal": ("window_variance",), "window": 8, "coefficient": 0.1, "ablation": False},
     "window16": {"temporal": ("window_variance",), "window": 16, "coefficient": 0.5, "ablation": False},
+    "position": {"temporal": ("position_penalty",), "coefficient": 0.1, "ablation": False},
+    "monitor": {"temporal": ("window_variance",), "window": 8, "coefficient": 0.0, "ablation": False},
 }
 
 

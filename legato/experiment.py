@@ -137,7 +137,7 @@ def train_arms(config: ExperimentConfig, activations: Activations, run: RunDir) 
     steps = math.ceil(training.tokens / tokens_per_step)
     train_config = TrainConfig(steps=steps, lr=training.lr)
     normaliser = Normaliser.fit(store)
-    passes = split_to_fit(arms(config), store.d_in, training.batch_rows * store.context_length)
+    passes = split_to_fit(arms(config, store.d_in), store.d_in, training.batch_rows * store.context_length)
     say(
         f"training: {sum(map(len, passes))} SAEs of {training.d_sae:,} latents in {len(passes)} pass(es), "
         f"{steps} steps of {tokens_per_step:,.0f} tokens"

@@ -1,33 +1,40 @@
 """The arms of an experiment: which SAEs the bank trains, by the names they carry in every result."""
 
-import dataclasses
+from dataclasses import replace
 from typing import Any
 
 from legato.config import ExperimentConfig
-from legato.consistency_losses import Contrastive, TemporalTerm, WindowVariance
-from legato.sparsity import BatchTopK, Hysteresis, Sparsity
+from legato.consistency_losses import (
+    Contrastive,
+    FusedLasso,
+    PositionPenalty,
+    Slowness,
+    TemporalTerm,
+    TsaeContrastive,
+    WindowVariance,
+)
+from legato.sparsity import BatchTopK, Hysteresis, TopK
 from legato.train import ArmConfig
 
-Recipe = tuple[str, Sparsity, tuple[TemporalTerm, ...]]
+MATRYOSHKA = ((0.2, 0.2), (1.0, 0.8))  # share of the latents, weight: the groups of temporal-saes
 
 
-def arms(config: ExperimentConfig) -> list[ArmConfig]:
-    """The baseline first, then its sweep over k, the temporal arms and the window x coefficient grid.
+def arms(config: ExperimentConfig, d_in: int) -> list[ArmConfig]:
+    """The baseline first, then its sweep over k, the named arms and the window x coefficient grid.
 
     With several seeds every arm is there once a seed, `_seed<n>` at the end of its name from the second on.
+    d_in: width of the activations, which the published T-SAE objective depends on.
     """
-    training = config.training
-    plain = BatchTopK(training.k)
-    recipes: list[Recipe] = [("baseline", plain, ())]
-    recipes += [(f"baseline_k{k}", BatchTopK(k), ()) for k in config.arms.sweep_k]
-    recipes += [_temporal(name, config) for name in config.arms.temporal]
-    grid = config.arms.grid_points
-    recipes += [(_grid_name(w, c), plain, (WindowVariance(window=w, coefficient=c),)) for w, c in grid]
-    unique = {name: (sparsity, terms) for name, sparsity, terms in recipes}
+    d_sae = config.training.d_sae
+    bank = [ArmConfig("baseline", BatchTopK(config.training.k), d_sae)]
+    bank += [ArmConfig(f"baseline_k{k}", BatchTopK(k), d_sae) for k in config.arms.sweep_k]
+    bank += [_named(name, config, d_in) for name in config.arms.temporal]
+    bank += [_window_variance(window, coefficient, config) for window, coefficient in config.arms.grid_points]
+    unique = {arm.name: arm for arm in bank}.values()
     return [
-        ArmConfig(name if place == 0 else f"{name}_seed{seed}", sparsity, training.d_sae, terms, seed)
-        for place, seed in enumerate(training.seeds)
-        for name, (sparsity, terms) in unique.items()
+        replace(arm, name=arm.name if place == 0 else f"{arm.name}_seed{seed}", seed=seed)
+        for place, seed in enumerate(config.training.seeds)
+        for arm in unique
     ]
 
 
@@ -41,26 +48,52 @@ def recipe(arm: ArmConfig) -> dict[str, Any]:
         "k": getattr(arm.sparsity, "k", None),
         "seed": arm.seed,
         "d_sae": arm.d_sae,
-        "sparsity": {"type": type(arm.sparsity).__name__, **_fields(arm.sparsity)},
-        "terms": [_fields(each) for each in arm.terms],
+        "sparsity": {"type": type(arm.sparsity).__name__, **vars(arm.sparsity)},
+        "terms": [vars(each) for each in arm.terms],
+        "groups": [list(group) for group in arm.groups],
     }
 
 
-def _temporal(name: str, config: ExperimentConfig) -> Recipe:
-    options = config.arms
-    plain = BatchTopK(config.training.k)
-    if name == "window_variance":
-        term = WindowVariance(window=options.window, coefficient=options.coefficient)
-        return _grid_name(term.window, term.coefficient), plain, (term,)
+def _named(name: str, config: ExperimentConfig, d_in: int) -> ArmConfig:
+    options, k, d_sae = config.arms, config.training.k, config.training.d_sae
+
+    def with_term(term: TemporalTerm) -> ArmConfig:
+        return ArmConfig(name, BatchTopK(k), d_sae, (term,))
+
+    def weight(default: float) -> float:
+        return default if options.coefficient is None else options.coefficient
+
+    if name == "hysteresis":
+        return ArmConfig(name, Hysteresis(k, release=options.release), d_sae)
+    if name == "topk":
+        return ArmConfig(name, TopK(k), d_sae)
+    if name == "matryoshka":
+        return ArmConfig(name, BatchTopK(k), d_sae, groups=MATRYOSHKA)
+    if name == "tsae":
+        return ArmConfig(name, BatchTopK(k), d_sae, (_published_tsae(d_in),), groups=MATRYOSHKA)
     if name == "contrastive":
-        return name, plain, (Contrastive(coefficient=options.contrastive_coefficient),)
-    assert name == "hysteresis", name
-    return name, Hysteresis(config.training.k, release=options.release), ()
+        return with_term(Contrastive(coefficient=weight(0.02)))
+    if name == "slowness":
+        return with_term(Slowness(window=options.window, coefficient=weight(0.1)))
+    if name == "fused_lasso":
+        return with_term(FusedLasso(coefficient=weight(0.1)))
+    if name == "position_penalty":
+        return with_term(PositionPenalty(coefficient=weight(0.1)))
+    assert name == "window_variance", name
+    return _window_variance(options.window, weight(0.3), config)
 
 
-def _grid_name(window: int, coefficient: float) -> str:
-    return f"window_variance_w{window}_c{coefficient:g}"
+def _window_variance(window: int, coefficient: float, config: ExperimentConfig) -> ArmConfig:
+    name = f"window_variance_w{window}_c{coefficient:g}"
+    term = WindowVariance(window=window, coefficient=coefficient)
+    return ArmConfig(name, BatchTopK(config.training.k), config.training.d_sae, (term,))
 
 
-def _fields(record: Any) -> dict[str, Any]:
-    return dataclasses.asdict(record)
+def _published_tsae(d_in: int) -> TsaeContrastive:
+    """The published weights, carried over to our units.
+
+    temporal-saes adds .1 * InfoNCE at temperature 1 to the mean over its two groups of w_g times the squared error. On
+    activations of unit mean square (its normalize_activations; on raw ones of norm 6e3 the term would vanish beside the
+    error) that is, on ours of mean square D beside sum_g w_g ||e_g||^2 / D, temperature D and weight .2.
+    """
+    return TsaeContrastive(coefficient=0.2, temperature=float(d_in))
