@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from small_experiment import SmallExperiment, small_experiment
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -24,3 +25,12 @@ def gpt2_mini() -> Path:
 def corpora() -> Path:
     """Folder of .jsonl.gz corpora."""
     return _shared("corpora")
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch, capsys) -> SmallExperiment:
+    """experiment.py with a small random model and corpus, and a cache of its own."""
+    monkeypatch.setenv("LEGATO_CACHE", str(tmp_path / "cache"))
+    small = small_experiment(tmp_path, capsys)
+    capsys.readouterr()
+    return small

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny_models import VOCABULARY, save_tiny_model
+
+from legato.train import Parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ("metrics.json", "final_info.json", "notes.txt", "report.html", "saes", "eval_results", "features")
@@ -75,3 +78,8 @@ def small_experiment(folder: Path, capture: pytest.CaptureFixture[str]) -> Small
     # Without a pad token of its own, as GPT-2 is: transformers would warn of padding that Legato masks by itself.
     model = save_tiny_model(folder / "model", "gpt2", pad_token_id=None)
     return SmallExperiment(model, write_corpus(folder / "corpus"), folder / "run_1", capture)
+
+
+def zero_parameters(d_in: int, d_sae: int, seed: int) -> Parameters:
+    """In place of `Parameters.initial`: weights that no gradient reaches."""
+    return Parameters(torch.zeros(d_sae, d_in), torch.zeros(d_sae), torch.zeros(d_sae, d_in), torch.zeros(d_in))

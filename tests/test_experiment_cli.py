@@ -5,16 +5,9 @@ import os
 
 import huggingface_hub
 import pytest
-import torch
-from small_experiment import SmallExperiment, small_experiment
+from small_experiment import experiment_main, zero_parameters
 
-
-@pytest.fixture
-def small(tmp_path, monkeypatch, capsys) -> SmallExperiment:
-    monkeypatch.setenv("LEGATO_CACHE", str(tmp_path / "cache"))
-    small = small_experiment(tmp_path, capsys)
-    capsys.readouterr()
-    return small
+from legato.errors import UsageError
 
 
 @pytest.mark.parametrize(
@@ -52,8 +45,6 @@ def test_a_mistaken_flag(small, flags, what, to_do):
 
 
 def test_a_missing_out_dir_flag(small, capsys):
-    from small_experiment import experiment_main
-
     assert experiment_main()([]) == 2
     assert capsys.readouterr().err == "error: the following arguments are required: --out_dir: see --help\n"
 
@@ -139,15 +130,7 @@ def test_a_run_is_finished_once_and_never_overwritten(small, capsys):
     assert small.results() == []
 
 
-def zero_parameters(d_in: int, d_sae: int, seed: int):
-    from legato.train import Parameters
-
-    return Parameters(torch.zeros(d_sae, d_in), torch.zeros(d_sae), torch.zeros(d_sae, d_in), torch.zeros(d_in))
-
-
 def test_debug_shows_where_it_happened(small):
-    from legato.errors import UsageError
-
     with pytest.raises(UsageError, match="no such file"):
         small.run("--dataset=missing.jsonl", "--debug")
 
