@@ -13,6 +13,7 @@ from legato import metrics
 from legato.activations import ActivationBatch
 from legato.codes import SparseCodes
 from legato.errors import LegatoError, UsageError
+from legato.evaluation import splice
 from legato.evaluation.accumulators import CodeSums, LatentOrder, PairLayout
 from legato.evaluation.core import InputSums, ReconstructionSums, TokenErrors, sparsity_metrics
 from legato.evaluation.evaluate import evaluate
@@ -146,8 +147,10 @@ def plain_losses(model, clean_BLD, spliced_BLD, tokens_BL, counted_BL):
     return -spliced.gather(1, target_N[:, None])[:, 0], (clean.exp() * (clean - spliced)).sum(-1)
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_losses_equal_plain_softmaxes(dtype):
+def test_losses_equal_plain_softmaxes(dtype, fused, monkeypatch):
+    monkeypatch.setattr(splice, "_is_fused", lambda logits_NV: fused)  # not fused: as on a GPU
     generator = torch.Generator().manual_seed(0)
     model = TinyModel(dtype)
     acts_BLD = torch.randn(20, L, D, generator=generator).to(dtype)
@@ -229,6 +232,38 @@ def test_a_bank_gives_each_sae_what_it_gets_alone():
             assert_plain(alone[part])
             assert together[name][part] == alone[part]
     assert together["small"]["core"]["l0"] < together["large"]["core"]["l0"]
+
+
+class Source:
+    """All rows as a store hands them out."""
+
+    def __init__(self):
+        self.all = list(batches())
+
+    def batches(self, rows_per_batch, *, seed):
+        assert seed is None
+        whole = {
+            field.name: torch.cat([getattr(batch, field.name) for batch in self.all])
+            for field in dataclasses.fields(ActivationBatch)
+        }
+        for start in range(0, len(whole["mask_BL"]), rows_per_batch):
+            yield ActivationBatch(**{name: part[start : start + rows_per_batch] for name, part in whole.items()})
+
+
+def test_how_rows_are_batched_does_not_matter_but_to_saebench():
+    seen = []
+    together = evaluate(sae(), Source(), language_model=TinyModel(), layer=0, ce_rows=7, lags=(1, 2))
+    apart = evaluate(
+        sae(), Source(), language_model=TinyModel(), layer=0, ce_rows=7, lags=(1, 2), rows_per_batch=5,
+        progress=seen.append,
+    )  # fmt: skip
+    assert seen == [5, 10, 12]
+    for part in ("core", "consistency", "position"):
+        for key, value in together[part].items():
+            if isinstance(value, float):
+                assert apart[part][key] == pytest.approx(value, rel=1e-9), key
+    np.testing.assert_allclose(apart["features"]["ac1"], together["features"]["ac1"], rtol=1e-9)
+    np.testing.assert_array_equal(apart["arrays"]["position_matrix"], together["arrays"]["position_matrix"])
 
 
 def test_losses_count_at_valid_positions_whose_next_token_is_text_of_the_same_document():

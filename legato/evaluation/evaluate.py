@@ -41,14 +41,16 @@ def evaluate(
     site: str = "resid_post",
     ce_rows: int = 64,
     lags: Iterable[int] = DEFAULT_LAGS,
-    rows_per_batch: int = 64,
+    rows_per_batch: int = 32,
     kept_rows: int = 1024,
     bootstrap: int = 0,
     all_reduce: Callable[[Tensor], None] | None = None,
+    progress: Callable[[int], None] = lambda rows: None,
 ) -> dict[str, Any]:
     """Metrics of one SAE, or {name: metrics} of a bank of SAEs, on held-out activations.
 
-    activations: a store or stream (read in order), or batches.
+    activations: a store or stream (read in order, `rows_per_batch` rows at a time), or batches. A multiple of 16 rows
+        keeps to SAEBench's batches, which its numbers depend on.
     language_model, layer, site: also measure the language model's loss with the reconstruction spliced in, on the first
         `ce_rows` rows. Splicing replaces valid positions only: special tokens and outliers keep their activation. Zero
         ablation replaces every position. The loss counts at valid positions whose next token is text of the same
@@ -59,6 +61,7 @@ def evaluate(
         at lag 1, "arrays" the replicates by name, paired across SAEs and runs on the same rows.
     all_reduce: sums a float64 tensor over the ranks in place, where each rank has its own rows. The matrix stays that
         of the rank's rows.
+    progress: called with the number of rows judged so far.
 
     Returns per SAE {"core", "consistency", "position"}, plain numbers and lists as in metrics.json, and beside them
     "features" (columns of the feature table, see features.py) and "arrays" ("position_matrix" (L, L) and "rate_FL", the
@@ -91,6 +94,7 @@ def evaluate(
         if language_model is not None and layer is not None and n_rows > 0:
             add_splices(judges, decoded, batch, language_model, layer=layer, site=site, n_rows=n_rows)
             shared.ce_rows += min(n_rows, len(raw.mask_BL))
+        progress(int(shared.rows))
     if shared is None:
         raise LegatoError("there are no activations to evaluate on: harvest held-out text first")
     if all_reduce is not None:

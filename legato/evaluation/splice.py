@@ -99,7 +99,7 @@ class _Reference:
 
     @classmethod
     def of(cls, logits_NV: Tensor, workspace: Tensor) -> "_Reference":
-        if logits_NV.is_cuda:
+        if not _is_fused(logits_NV):
             logits = logits_NV.float()
             top_N1 = logits.amax(1, keepdim=True)
             exp_NV = (logits - top_N1).exp_()
@@ -114,7 +114,7 @@ class _Reference:
 
     def compare(self, logits_NV: Tensor, target_N: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(next-token loss, KL(clean || these)) per token; KL = sum p (l_clean - l) - lse_clean + lse."""
-        if logits_NV.is_cuda:
+        if not _is_fused(logits_NV):
             logits = logits_NV.float()
             logsumexp_N = logits.logsumexp(1).double().cpu().numpy()
             gap_N = (self.exp_NV * (self.logits_NV.float() - logits)).sum(1, dtype=torch.float64).cpu().numpy()
@@ -122,6 +122,11 @@ class _Reference:
             gap_N, logsumexp_N = _compare_rows(_numpy(self.logits_NV), self.exp_NV.numpy(), _numpy(logits_NV))
         kl_N = gap_N / self.sum_N - self.logsumexp_N + logsumexp_N
         return logsumexp_N - _at_target(logits_NV, target_N), kl_N
+
+
+def _is_fused(logits_NV: Tensor) -> bool:
+    """The fused passes below run on the processor; elsewhere torch's own kernels are used."""
+    return logits_NV.device.type == "cpu"
 
 
 def _at_target(logits_NV: Tensor, target_N: Tensor) -> NDArray[np.float64]:
