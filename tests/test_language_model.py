@@ -230,6 +230,19 @@ def test_an_unreachable_hub_fails_within_seconds(tmp_path: Path, monkeypatch: py
     assert time.monotonic() - start < 10
 
 
+def test_a_model_in_the_hub_cache_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "models--some--model"
+    save_tiny_model(repository / "snapshots/abc", "gpt2")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    start = time.monotonic()
+    lm = LanguageModel.load("some/model", dtype="float32")
+    assert (lm.name, lm.n_layers) == ("some/model", 4)
+    assert time.monotonic() - start < 10
+
+
 def test_bad_arguments_are_usage_errors(tmp_path: Path) -> None:
     folder = str(save_tiny_model(tmp_path))
     with pytest.raises(UsageError, match="unknown dtype 'int4'"):
