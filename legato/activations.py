@@ -151,6 +151,7 @@ class ActivationStream:
         self.outlier_factor = outlier_factor
         self.store_path = None if store_path is None else Path(store_path)
         self._median_norm: float | None = None
+        self._first_rows: tuple[np.ndarray, Tensor] | None = None  # what the median was taken from, for `compute`
 
     @property
     def d_in(self) -> int:
@@ -175,8 +176,9 @@ class ActivationStream:
             rows = np.flatnonzero(mask_BL.any(1).numpy())[:MEDIAN_ROWS]
             if not len(rows):
                 raise LegatoError("the rows hold no text: every token is BOS, separator, pad or otherwise special")
-            acts_BLD = self.language_model.activations(self.tokens.tokens_BL[rows], self.layer, self.site)
-            self._median_norm = float(_finite_norms(acts_BLD.cpu())[mask_BL[rows]].median())
+            acts_BLD = self._activations(rows)
+            self._first_rows = rows, acts_BLD
+            self._median_norm = float(_finite_norms(acts_BLD)[mask_BL[rows]].median())
             if self._median_norm == 0:
                 raise LegatoError(
                     f"{self.language_model.module_path(self.layer, self.site)} puts out nothing but zeros"
@@ -190,8 +192,9 @@ class ActivationStream:
         """
         tokens_BL, doc_BL = self.tokens.tokens_BL[rows].long(), self.tokens.doc_BL[rows].int()
         is_text_BL = self.tokens.mask_BL[rows]
-        acts_BLD = self.language_model.activations(tokens_BL, self.layer, self.site).cpu()
-        is_outlier_BL = is_text_BL & (_finite_norms(acts_BLD) > self.outlier_factor * self.median_norm)
+        threshold = self.outlier_factor * self.median_norm
+        acts_BLD = self._activations(rows)
+        is_outlier_BL = is_text_BL & (_finite_norms(acts_BLD) > threshold)
         batch = ActivationBatch(acts_BLD, is_text_BL & ~is_outlier_BL, doc_BL, tokens_BL)
         return batch, is_outlier_BL.sum(1).numpy()
 
@@ -247,6 +250,15 @@ class ActivationStream:
             "outlier_factor": self.outlier_factor,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _activations(self, rows: np.ndarray) -> Tensor:
+        if self._first_rows is not None:
+            known, acts_BLD = self._first_rows
+            places = np.searchsorted(known, rows)
+            if (places < len(known)).all() and (known[places] == rows).all():
+                return acts_BLD[places]
+            self._first_rows = None
+        return self.language_model.activations(self.tokens.tokens_BL[rows], self.layer, self.site).cpu()
 
     def _claim_store(self, path: Path) -> Manifest:
         """The manifest of this stream's store at `path`, less what is damaged there; a new one in an empty folder."""
