@@ -247,7 +247,7 @@ def parse(arguments: Sequence[str]) -> tuple[ExperimentConfig, str, bool]:
                 f"--{f.name}",
                 type=_reader(typing.get_type_hints(stage)[f.name]),
                 default=argparse.SUPPRESS,
-                help=f"{f.metadata['help']} (default: {_shown(f.default)})",
+                help=f.metadata["help"] + ("" if f.default is None else f" (default: {_shown(f.default)})"),
             )
     options = vars(parser.parse_args(list(arguments)))
     out_dir, debug, preset = options.pop("out_dir"), options.pop("debug"), options.pop("preset")

@@ -27,6 +27,7 @@ from legato.tracking import RunLog, progress_bar, say
 from legato.train import ArmConfig, SAETrainer, TrainBatch, TrainConfig, bank_bytes, train_bank
 
 CALIBRATION_BATCHES = 8
+CHARACTERS_PER_TOKEN = 6  # of a hub stream, to be on the safe side: English has some 4.5
 MEMORY_SHARE = 0.6  # of what is free, for training; the rest is left to the store's page cache and to evaluation
 
 
@@ -73,7 +74,8 @@ def layer_of(config: ExperimentConfig, model: LanguageModel) -> int:
 def read_text(config: ExperimentConfig, model: LanguageModel) -> Text:
     """Train and held-out tokens from disjoint documents."""
     data = config.data
-    documents = load_documents(data.dataset, text_column=data.text_column)
+    characters = CHARACTERS_PER_TOKEN * data.corpus_tokens / (1 - data.held_out)
+    documents = load_documents(data.dataset, max_stream_characters=int(characters), text_column=data.text_column)
     train, held_out = split_held_out(documents, data.held_out)
     if not train or not held_out:
         raise UsageError(f"{data.dataset} has too few documents to hold {data.held_out:.0%} out: give more text")

@@ -1,5 +1,6 @@
 """What a person sees who mistypes the experiment's command: one line, exit code 2 or 1, and no run folder."""
 
+import itertools
 import json
 import os
 
@@ -7,7 +8,11 @@ import huggingface_hub
 import pytest
 from small_experiment import experiment_main, zero_parameters
 
+from legato.config import ExperimentConfig
 from legato.errors import UsageError
+from legato.experiment import read_text
+from legato.language_model import LanguageModel
+from legato.text import Document
 
 
 @pytest.mark.parametrize(
@@ -82,6 +87,17 @@ def test_a_hub_name_without_network(small, monkeypatch, flag):
     assert "hub" in shown
     assert "Name or service not known" in shown
     assert not small.out_dir.exists()
+
+
+def test_a_hub_stream_is_read_only_as_far_as_it_is_needed(small, monkeypatch):
+    def endless(dataset, text_column):
+        return (Document(f"w{3 + n % 90} " * 60, f"{dataset}:{n}") for n in itertools.count())
+
+    monkeypatch.setattr("legato.text._hub_documents", endless)
+    options = {"dataset": "somebody/endless", "corpus_tokens": 3000, "context_length": 16, "eval_rows": 8}
+    text = read_text(ExperimentConfig.from_options("demo", options), LanguageModel.load(str(small.model)))
+    assert text.train.n_valid == 3000
+    assert text.held_out.n_valid == 8 * 16
 
 
 def test_an_out_dir_with_other_things_in_it(small):
