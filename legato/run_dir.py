@@ -2,10 +2,10 @@
 
 import json
 import math
-import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -69,8 +69,11 @@ class RunDir:
         probe = run.root
         while not probe.exists():
             probe = probe.parent
-        if not probe.is_dir() or not os.access(probe, os.W_OK):
-            raise UsageError(f"--out_dir {root} cannot be written: choose a folder you may write to")
+        try:
+            tempfile.TemporaryDirectory(dir=probe).cleanup()
+        except OSError as error:
+            message = f"--out_dir {root} cannot be written ({error.strerror}): choose a folder you may write to"
+            raise UsageError(message) from error
         return run
 
     def begin(self, config: ExperimentConfig, resolved: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -112,6 +113,11 @@ def test_an_out_dir_that_is_a_file(small):
     assert "cannot be used" in small.error()
     assert small.out_dir.read_text() == "not a folder"
     assert "cannot be" in small.error(f"--out_dir={small.out_dir}/run_2")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")
+def test_an_out_dir_where_nobody_can_write(small):
+    assert "--out_dir /proc/run_1 cannot be written" in small.error("--out_dir=/proc/run_1")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
