@@ -185,7 +185,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_rows": 48,
         "ce_rows": 8,
         "held_out": 0.2,
-        "grid": "2,16x0.3,1",
+        "grid": "2,16x0.3",
     },
     "gpt2": {
         "model": "gpt2",
