@@ -5,6 +5,7 @@ import sys
 from legato.config import parse
 from legato.errors import LegatoError, UsageError
 from legato.experiment import ExperimentConfig, evaluate_arms, harvest_activations, load_model, read_text, train_arms
+from legato.hardware import keep_freed_memory
 from legato.notes import write_final_info, write_notes
 from legato.report.ablation_table import write_ablation
 from legato.report.figures import write_figures
@@ -38,6 +39,7 @@ def main(arguments: list[str]) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    keep_freed_memory()
     try:
         run_experiment(config, out_dir)
     except LegatoError as error:

@@ -137,7 +137,7 @@ class EvaluationConfig:
     """How the SAEs are judged, on held-out text."""
 
     eval_rows: int = option(512, "held-out contexts for the consistency and core metrics")
-    ce_rows: int = option(64, "held-out contexts for the language model's loss with the SAE spliced in")
+    ce_rows: int = option(24, "held-out contexts for the language model's loss with the SAE spliced in")
 
     def __post_init__(self) -> None:
         _at_least("eval_rows", self.eval_rows, 2)

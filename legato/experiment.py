@@ -28,6 +28,7 @@ from legato.train import ArmConfig, SAETrainer, TrainBatch, TrainConfig, bank_by
 
 CALIBRATION_BATCHES = 8
 CHARACTERS_PER_TOKEN = 6  # of a hub stream, to be on the safe side: English has some 4.5
+BOOTSTRAP_REPLICATES = 200
 MEMORY_SHARE = 0.6  # of what is free, for training; the rest is left to the store's page cache and to evaluation
 
 
@@ -199,14 +200,17 @@ def evaluate_arms(
 ) -> None:
     """Judge every SAE on the held-out side in one pass and save the numbers."""
     say(f"evaluation: {activations.held_out.n_valid:,} held-out tokens")
-    results = evaluate(
-        {name: arm.sae for name, arm in bank.trained.items()},
-        activations.held_out,
-        language_model=model if config.evaluation.ce_rows else None,
-        layer=activations.layer,
-        site=config.model.site,
-        ce_rows=config.evaluation.ce_rows,
-    )
+    with progress_bar("evaluate", activations.held_out.n_rows) as progress:
+        results = evaluate(
+            {name: arm.sae for name, arm in bank.trained.items()},
+            activations.held_out,
+            language_model=model if config.evaluation.ce_rows else None,
+            layer=activations.layer,
+            site=config.model.site,
+            ce_rows=config.evaluation.ce_rows,
+            bootstrap=BOOTSTRAP_REPLICATES,
+            progress=progress,
+        )
     metrics = {}
     for name, result in results.items():
         if "saebench" in result["core"]:

@@ -217,7 +217,21 @@ def _decode(ptr_N, latent_P, value_P, ends_G, weights_G, W_dec_FD, b_dec_D, x_ND
 
 @njit(parallel=True, cache=True, fastmath=_FAST)
 def _gradients(
-    x_ND, pull_GND, ends_G, scale, W_dec_FD, ptr_F, token_Q, value_Q, extra_Q, cuts_T, gW_enc_FD, gW_dec_FD, gb_enc_F
+    x_ND,
+    pull_GND,
+    ends_G,
+    scale,
+    W_dec_FD,
+    ptr_F,
+    token_Q,
+    value_Q,
+    extra_Q,
+    cuts_T,
+    seeded_F,
+    gW_enc_FD,
+    gW_dec_FD,
+    gb_enc_F,
+    squared_F,
 ):
     D = x_ND.shape[1]
     for part in prange(cuts_T.shape[0] - 1):
@@ -229,9 +243,11 @@ def _gradients(
             g_enc_D = gW_enc_FD[f]
             g_dec_D = gW_dec_FD[f]
             w_D = W_dec_FD[f]
-            g_enc_D[:] = 0
-            g_dec_D[:] = 0
-            g_bias = extra_Q.dtype.type(0)
+            if not seeded_F[f]:
+                g_enc_D[:] = 0
+                g_dec_D[:] = 0
+                gb_enc_F[f] = 0
+            g_bias = gb_enc_F[f]
             for q in range(ptr_F[f], ptr_F[f + 1]):
                 r_D = pull_ND[token_Q[q]]
                 x_D = x_ND[token_Q[q]]
@@ -245,23 +261,14 @@ def _gradients(
                     g_dec_D[d] += a * r_D[d]
                     g_enc_D[d] += g * x_D[d]
             gb_enc_F[f] = g_bias
-
-
-@njit(parallel=True, cache=True, fastmath=_FAST)
-def _project_and_norm(gW_enc_FD, gW_dec_FD, W_dec_FD, squared_F):
-    F, D = W_dec_FD.shape
-    for f in prange(F):
-        g_dec_D = gW_dec_FD[f]
-        g_enc_D = gW_enc_FD[f]
-        w_D = W_dec_FD[f]
-        radial = g_dec_D[0] * w_D[0]
-        for d in range(1, D):
-            radial += g_dec_D[d] * w_D[d]
-        total = 0.0
-        for d in range(D):
-            g_dec_D[d] -= radial * w_D[d]
-            total += g_dec_D[d] * g_dec_D[d] + g_enc_D[d] * g_enc_D[d]
-        squared_F[f] = total
+            radial = g_dec_D[0] * w_D[0]  # rows stay on the unit sphere: only the tangential part moves them
+            for d in range(1, D):
+                radial += g_dec_D[d] * w_D[d]
+            total = g_bias * g_bias
+            for d in range(D):
+                g_dec_D[d] -= radial * w_D[d]
+                total += g_dec_D[d] * g_dec_D[d] + g_enc_D[d] * g_enc_D[d]
+            squared_F[f] = total
 
 
 @njit(parallel=True, cache=True, fastmath=_FAST)
@@ -405,19 +412,22 @@ def gradients(
     W_dec_FD: Array,
     order: LatentOrder,
     extra_Q: Array,
+    seeded_F: Array,
     gW_enc_FD: Array,
     gW_dec_FD: Array,
     gb_enc_F: Array,
-) -> None:
+) -> float:
     """Gradients of scale/2 * (sum over groups of weight * ||residual||^2) plus the term whose derivative by code q is
-    extra_Q, written in place.
+    extra_Q, written in place, each decoder row's without its part along the (unit) row; returns their squared norm.
 
     For an active pair the code is its pre-activation, so d/d code = scale * <W_dec_f, pull_n> + extra; that number
-    times x_n is the encoder's share, the decoder's is scale * code * pull_n. Inactive latents get zero.
+    times x_n is the encoder's share, the decoder's is scale * code * pull_n. Inactive latents get zero. Latents in
+    seeded_F (bool) start from what the arrays hold for them.
     """
     n_parts = 8 * numba.get_num_threads()  # more parts than threads: latents differ much in how often they fire
     cuts_T = np.searchsorted(order.ptr_F, np.linspace(0, order.ptr_F[-1], n_parts + 1)[1:-1])
     cuts_T = np.concatenate([[0], cuts_T, [order.ptr_F.shape[0] - 1]])
+    squared_F = np.empty(W_dec_FD.shape[0])
     _gradients(
         x_ND,
         pull_GND,
@@ -429,16 +439,12 @@ def gradients(
         order.value_Q,
         extra_Q,
         cuts_T,
+        seeded_F,
         gW_enc_FD,
         gW_dec_FD,
         gb_enc_F,
+        squared_F,
     )
-
-
-def project_and_norm(gW_enc_FD: Array, gW_dec_FD: Array, W_dec_FD: Array) -> float:
-    """Remove the part of gW_dec along each (unit) decoder row, in place; returns the squared norm of both gradients."""
-    squared_F = np.empty(W_dec_FD.shape[0])
-    _project_and_norm(gW_enc_FD, gW_dec_FD, W_dec_FD, squared_F)
     return float(squared_F.sum())
 
 

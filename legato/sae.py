@@ -16,12 +16,15 @@ from legato import kernels
 from legato.activations import ActivationBatch
 from legato.codes import SparseCodes
 from legato.errors import LegatoError, UsageError
+from legato.hardware import fast_matmul_dtype
 from legato.interop.saelens_folder import read_saelens_folder, write_saelens_folder
+from legato.sequences import SequenceLayout
+from legato.sparsity import Preactivations
 
 ARCHITECTURES = ("standard", "topk", "jumprelu", "hysteresis")
 
-_TOKENS_AT_ONCE = 1024
-_ZERO = np.zeros(1, np.float32)
+_TOKENS_AT_ONCE = 4096
+_NOMINATED_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -88,23 +91,55 @@ class SparseAutoencoder:
         return self.decode(self.encode(acts))
 
     def encode_sparse(self, batch: ActivationBatch) -> SparseCodes:
-        """The active pairs of a batch's valid positions; codes are rescaled by their decoder norm."""
+        """The active pairs of a batch's valid positions; codes are rescaled by their decoder norm.
+
+        Where thresholds are positive, a matmul in the machine's fast dtype nominates pairs within a tenth of their
+        threshold and only those are computed exactly, in float32.
+        """
         B, L, _ = batch.acts_BLD.shape
+        self._check(batch.acts_BLD)
+        nominate = self.threshold is not None and bool((self.threshold > 0).all())
         norm_F = self.W_dec.norm(dim=-1)
+        weights = (self.W_enc.T.contiguous(), self.b_enc + self.b_dec @ self.W_enc) if nominate else None
         parts = []
         rows_at_once = max(1, _TOKENS_AT_ONCE // L)
         for start in range(0, B, rows_at_once):
             rows = slice(start, start + rows_at_once)
-            codes_BLF = self.encode(batch.acts_BLD[rows], batch.mask_BL[rows], batch.doc_BL[rows])
-            codes_NF = codes_BLF.flatten(0, 1)
-            all_tokens = np.ones(len(codes_NF), np.bool_)
-            token_P, latent_P = kernels.scan(
-                codes_NF.numpy(), all_tokens, _ZERO.repeat(len(codes_NF)), 64 * len(codes_NF)
-            )
-            token, latent = torch.from_numpy(token_P).long(), torch.from_numpy(latent_P).long()
-            parts.append((token + start * L, latent, codes_NF[token, latent] * norm_F[latent]))
+            acts_BLD, mask_BL, doc_BL = batch.acts_BLD[rows].float(), batch.mask_BL[rows], batch.doc_BL[rows]
+            if weights is not None:
+                token_P, latent_P, value_P = self._nominated(acts_BLD, mask_BL, doc_BL, *weights)
+            else:
+                token_P, latent_P, value_P = _positive(self.encode(acts_BLD, mask_BL, doc_BL).flatten(0, 1))
+            parts.append((token_P + start * L, latent_P, value_P * norm_F[latent_P]))
         tokens, latents, values = (torch.cat(column) for column in zip(*parts, strict=True))
         return SparseCodes(tokens, latents, values, (B, L, self.d_sae))
+
+    def _nominated(
+        self, acts_BLD: Tensor, mask_BL: Tensor, doc_BL: Tensor, W_enc_FD: Tensor, bias_F: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(token_P, latent_P, code_P) of the active pairs; bias_F is b_enc for activations less b_dec, whose smaller
+        numbers round less."""
+        assert self.threshold is not None
+        x_ND = acts_BLD.flatten(0, 1) - self.b_dec
+        dtype = fast_matmul_dtype()
+        pre = Preactivations(
+            torch.addmm(bias_F.to(dtype), x_ND.to(dtype), W_enc_FD.to(dtype).T),
+            x_ND.numpy(),
+            W_enc_FD.numpy(),
+            bias_F.numpy(),
+            SequenceLayout.of(mask_BL, doc_BL),
+        )
+        release = 1.0 if self.release is None else self.release
+        floor = _NOMINATED_SHARE * release * float(self.threshold.min())
+        token_P, latent_P, value_P = pre.scan(pre.constant_floor(floor), 64 * len(x_ND))
+        threshold_P = self.threshold.numpy()[latent_P]
+        if self.release is None:
+            on_P = value_P > threshold_P
+        else:
+            on_P = pre.critical(token_P, latent_P, value_P / threshold_P, release) >= 1
+        kept = (torch.from_numpy(column[on_P]) for column in (token_P, latent_P, value_P))
+        token, latent, value = kept
+        return token.long(), latent.long(), value
 
     def decode_sparse(self, codes: SparseCodes) -> Tensor:
         """Reconstruction [B, L, D] of sparse codes; positions without any code decode to b_dec."""
@@ -212,6 +247,14 @@ class SparseAutoencoder:
             )
         if not torch.isfinite(acts).all():
             raise LegatoError("activations hold values that are not finite; harvest them again or in float32")
+
+
+def _positive(codes_NF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(token_P, latent_P, code_P) of the positive codes."""
+    N = len(codes_NF)
+    token_P, latent_P = kernels.scan(codes_NF.numpy(), np.ones(N, np.bool_), np.zeros(N, np.float32), 64 * N)
+    token, latent = torch.from_numpy(token_P).long(), torch.from_numpy(latent_P).long()
+    return token, latent, codes_NF[token, latent]
 
 
 def held(

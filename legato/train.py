@@ -237,8 +237,12 @@ def forward_backward(
         workspace.get("gW_dec", (F, D), x_ND.dtype),
         workspace.get("gb_dec", (D,), x_ND.dtype),
     )
+    seeded_F = np.zeros(F, np.bool_)
+    if dead_F is not None and bool(dead_F.any()):
+        residual_ND = torch.from_numpy(pull_GND[-1]) / groups.weights_G[-1]
+        loss_terms["auxiliary"] = _revive(parameters, gradients, batch, residual_ND, dead_F, seeded_F, config)
     scale = 2 / (D * batch.n_valid)
-    kernels.gradients(
+    squared = kernels.gradients(
         x_ND.numpy(),
         pull_GND,
         groups,
@@ -246,16 +250,13 @@ def forward_backward(
         W_dec_FD,
         order,
         extra_Q,
+        seeded_F,
         gradients.W_enc_FD.numpy(),
         gradients.W_dec_FD.numpy(),
         gradients.b_enc_F.numpy(),
     )
-    gradients.b_dec_D.copy_(torch.from_numpy(pull_GND[0]).sum(0) * scale)
-    if dead_F is not None and bool(dead_F.any()):
-        residual_ND = torch.from_numpy(pull_GND[-1]) / groups.weights_G[-1]
-        loss_terms["auxiliary"] = _revive(parameters, gradients, batch, residual_ND, dead_F, config)
-    squared = kernels.project_and_norm(gradients.W_enc_FD.numpy(), gradients.W_dec_FD.numpy(), W_dec_FD)
-    squared += float(gradients.b_enc_F.square().sum() + gradients.b_dec_D.square().sum())
+    torch.sum(torch.from_numpy(pull_GND[0]), dim=0, out=gradients.b_dec_D).mul_(scale)
+    squared += float(gradients.b_dec_D.square().sum())
     return StepResult(
         loss_terms, gradients, math.sqrt(squared), order, floor, float(mean_squared_G[-1]) / batch.mean_power
     )
@@ -277,9 +278,11 @@ def _revive(
     batch: TrainBatch,
     residual_ND: Tensor,
     dead_F: Tensor,
+    seeded_F: Array,
     config: TrainConfig,
 ) -> float:
-    """Adds the auxiliary loss's gradient in place; returns its value. At most 8 aux_k dead latents, the first ones."""
+    """Writes the auxiliary loss's gradient for the dead latents and marks them; returns the loss. At most 8 aux_k
+    dead latents, the first ones."""
     dead = dead_F.nonzero().flatten()[: 8 * config.aux_k]
     rows = torch.from_numpy(np.flatnonzero(batch.layout.valid_N))
     rows = rows[:: max(1, len(rows) // config.aux_tokens)]
@@ -291,9 +294,10 @@ def _revive(
     )
     loss = config.aux_coefficient * auxiliary_loss(batch.x_ND[rows], residual_ND[rows], leaves, config.aux_k)
     g_enc, g_bias, g_dec = torch.autograd.grad(loss, [leaves.W_enc_FD, leaves.b_enc_F, leaves.W_dec_FD])
-    gradients.W_enc_FD[dead] += g_enc
-    gradients.b_enc_F[dead] += g_bias
-    gradients.W_dec_FD[dead] += g_dec
+    gradients.W_enc_FD[dead] = g_enc
+    gradients.b_enc_F[dead] = g_bias
+    gradients.W_dec_FD[dead] = g_dec
+    seeded_F[dead.numpy()] = True
     return float(loss.detach())
 
 
