@@ -13,12 +13,13 @@ import psutil
 from legato.activations import ActivationStore, Normaliser, harvest
 from legato.config import ExperimentConfig
 from legato.errors import LegatoError, UsageError
+from legato.evaluation.controls import position_shuffled
 from legato.evaluation.evaluate import evaluate
 from legato.evaluation.features import write_features
 from legato.hardware import fast_matmul_dtype
 from legato.interop.saebench import write_core_file
 from legato.language_model import LanguageModel
-from legato.recipes import arms, recipe
+from legato.recipes import arms, grid_name, recipe
 from legato.run_dir import RunDir, environment
 from legato.sae import SparseAutoencoder
 from legato.text import load_documents, split_held_out
@@ -29,6 +30,8 @@ from legato.train import ArmConfig, SAETrainer, TrainBatch, TrainConfig, bank_by
 CALIBRATION_BATCHES = 8
 CHARACTERS_PER_TOKEN = 6  # of a hub stream, to be on the safe side: English has some 4.5
 BOOTSTRAP_REPLICATES = 200
+CONTROL_ROWS = 32
+CONTROL_KEYS = ("kappa1", "kappa1_excess_within", "ac1", "ac1_excess_within")
 MEMORY_SHARE = 0.6  # of what is free, for training; the rest is left to the store's page cache and to evaluation
 
 
@@ -211,6 +214,13 @@ def evaluate_arms(
             bootstrap=BOOTSTRAP_REPLICATES,
             progress=progress,
         )
+    # The control for persistence that an SAE makes by itself, for the arms that the comparison is about.
+    compared = {name: arm.sae for name, arm in bank.trained.items() if not _is_grid_member(name, config)}
+    control = evaluate(compared, position_shuffled(activations.held_out.batches(CONTROL_ROWS, seed=None)))
+    for name in compared:
+        shuffled = {"l0": control[name]["core"]["l0"], "fvu": control[name]["core"]["fvu"]}
+        shuffled |= {key: control[name]["consistency"][key] for key in CONTROL_KEYS}
+        results[name]["consistency"]["position_shuffled"] = shuffled
     metrics = {}
     for name, result in results.items():
         if "saebench" in result["core"]:
@@ -230,6 +240,10 @@ def evaluate_arms(
         run.write_arrays(name, result.pop("arrays"))
         metrics[name] = {**result, "training": bank.trained[name].training}
     run.write_metrics(metrics)
+
+
+def _is_grid_member(name: str, config: ExperimentConfig) -> bool:
+    return any(name.startswith(f"{grid_name(*point)}") for point in config.arms.grid_points)
 
 
 def _training_metrics(trainer: SAETrainer, store: ActivationStore) -> dict[str, Any]:

@@ -38,6 +38,10 @@ def arms(config: ExperimentConfig, d_in: int) -> list[ArmConfig]:
     ]
 
 
+def grid_name(window: int, coefficient: float) -> str:
+    return f"window_variance_w{window}_c{coefficient:g}"
+
+
 def recipe(arm: ArmConfig) -> dict[str, Any]:
     """What is different about an arm, with every coefficient, as it is saved beside its results."""
     term = arm.terms[0] if arm.terms else None
@@ -84,9 +88,8 @@ def _named(name: str, config: ExperimentConfig, d_in: int) -> ArmConfig:
 
 
 def _window_variance(window: int, coefficient: float, config: ExperimentConfig) -> ArmConfig:
-    name = f"window_variance_w{window}_c{coefficient:g}"
     term = WindowVariance(window=window, coefficient=coefficient)
-    return ArmConfig(name, BatchTopK(config.training.k), config.training.d_sae, (term,))
+    return ArmConfig(grid_name(window, coefficient), BatchTopK(config.training.k), config.training.d_sae, (term,))
 
 
 def _published_tsae(d_in: int) -> TsaeContrastive:
