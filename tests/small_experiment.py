@@ -25,7 +25,7 @@ def experiment_main() -> Callable[[list[str]], int]:
     return module.main
 
 
-@dataclass(frozen=True)
+@dataclass
 class SmallExperiment:
     """A model folder, a corpus, and a short command line for them; the arms are up to the test."""
 
