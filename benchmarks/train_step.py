@@ -46,7 +46,9 @@ def main() -> None:
         "--seconds", type=float, default=3.0, help="least length of a turn, which has two steps or more"
     )
     options.add_argument("--parts", default="batchtopk,topk,terms,loss", help="what to measure, comma-separated")
-    options.add_argument("--loss-steps", type=int, default=40, help="steps of the loss curves")
+    options.add_argument("--loss-steps", type=int, default=60, help="steps of the loss curves")
+    options.add_argument("--loss-d-sae", type=int, default=4096, help="latents of the SAEs of the loss curves")
+    options.add_argument("--loss-batch", type=int, default=1024, help="tokens a step of the loss curves")
     chosen = options.parse_args()
     if chosen.serve:
         serve(lambda: contender(chosen))
@@ -227,7 +229,13 @@ def loss_table(chosen: Namespace) -> str:
         sparse, dense = loss_curves(chosen, sparsity, terms)
         apart = [abs(a - b) / b for a, b in zip(sparse, dense, strict=True)]
         rows.append([name, f"{dense[0]:.4f}", f"{sparse[-1]:.6f}", f"{dense[-1]:.6f}", f"{max(apart):.1e}"])
-    head = ["loss curve", "first loss", f"ours, step {chosen.loss_steps}", "dense", "largest relative difference"]
+    head = [
+        f"loss curve, d_sae {chosen.loss_d_sae}, {chosen.loss_batch} tokens a step",
+        "first loss",
+        f"ours, step {chosen.loss_steps}",
+        "dense",
+        "largest relative difference",
+    ]
     return table(head, rows)
 
 
@@ -239,8 +247,8 @@ def loss_curves(chosen: Namespace, sparsity: Any, terms: Any) -> tuple[list[floa
     from legato.train import ArmConfig, Parameters, SAETrainer, TrainBatch, TrainConfig, Workspace
 
     config = TrainConfig(steps=chosen.loss_steps, lr=1e-3)
-    trainer = SAETrainer(ArmConfig("bench", sparsity, chosen.d_sae, terms), config, chosen.d_in, Workspace())
-    weights = [w.requires_grad_() for _, w in Parameters.initial(chosen.d_in, chosen.d_sae, 0).items()]
+    trainer = SAETrainer(ArmConfig("bench", sparsity, chosen.loss_d_sae, terms), config, chosen.d_in, Workspace())
+    weights = [w.requires_grad_() for _, w in Parameters.initial(chosen.d_in, chosen.loss_d_sae, 0).items()]
     W_enc_FD, b_enc_F, W_dec_FD, b_dec_D = weights
     adam = torch.optim.Adam(weights, betas=(0.9, 0.999), eps=1e-8)
     normaliser = Normaliser(torch.zeros(chosen.d_in), 1.0)
@@ -278,13 +286,13 @@ def planted(chosen: Namespace, record: Any) -> Iterator[Any]:
 
     generator = torch.Generator().manual_seed(1)
     directions_SD = torch.nn.functional.normalize(torch.randn(2048, chosen.d_in, generator=generator), dim=-1)
-    B = chosen.batch // CONTEXT
+    B = chosen.loss_batch // CONTEXT
     mask_BL = torch.ones(B, CONTEXT, dtype=torch.bool)
     doc_BL = torch.arange(B, dtype=torch.int32)[:, None].expand(B, CONTEXT).contiguous()
     for _ in range(chosen.loss_steps):
-        active_NS = torch.rand(chosen.batch, 2048, generator=generator) < chosen.k / 2 / 2048
-        sizes_NS = active_NS * -torch.rand(chosen.batch, 2048, generator=generator).clamp_min(1e-9).log()
-        x_ND = sizes_NS @ directions_SD + 0.01 * torch.randn(chosen.batch, chosen.d_in, generator=generator)
+        active_NS = torch.rand(chosen.loss_batch, 2048, generator=generator) < chosen.k / 2 / 2048
+        sizes_NS = active_NS * -torch.rand(chosen.loss_batch, 2048, generator=generator).clamp_min(1e-9).log()
+        x_ND = sizes_NS @ directions_SD + 0.01 * torch.randn(chosen.loss_batch, chosen.d_in, generator=generator)
         x_ND *= (chosen.d_in / x_ND.square().sum(-1).mean()).sqrt()
         yield record(x_ND.view(B, CONTEXT, -1), mask_BL, doc_BL, doc_BL.long())
 
