@@ -232,8 +232,9 @@ def _made_by_itself(arm: Arm, baseline: Arm | None) -> str:
     if shuffled is None or before is None or measured is None:
         return f"Part of a gain of {arm.name} may be made by its mechanism; the shuffled control was not run for it."
     return (
-        f"Part of what {arm.name} holds is made by its mechanism: on the same activations in shuffled order its kappa "
-        f"excess is {shuffled:.3f}, against {measured:.3f} in the text's order (the baseline's shuffled: {before:.3f})."
+        f"On the same activations in shuffled order, where nothing persists, {arm.name} still has a kappa excess of "
+        f"{shuffled:.3f} (the baseline {before:.3f}), against {measured:.3f} in the text's order: so much its mechanism "
+        "makes by itself."
     )
 
 
