@@ -232,9 +232,8 @@ def _made_by_itself(arm: Arm, baseline: Arm | None) -> str:
     if shuffled is None or before is None or measured is None:
         return f"Part of a gain of {arm.name} may be made by its mechanism; the shuffled control was not run for it."
     return (
-        f"On the same activations in shuffled order, where nothing persists, {arm.name} still has a kappa excess of "
-        f"{shuffled:.3f} (the baseline {before:.3f}), against {measured:.3f} in the order of the text: that much is its "
-        "mechanism's own."
+        f"On the same activations in shuffled order, {arm.name} keeps a kappa excess of {shuffled:.3f} (the baseline "
+        f"{before:.3f}), against {measured:.3f} in the order of the text: that much its mechanism makes by itself."
     )
 
 
