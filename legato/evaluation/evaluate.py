@@ -45,6 +45,7 @@ def evaluate(
     kept_rows: int = 1024,
     bootstrap: int = 0,
     all_reduce: Callable[[Tensor], None] | None = None,
+    failures: dict[str, str] | None = None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> dict[str, Any]:
     """Metrics of one SAE, or {name: metrics} of a bank of SAEs, on held-out activations.
@@ -61,6 +62,8 @@ def evaluate(
         at lag 1, "arrays" the replicates by name, paired across SAEs and runs on the same rows.
     all_reduce: sums a float64 tensor over the ranks in place, where each rank has its own rows. The matrix stays that
         of the rank's rows.
+    failures: for a bank, receives {name: reason} of the SAEs that cannot be judged, and the others are; without it, and
+        always with several ranks, the first such SAE raises.
     progress: called with the number of rows judged so far.
 
     Returns per SAE {"core", "consistency", "position"}, plain numbers and lists as in metrics.json, and beside them
@@ -74,6 +77,8 @@ def evaluate(
     if language_model is not None and layer is None:
         raise UsageError("to measure the language model's loss, say which layer the activations come from")
     lags = check_lags(tuple(lags))
+    if all_reduce is not None:
+        failures = None  # a rank that drops an SAE on its own would leave the sums of the others unmatched
     shared: _Shared | None = None
     judges: dict[str, Judge] = {}
     kept = {name: KeptCodes(kept_rows) for name in bank}
@@ -86,9 +91,9 @@ def evaluate(
         n_rows = ce_rows - int(shared.rows)
         shared.add(batch)
         decoded = {}
-        for name, one in bank.items():
-            with _naming(name):
-                decoded[name] = Decoded.of(one, batch)
+        for name in list(judges):
+            with _failing(name, judges, failures):
+                decoded[name] = Decoded.of(bank[name], batch)
                 judges[name].add(batch, decoded[name])
                 kept[name].add(decoded[name].codes, raw.mask_BL, raw.doc_BL)
         if language_model is not None and layer is not None and n_rows > 0:
@@ -103,9 +108,9 @@ def evaluate(
     if not shared.inputs.tokens:
         raise LegatoError("no position is valid: every token is special, padding or an outlier")
     results = {}
-    for name, one in bank.items():
-        with _naming(name):
-            results[name] = _result(one, judges[name], kept[name], shared, bootstrap)
+    for name in list(judges):
+        with _failing(name, judges, failures):
+            results[name] = _result(bank[name], judges[name], kept[name], shared, bootstrap)
     return results if isinstance(sae, Mapping) else results[_SINGLE]
 
 
@@ -178,9 +183,12 @@ def _batches(activations: ActivationSource | Iterable[ActivationBatch], rows: in
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Put the SAE's name in front of an error about it."""
+def _failing(name: str, judges: dict[str, Judge], failures: dict[str, str] | None) -> Iterator[None]:
+    """Put the SAE's name in front of an error about it; with a record of failures, note it there and drop the SAE."""
     try:
         yield
     except LegatoError as error:
-        raise LegatoError(f"{name}: {error}") from error
+        if failures is None:
+            raise LegatoError(f"{name}: {error}") from error
+        failures[name] = f"{name}: {error}"
+        del judges[name]
