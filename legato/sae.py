@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from legato import kernels
-from legato.activations import ActivationBatch
+from legato.activations import ActivationBatch, Normaliser
 from legato.codes import SparseCodes
 from legato.errors import LegatoError, UsageError
 from legato.hardware import fast_matmul_dtype
@@ -150,6 +150,20 @@ class SparseAutoencoder:
             codes.latent_P, self.W_dec, offsets, mode="sum", per_sample_weights=value_P
         )
         return (acts_ND + self.b_dec).view(B, L, self.d_in)
+
+    def on_raw(self, normaliser: Normaliser) -> "SparseAutoencoder":
+        """The same SAE for raw activations, where this one takes normalised ones, scale * (x - mean).
+
+        Codes and biases are lengths and shrink by the scale, thresholds with them; k, release and the weights have no
+        unit. A bias also takes up the mean.
+        """
+        mean_D, scale = normaliser.mean_D, normaliser.scale
+        return replace(
+            self,
+            b_enc=self.b_enc / scale - mean_D @ self.W_enc,
+            b_dec=mean_D + self.b_dec / scale,
+            threshold=None if self.threshold is None else self.threshold / scale,
+        )
 
     def stateless(self, batch: ActivationBatch) -> "SparseAutoencoder":
         """A jumprelu SAE with the weights of this hysteresis SAE, for tools that keep no order of tokens.

@@ -22,7 +22,7 @@ from legato.hardware import fast_matmul_dtype
 from legato.kernels import LatentOrder
 from legato.sae import SparseAutoencoder
 from legato.sequences import SequenceLayout
-from legato.sparsity import BatchTopK, Hysteresis, Preactivations, Sparsity, TopK, frozen_threshold
+from legato.sparsity import Preactivations, Sparsity
 
 Array = NDArray[Any]
 
@@ -401,25 +401,16 @@ class SAETrainer:
         self.low_W_enc_FD.copy_(self.parameters.W_enc_FD)
 
     def finish(self, normaliser: Normaliser, calibration: Sequence[TrainBatch]) -> SparseAutoencoder:
-        """The SAE for raw activations: the normaliser folded in, a batch-wide threshold frozen so that the calibration
-        batches have k active latents per token on average."""
+        """The SAE for raw activations: the normaliser folded in, and what its sparsity leaves open during training settled
+        on the calibration batches (a threshold at which k latents per token are active there, for one)."""
         if self.steps_done == 0:
             raise LegatoError(f"{self.arm.name}: 0 training steps were taken: there is nothing to save; raise --tokens")
-        p, scale = self.parameters, normaliser.scale
-        sparsity = self.arm.sparsity
-        threshold = None
-        if isinstance(sparsity, (BatchTopK, Hysteresis)):
-            threshold = frozen_threshold(sparsity, [self._preactivations(batch) for batch in calibration]) / scale
-        return SparseAutoencoder(
-            architecture=sparsity.architecture,
-            W_enc=p.W_enc_FD.T.contiguous(),
-            b_enc=p.b_enc_F / scale - p.W_enc_FD @ normaliser.mean_D,
-            W_dec=p.W_dec_FD.clone(),
-            b_dec=normaliser.mean_D + p.b_dec_D / scale,
-            threshold=None if threshold is None else torch.full((self.arm.d_sae,), threshold),
-            k=sparsity.k if isinstance(sparsity, TopK) else None,
-            release=sparsity.release if isinstance(sparsity, Hysteresis) else None,
+        p = self.parameters
+        fields = self.arm.sparsity.frozen([self._preactivations(batch) for batch in calibration])
+        sae = SparseAutoencoder(
+            W_enc=p.W_enc_FD.T.contiguous(), b_enc=p.b_enc_F, W_dec=p.W_dec_FD.clone(), b_dec=p.b_dec_D, **fields
         )
+        return sae.on_raw(normaliser)
 
     def _preactivations(self, batch: TrainBatch) -> Preactivations:
         p = self.parameters

@@ -16,7 +16,7 @@ from legato.consistency_losses import (
 )
 from legato.sae import SparseAutoencoder
 from legato.sequences import SequenceLayout
-from legato.sparsity import BatchTopK, Hysteresis, Preactivations, ReLU, Sparsity, TopK, frozen_threshold
+from legato.sparsity import BatchTopK, Hysteresis, Preactivations, ReLU, Sparsity, TopK
 from legato.train import ArmConfig, Parameters, TrainBatch, TrainConfig, Workspace, auxiliary_loss, forward_backward
 
 B, L, D, F = 6, 20, 24, 64
@@ -102,7 +102,7 @@ def test_hysteresis_budget_and_inference_equal_the_plain_loop():
         found_NF = torch.zeros(B * L, F, dtype=torch.bool)
         found_NF[pairs.token_P, pairs.latent_P] = True
         assert torch.equal(found_NF.view(B, L, F), on_BLF)
-    assert frozen_threshold(sparsity, [pre]) == pytest.approx(threshold, rel=0.02)
+    assert sparsity.frozen([pre])["threshold"].tolist() == pytest.approx([threshold] * F, rel=0.02)
 
     p = parameters
     sae = SparseAutoencoder(

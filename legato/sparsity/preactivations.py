@@ -1,0 +1,93 @@
+"""What a sparsity chooses from: the encoder's dense output, and exact values where they are asked for.
+
+The dense matmul's output (possibly bfloat16) only nominates candidates; their values are recomputed in the weights' own
+precision, and the choice is made on those.
+
+Shape legend: N flat tokens, S sampled tokens, D width, F latents, P pairs in token order.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from legato import kernels
+from legato.sequences import SequenceLayout
+
+Array = NDArray[Any]
+
+# Candidates are taken above this share of the last batch's threshold: wide enough that neither its drift between two
+# batches nor bfloat16's rounding (0.4 %) can hide a pair, narrow enough to leave only some 15 % surplus to recompute.
+FLOOR_SHARE = 0.95
+
+
+class Preactivations(NamedTuple):
+    """pre_NF: the encoder's dense output, the inputs beside it for exact values; layout: tokens that take part,
+    runs."""
+
+    pre_NF: Tensor
+    x_ND: Array
+    W_enc_FD: Array
+    b_enc_F: Array
+    layout: SequenceLayout
+
+    @property
+    def n_valid(self) -> int:
+        return int(self.layout.valid_N.sum())
+
+    def scan(self, floor_N: Array, expected: int) -> tuple[Array, Array, Array]:
+        """(token_P, latent_P, exact value_P) of the pairs whose pre_NF lies above the floor (in `ordered` units)."""
+        token_P, latent_P = kernels.scan(self.ordered, self.layout.valid_N, floor_N, expected)
+        return token_P, latent_P, self.exact(token_P, latent_P)
+
+    def exact(self, token_P: Array, latent_P: Array) -> Array:
+        return kernels.exact_values(self.x_ND, self.W_enc_FD, self.b_enc_F, token_P, latent_P)
+
+    @property
+    def ordered(self) -> Array:
+        """pre_NF as an array numpy can compare: bfloat16 as its bits, whose order is that of positive numbers."""
+        bits = self.pre_NF.view(torch.int16) if self.pre_NF.dtype == torch.bfloat16 else self.pre_NF
+        return bits.numpy()
+
+    def rough(self, token_P: Array, latent_P: Array) -> Array:
+        """The matmul's own values of the given pairs, float32 or finer."""
+        values_P = self.ordered[token_P, latent_P]
+        if self.pre_NF.dtype == torch.bfloat16:
+            return (values_P.astype(np.int32) << 16).view(np.float32)  # bfloat16 is the upper half of a float32
+        return values_P
+
+    def critical(self, token_P: Array, latent_P: Array, value_P: Array, release: float) -> Array:
+        F = self.pre_NF.shape[1]
+        return kernels.critical_thresholds(self.layout.start_N, token_P, latent_P, value_P, F, release)
+
+    def constant_floor(self, floor: float) -> Array:
+        value = torch.full((self.pre_NF.shape[0],), floor, dtype=self.pre_NF.dtype)
+        return (value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy()
+
+
+def budget_threshold(batches: Sequence[Preactivations], k: int, release: float = 1.0) -> float:
+    """The one threshold at which all batches together have k active latents per token (of a Schmitt trigger where
+    release is below 1), for inference."""
+    lowest = min(quantile_floor(pre, 2 * k) for pre in batches)
+    critical = []
+    for pre in batches:
+        token_P, latent_P, value_P = pre.scan(pre.constant_floor(release * lowest), 4 * k * pre.n_valid)
+        critical.append(pre.critical(token_P, latent_P, value_P, release))
+    critical_P = np.concatenate(critical)
+    count = k * sum(pre.n_valid for pre in batches)
+    if len(critical_P) <= count:
+        return lowest
+    # Between the last pair that is on and the first that is not, so that > and >= mean the same.
+    last_two = np.partition(critical_P, [len(critical_P) - count - 1, len(critical_P) - count])[-count - 1 :][:2]
+    return float(last_two.mean())
+
+
+def quantile_floor(pre: Preactivations, k: int) -> float:
+    """A first guess: the value that 1.2 k latents of a token exceed on average, from a sample of tokens."""
+    rows = np.flatnonzero(pre.layout.valid_N)
+    sample_SF = pre.pre_NF[torch.from_numpy(rows[:: max(1, len(rows) // 64)])].float().flatten()
+    rank = max(1, round(sample_SF.numel() * (1 - 1.2 * k / pre.pre_NF.shape[1])))
+    return max(0.0, float(sample_SF.kthvalue(min(rank, sample_SF.numel())).values))

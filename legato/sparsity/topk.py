@@ -1,0 +1,28 @@
+"""TopK: a budget for each token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from legato import kernels
+from legato.kernels import Pairs
+from legato.sparsity.base import Sparsity
+from legato.sparsity.preactivations import Preactivations
+
+
+@dataclass(frozen=True)
+class TopK(Sparsity):
+    """The k largest positive pre-activations of each token (Gao et al. 2024, arXiv 2406.04093)."""
+
+    k: int
+    architecture: ClassVar[str] = "topk"
+
+    def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
+        N = pre.pre_NF.shape[0]
+        floor_N = kernels.row_floors(pre.ordered, pre.layout.valid_N, self.k)
+        token_P, latent_P, value_P = pre.scan(floor_N, 3 * self.k * N)
+        keep_P = kernels.keep_row_top(N, token_P, value_P, self.k)
+        return kernels.keep(N, token_P, latent_P, value_P, keep_P), 0.0
+
+    def frozen(self, calibration: Sequence[Preactivations]) -> dict[str, Any]:
+        return {"architecture": self.architecture, "k": self.k}
