@@ -224,14 +224,14 @@ class FusedDecoder:
         return cls(decoder, layers, config)
 
     @torch.no_grad()
-    def run(self, hidden_BLD: Tensor, first: int, last: int) -> Tensor:
+    def run(self, hidden_BLD: Tensor, first: int, last: int, *, first_position: int = 0) -> Tensor:
         """hidden_BLD after layer `last`, given those before layer `first`; the input is left as it is.
 
-        Full rows, attended causally from position 0. L at most MAX_CONTEXT.
+        Full rows, attended causally; their first token has position id `first_position`. L at most MAX_CONTEXT.
         """
         _, L, D = hidden_BLD.shape
         layers = self._layers[first : last + 1]
-        ropes = {layer.rope: self._rope(layer.rope, hidden_BLD) for layer in layers}
+        ropes = {layer.rope: self._rope(layer.rope, hidden_BLD, first_position) for layer in layers}
         hidden_BLD = hidden_BLD.clone(memory_format=torch.contiguous_format)
         tasks = hidden_BLD.split(max(1, TOKENS_A_TASK // L))
 
@@ -247,13 +247,13 @@ class FusedDecoder:
             list(_workers(torch.get_num_threads()).map(through_layers, tasks))
         return hidden_BLD
 
-    def _rope(self, kind: str, hidden_BLD: Tensor) -> tuple[Any, Any]:
+    def _rope(self, kind: str, hidden_BLD: Tensor, first_position: int) -> tuple[Any, Any]:
         """cos_LK and sin_LK as the model rounds them, float32; K is 0 for a model without rotary embeddings."""
         L = hidden_BLD.shape[1]
         if self._rotary is None:
             return np.empty((L, 0), np.float32), np.empty((L, 0), np.float32)
         of_kind = [kind] if hasattr(self._rotary, f"{kind}_inv_freq") else []
-        cos, sin = self._rotary(hidden_BLD, torch.arange(L)[None], *of_kind)
+        cos, sin = self._rotary(hidden_BLD, first_position + torch.arange(L)[None], *of_kind)
         return cos[0].float().contiguous().numpy(), sin[0].float().contiguous().numpy()
 
 

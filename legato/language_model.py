@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,9 @@ from legato.errors import LegatoError, UsageError
 from legato.fused_decoder import MAX_CONTEXT as FUSED_MAX_CONTEXT
 from legato.fused_decoder import FusedDecoder
 from legato.hardware import fast_matmul_dtype
+from legato.split_matmul import can_split, split_matmul
 
+Positions = Literal["absolute", "relative", "fixed"]
 SITES = ("resid_post", "attn_out", "mlp_out")
 HUB_TIMEOUT_SECONDS = 5
 CHECK_TOKENS = 8
@@ -118,17 +121,35 @@ class LanguageModel:
         return self._fingerprint
 
     @torch.no_grad()
-    def activations(self, tokens_BL: Tensor, layer: int, site: str = "resid_post") -> Tensor:
+    def activations(
+        self, tokens_BL: Tensor, layer: int, site: str = "resid_post", *, first_position: int = 0
+    ) -> Tensor:
         """acts_BLD in the model's dtype: the output of `layer` (resid_post) or what its attention or MLP adds.
 
         tokens_BL: input ids of full rows, attended causally from the first. Nothing after the site is computed.
-        Raises UsageError for a layer or site that the model does not have and for rows longer than its context.
+        first_position: the position id of the rows' first token; see `positions` for what it can move.
+        Raises UsageError for a layer or site that the model does not have, for rows that reach beyond its context and
+        for another first position where the model has no position ids.
         """
         path = self.module_path(layer, site)
-        if site == "resid_post" and (fused := self._fused_for(tokens_BL)):
-            return fused.run(self._embedded(tokens_BL), 0, layer)
-        with self._prefix_done(tokens_BL, layer):
-            return _hidden(self._output_of(self.model.get_submodule(path), tokens_BL))
+        with self._numbered_from(first_position, tokens_BL.shape[1]):
+            if site == "resid_post" and (fused := self._fused_for(tokens_BL)):
+                return fused.run(self._embedded(tokens_BL), 0, layer, first_position=first_position)
+            with self._prefix_done(tokens_BL, layer, first_position):
+                return _hidden(self._output_of(self.model.get_submodule(path), tokens_BL))
+
+    @cached_property
+    def positions(self) -> Positions:
+        """How a token's position enters: "absolute" if the embedding depends on it (GPT-2's learned positions);
+        "relative" if only attention does, by distances, so that a shift of all position ids changes nothing (rotary);
+        "fixed" if there are no position ids to shift (ALiBi)."""
+        if "position_ids" not in signature(self._decoder.forward).parameters:
+            return "fixed"
+        tokens_BL = torch.ones(1, 2, dtype=torch.long)
+        with torch.no_grad():
+            own = self._embedded(tokens_BL)
+            with self._numbered_from(1, 2):
+                return "relative" if torch.equal(self._embedded(tokens_BL), own) else "absolute"
 
     @torch.no_grad()
     def resume(self, acts_BLD: Tensor, tokens_BL: Tensor, layer: int, site: str = "resid_post") -> Tensor:
@@ -143,12 +164,24 @@ class LanguageModel:
         return self._resume(acts_BLD, tokens_BL, layer, site)
 
     @torch.no_grad()
-    def unembed(self, hidden_ND: Tensor) -> Tensor:
-        """logits_NV in the model's dtype; with V up to 262,144, give it few tokens at a time."""
-        logits_NV = self.model.get_output_embeddings()(hidden_ND.to(self.device, self.dtype))
+    def unembed(self, hidden_ND: Tensor, out: Tensor | None = None) -> Tensor:
+        """logits_NV in the model's dtype; with V up to 262,144, give it few tokens at a time. out: written to."""
+        head = self.model.get_output_embeddings()
+        hidden_ND = hidden_ND.to(self.device, self.dtype)
+        if self._head_splits:
+            logits_NV = split_matmul(hidden_ND, head.weight, out)
+        elif type(head) is nn.Linear and head.bias is None:
+            logits_NV = torch.mm(hidden_ND, head.weight.T, out=out)
+        else:
+            logits_NV = head(hidden_ND)
         if self._logit_softcap is not None:
             logits_NV = torch.tanh(logits_NV / self._logit_softcap) * self._logit_softcap
         return logits_NV
+
+    @cached_property
+    def _head_splits(self) -> bool:
+        head = self.model.get_output_embeddings()
+        return type(head) is nn.Linear and head.bias is None and can_split(head.weight)
 
     @cached_property
     def _fingerprint(self) -> str:
@@ -220,13 +253,36 @@ class LanguageModel:
         raise AssertionError(f"{self.name}: the forward pass never reached the module that was asked for")
 
     @contextmanager
-    def _prefix_done(self, tokens_BL: Tensor, layer: int) -> Iterator[None]:
+    def _numbered_from(self, first_position: int, length: int) -> Iterator[None]:
+        """Within it the decoder's position ids start at first_position."""
+        if first_position == 0:
+            yield
+            return
+        if "position_ids" not in signature(self._decoder.forward).parameters:
+            raise UsageError(f"{self.name} has no position ids: its positions cannot be shifted")
+        end = first_position + length
+        if end > self.max_context:
+            raise UsageError(f"{self.name} has {self.max_context} positions, not {end}: use a shorter context or shift")
+        ids_BL = torch.arange(first_position, end, device=self.device)[None]
+
+        def number(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return args, kwargs | {"position_ids": ids_BL}
+
+        handle = self._decoder.register_forward_pre_hook(number, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _prefix_done(self, tokens_BL: Tensor, layer: int, first_position: int = 0) -> Iterator[None]:
         """Within it the decoder need not compute the layers before `layer`."""
         fused = self._fused_for(tokens_BL)
         if fused is None or layer == 0:
             yield
             return
-        with self._replaced_layers(layer, fused.run(self._embedded(tokens_BL), 0, layer - 1)):
+        acts_BLD = fused.run(self._embedded(tokens_BL), 0, layer - 1, first_position=first_position)
+        with self._replaced_layers(layer, acts_BLD):
             yield
 
     @contextmanager
@@ -277,14 +333,17 @@ class LanguageModel:
             residual_BLD = acts_BLD
         n_done = layer + 1
         if fused := self._fused_for(tokens_BL):
-            residual_BLD, n_done = fused.run(residual_BLD, n_done, self.n_layers - 1), self.n_layers
+            # The fused layers read nothing but the residual stream: equal rows, as under ablation, stay equal.
+            alike = bool((residual_BLD == residual_BLD[:1]).all())
+            rows_BLD = fused.run(residual_BLD[:1] if alike else residual_BLD, n_done, self.n_layers - 1)
+            residual_BLD, n_done = rows_BLD.expand_as(residual_BLD), self.n_layers
         with self._replaced_layers(n_done, residual_BLD):
             return self._run_decoder(tokens_BL)
 
     def _check_restart(self, tokens_BL: Tensor, layer: int, site: str) -> None:
         """Splicing the site's own activations back must give the model's own logits."""
         hidden_BLD = self._resume(self.activations(tokens_BL, layer, site), tokens_BL, layer, site)
-        spliced = self.unembed(hidden_BLD).float()
+        spliced = self.unembed(hidden_BLD.flatten(0, 1)).float().view(*tokens_BL.shape, -1)
         own = self.model(input_ids=tokens_BL.to(self.device).long(), use_cache=False).logits.float()
         scale = (own - own.mean(-1, keepdim=True)).norm(dim=-1)
         error = float(((spliced - own).norm(dim=-1) / scale).median())

@@ -135,7 +135,7 @@ class TinyModel:
         self.resumed += acts_BLD.shape[0]
         return acts_BLD.cumsum(1)  # what is spliced in at one position is felt at later ones
 
-    def unembed(self, hidden_ND):
+    def unembed(self, hidden_ND, out=None):
         return hidden_ND.to(self.W_VD.dtype) @ self.W_VD.T
 
 
@@ -175,7 +175,7 @@ def test_a_vocabulary_longer_than_a_block_with_extreme_logits():
     logits_NV[0, 2999] = 80.0
     logits_NV[1] = -200.0
     logits_NV[1, 1500] = -280.0
-    model = SimpleNamespace(resume=lambda acts, *_: acts, unembed=lambda hidden_ND: hidden_ND @ logits_NV)
+    model = SimpleNamespace(resume=lambda acts, *_: acts, unembed=lambda hidden_ND, out=None: hidden_ND @ logits_NV)
     acts_BLD = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]])
     tokens_BL = torch.tensor([[0, 0, 1500]])
     counted_BL = torch.tensor([[True, True, False]])

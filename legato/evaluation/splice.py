@@ -27,7 +27,7 @@ class SplicableModel(Protocol):
     """The part of LanguageModel that splicing needs."""
 
     def resume(self, acts_BLD: Tensor, tokens_BL: Tensor, layer: int, site: str) -> Tensor: ...
-    def unembed(self, hidden_ND: Tensor) -> Tensor: ...
+    def unembed(self, hidden_ND: Tensor, out: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,19 @@ def splice_losses(
     n_tokens = target_N.numel()
     clean = TokenLosses(np.zeros(n_tokens), np.zeros(n_tokens))
     losses = {name: TokenLosses(np.zeros(n_tokens), np.zeros(n_tokens)) for name in spliced}
-    workspace: Tensor | None = None  # fresh pages for every chunk would cost as much as the pass itself
+    buffers: tuple[Tensor, Tensor, Tensor] | None = None  # fresh pages for every chunk would cost as much as the pass
     for start in range(0, n_tokens, TOKENS_PER_CHUNK):
         part = slice(start, start + TOKENS_PER_CHUNK)
-        logits_NV = model.unembed(clean_ND[part])
-        if workspace is None:
-            workspace = torch.empty(logits_NV.shape, dtype=torch.float32, device=logits_NV.device)
-        reference = _Reference.of(logits_NV, workspace)
+        n = min(TOKENS_PER_CHUNK, n_tokens - start)
+        if buffers is None:
+            one_V = model.unembed(clean_ND[:1])[0]
+            own, other = (one_V.new_empty(n, one_V.numel()) for _ in range(2))
+            buffers = own, other, torch.empty_like(own, dtype=torch.float32)
+        own_NV, other_NV, workspace = (buffer[:n] for buffer in buffers)
+        reference = _Reference.of(model.unembed(clean_ND[part], out=own_NV), workspace)
         clean.ce_N[part] = reference.loss(target_N[part])
         for name, hidden_ND in spliced_ND.items():
-            logits_NV = _unembed_once_if_equal(model, hidden_ND[part])
+            logits_NV = _unembed_once_if_equal(model, hidden_ND[part], other_NV)
             losses[name].ce_N[part], losses[name].kl_N[part] = reference.compare(logits_NV, target_N[part])
     for name, loss in {"the clean model": clean, **losses}.items():
         if not (np.isfinite(loss.ce_N).all() and np.isfinite(loss.kl_N).all()):
@@ -81,11 +84,11 @@ def splice_losses(
     return clean, losses
 
 
-def _unembed_once_if_equal(model: SplicableModel, hidden_ND: Tensor) -> Tensor:
+def _unembed_once_if_equal(model: SplicableModel, hidden_ND: Tensor, out_NV: Tensor) -> Tensor:
     """Logits of the chunk; one row of them where all tokens share a hidden state, as under zero ablation."""
     if bool((hidden_ND == hidden_ND[:1]).all()):
         return model.unembed(hidden_ND[:1]).expand(hidden_ND.shape[0], -1)
-    return model.unembed(hidden_ND)
+    return model.unembed(hidden_ND, out=out_NV)
 
 
 @dataclass(frozen=True)
