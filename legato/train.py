@@ -426,6 +426,14 @@ class BankResult:
     failed: list[tuple[SAETrainer, str]]
 
 
+class NoMemberLeftError(LegatoError):
+    """Every member of a bank failed; `failed` is what BankResult would have held."""
+
+    def __init__(self, message: str, failed: list[tuple[SAETrainer, str]]) -> None:
+        super().__init__(message)
+        self.failed = failed
+
+
 def bank_bytes(arms: Sequence[ArmConfig], d_in: int, tokens_per_batch: int) -> list[int]:
     """Memory that training each arm takes: weights and Adam's moments in float32, the encoder once more in the matmul's
     dtype, and its part of the shared buffers if it is the widest (pre-activations, gradients)."""
@@ -447,8 +455,8 @@ def train_bank(
 ) -> BankResult:
     """Train every arm on the same `config.steps` batches.
 
-    A member whose numbers go wrong is dropped and reported; the others go on. Raises LegatoError when no member is left
-    or when the batches run out.
+    A member whose numbers go wrong is dropped and reported; the others go on. Raises NoMemberLeftError when none is
+    left, LegatoError when the batches run out.
     """
     workspace, dtype = Workspace(), fast_matmul_dtype()
     d_in = normaliser.mean_D.numel()
@@ -468,7 +476,7 @@ def train_bank(
                 trainers.remove(trainer)
                 failed.append((trainer, str(error)))
                 if not trainers:
-                    raise
+                    raise NoMemberLeftError(str(error), failed) from error
                 continue
             if step % config.log_every == 0 or last:
                 log(record)
