@@ -173,7 +173,7 @@ def _result(sae: Judged, judge: Judge, kept: KeptCodes, shared: _Shared, bootstr
         "core": core,
         "consistency": consistency,
         "position": position_metrics(judge.codes),
-        "features": {**code_features(judge.codes), **bench_features},
+        "features": {**code_features(judge.codes, judge.tokens, judge.gaps), **bench_features},
         "arrays": arrays,
     }
 

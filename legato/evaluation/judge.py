@@ -18,9 +18,11 @@ from legato.activations import ActivationBatch
 from legato.codes import SparseCodes
 from legato.errors import LegatoError
 from legato.evaluation.accumulators import CodeSums, Floats, LatentOrder, PairLayout, Summed
+from legato.evaluation.burstiness import GapSums
 from legato.evaluation.core import ReconstructionSums, SpliceSums, TokenErrors
 from legato.evaluation.saebench_core import SaeBenchSums, Weights, batch_spread
 from legato.evaluation.splice import TokenLosses, splice_losses
+from legato.evaluation.token_statistics import TokenCounts
 from legato.language_model import LanguageModel
 
 ABLATION = "zero ablation"
@@ -115,14 +117,27 @@ class Judge(Summed):
     splice: SpliceSums
     bench: SaeBenchSums
     bench_splice: SpliceSums
+    tokens: TokenCounts
+    gaps: GapSums
 
     @classmethod
     def zero(cls, n_latents: int, n_positions: int, lags: Iterable[int]) -> "Judge":
         codes = CodeSums.zero(n_latents, n_positions, tuple(lags))
-        return cls(codes, ReconstructionSums(), SpliceSums(), SaeBenchSums.zero(n_latents), SpliceSums())
+        return cls(
+            codes,
+            ReconstructionSums(),
+            SpliceSums(),
+            SaeBenchSums.zero(n_latents),
+            SpliceSums(),
+            TokenCounts.zero(n_latents),
+            GapSums.zero(n_latents),
+        )
 
     def add(self, batch: JudgedBatch, decoded: Decoded) -> None:
-        self.codes.add(batch.layout, LatentOrder.of(decoded.codes, batch.layout), batch.step_BL)
+        order = LatentOrder.of(decoded.codes, batch.layout)
+        self.codes.add(batch.layout, order, batch.step_BL)
+        self.tokens.add(batch.raw.tokens_BL, batch.layout, order)
+        self.gaps.add(batch.layout, order)
         errors = TokenErrors.of(batch.raw.acts_BLD, decoded.out_BLD)
         self.reconstruction.add(errors, batch.raw.mask_BL)
         self.bench.add_codes(_without_rows(decoded.codes, batch.bench.rows))
