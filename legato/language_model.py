@@ -263,10 +263,10 @@ class LanguageModel:
         end = first_position + length
         if end > self.max_context:
             raise UsageError(f"{self.name} has {self.max_context} positions, not {end}: use a shorter context or shift")
-        ids_BL = torch.arange(first_position, end, device=self.device)[None]
 
         def number(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return args, kwargs | {"position_ids": ids_BL}
+            ids_L = first_position + torch.arange(kwargs["input_ids"].shape[1], device=self.device)
+            return args, kwargs | {"position_ids": ids_L[None]}
 
         handle = self._decoder.register_forward_pre_hook(number, with_kwargs=True)
         try:
