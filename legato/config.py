@@ -13,17 +13,12 @@ from typing import Any, NoReturn
 
 from legato.errors import UsageError
 
-NAMED_ARMS = (
-    "hysteresis",
-    "contrastive",
-    "window_variance",
-    "slowness",
-    "fused_lasso",
-    "position_penalty",
-    "topk",
-    "matryoshka",
-    "tsae",
-)
+# What an arm may differ in from the baseline; `A+B` combines several, with at most one of each of the first two.
+SPARSITY_ARMS = ("hysteresis", "topk")
+GROUP_ARMS = ("matryoshka", "tsae")
+TERM_ARMS = ("contrastive", "window_variance", "slowness", "fused_lasso", "position_penalty")
+NAMED_ARMS = (*SPARSITY_ARMS, *GROUP_ARMS, *TERM_ARMS)
+CONTROLS = ("ema", "chunk_mean", "hysteresis")
 
 
 def option(default: Any, text: str) -> Any:
@@ -95,7 +90,8 @@ class ArmsConfig:
     """Which SAEs stand beside the baseline."""
 
     temporal: tuple[str, ...] = option(
-        ("hysteresis", "contrastive"), f"named arms beside the baseline, comma-separated: {', '.join(NAMED_ARMS)}"
+        ("hysteresis", "contrastive"),
+        f"named arms beside the baseline, comma-separated: {', '.join(NAMED_ARMS)}; A+B combines two",
     )
     window: int = option(8, "window of the named temporal terms, in tokens")
     coefficient: float | None = option(
@@ -104,12 +100,17 @@ class ArmsConfig:
     release: float = option(0.5, "hysteresis: a latent that is on stays on above this share of the threshold")
     grid: str = option("2,4,8,16,32x0.1,0.3,1", "ablation: windows x coefficients of window_variance")
     ablation: bool = option(True, "train the grid: --no-ablation leaves it out")
-    sweep_k: tuple[int, ...] = option((), "further baselines at these k, comma-separated, to compare at matched L0")
+    sweep_k: tuple[int, ...] = option((), "further baselines at these k, comma-separated, to compare at matched cost")
+    sweep_arms: tuple[str, ...] = option((), "named arms that are trained at the k of --sweep_k too, comma-separated")
 
     def __post_init__(self) -> None:
         _at_least("window", self.window, 2)
         for name in self.temporal:
-            _choice("temporal", name, NAMED_ARMS)
+            _check_combination(name)
+        for name in self.sweep_arms:
+            _choice("sweep_arms", name, self.temporal)
+        if self.sweep_arms and not self.sweep_k:
+            raise UsageError("--sweep_arms needs the k to train them at: add --sweep_k")
         if not 0 < self.release <= 1:
             raise UsageError(f"--release {self.release} must lie above 0 and at most at 1")
         for k in self.sweep_k:
@@ -138,8 +139,13 @@ class EvaluationConfig:
 
     eval_rows: int = option(512, "held-out contexts for the consistency and core metrics")
     ce_rows: int = option(24, "held-out contexts for the language model's loss with the SAE spliced in")
+    controls: tuple[str, ...] = option(
+        CONTROLS, f"what is made of the baseline's codes without training, to compare with: {', '.join(CONTROLS)}"
+    )
 
     def __post_init__(self) -> None:
+        for name in self.controls:
+            _choice("controls", name, CONTROLS)
         _at_least("eval_rows", self.eval_rows, 2)
         _at_least("ce_rows", self.ce_rows, 0)
 
@@ -174,6 +180,8 @@ class ExperimentConfig:
         """Plain nested dict for config.yaml; tuples become lists."""
         return _plain(dataclasses.asdict(self))
 
+
+_SINGLE: dict[str, Any] = {"ablation": False, "controls": ()}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
@@ -214,11 +222,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr": 5e-4,
     },
     # The founding plan's runs, on the demo.
-    "baseline": {"temporal": (), "ablation": False},
-    "window8": {"temporal": ("window_variance",), "window": 8, "coefficient": 0.1, "ablation": False},
-    "window16": {"temporal": ("window_variance",), "window": 16, "coefficient": 0.5, "ablation": False},
-    "position": {"temporal": ("position_penalty",), "coefficient": 0.1, "ablation": False},
-    "monitor": {"temporal": ("window_variance",), "window": 8, "coefficient": 0.0, "ablation": False},
+    "baseline": {"temporal": (), **_SINGLE},
+    "window8": {"temporal": ("window_variance",), "window": 8, "coefficient": 0.1, **_SINGLE},
+    "window16": {"temporal": ("window_variance",), "window": 16, "coefficient": 0.5, **_SINGLE},
+    "position": {"temporal": ("position_penalty",), "coefficient": 0.1, **_SINGLE},
+    "monitor": {"temporal": ("window_variance",), "window": 8, "coefficient": 0.0, **_SINGLE},
 }
 
 
@@ -301,6 +309,18 @@ def _at_least(name: str, value: int, least: int) -> None:
         raise UsageError(f"--{name} {value} is too small: use {least} or more")
 
 
+def _check_combination(name: str) -> None:
+    parts = name.split("+")
+    for part in parts:
+        _choice("temporal", part, NAMED_ARMS)
+    for kind in (SPARSITY_ARMS, GROUP_ARMS):
+        clash = [part for part in parts if part in kind]
+        if len(clash) > 1:
+            raise UsageError(f"--temporal {name} asks for {' and '.join(clash)} at once: choose one of them")
+    if len(set(parts)) < len(parts):
+        raise UsageError(f"--temporal {name} names a part twice")
+
+
 def _choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise UsageError(f"--{name} {value!r} is unknown: choose one of {', '.join(choices)}")
+        raise UsageError(f"--{name} {value!r} is unknown: choose one of {', '.join(choices) or 'none, there are none'}")

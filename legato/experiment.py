@@ -13,19 +13,29 @@ import psutil
 from legato.activations import ActivationStore, Normaliser, harvest
 from legato.config import ExperimentConfig
 from legato.errors import LegatoError, UsageError
-from legato.evaluation.controls import position_shuffled
+from legato.evaluation.controls import Control, position_shuffled, post_hoc_controls
 from legato.evaluation.evaluate import evaluate
 from legato.evaluation.features import write_features
+from legato.evaluation.judge import Judged
 from legato.hardware import fast_matmul_dtype
 from legato.interop.saebench import write_core_file
 from legato.language_model import LanguageModel
-from legato.recipes import arms, grid_name, recipe
+from legato.recipes import arms, grid_name, is_baseline, recipe
 from legato.run_dir import RunDir, environment
 from legato.sae import SparseAutoencoder
 from legato.text import load_documents, split_held_out
 from legato.tokens import TokenSet, tokenise
 from legato.tracking import RunLog, progress_bar, say
-from legato.train import ArmConfig, SAETrainer, TrainBatch, TrainConfig, bank_bytes, train_bank
+from legato.train import (
+    ArmConfig,
+    BankResult,
+    NoMemberLeftError,
+    SAETrainer,
+    TrainBatch,
+    TrainConfig,
+    bank_bytes,
+    train_bank,
+)
 
 CALIBRATION_BATCHES = 8
 CHARACTERS_PER_TOKEN = 6  # of a hub stream, to be on the safe side: English has some 4.5
@@ -130,10 +140,18 @@ def harvest_activations(config: ExperimentConfig, model: LanguageModel, text: Te
 
 @dataclass(frozen=True)
 class Bank:
-    """The trained arms by name, and what became of those that failed."""
+    """The trained arms by name, and what became of those that failed, in training or when they were judged."""
 
     trained: dict[str, TrainedArm]
     failures: dict[str, str]
+
+    def fail(self, name: str, reason: str, run: RunDir) -> None:
+        """Move an SAE that cannot be judged to the failed ones, on disk too; a control is only reported."""
+        say(f"  dropped {reason}")
+        self.failures[name] = reason
+        arm = self.trained.pop(name, None)
+        if arm is not None:
+            run.fail_sae(name, arm.training["training_steps"], reason)
 
 
 def train_arms(config: ExperimentConfig, activations: Activations, run: RunDir) -> Bank:
@@ -157,7 +175,10 @@ def train_arms(config: ExperimentConfig, activations: Activations, run: RunDir) 
     for members in passes:
         batches = store.batches(training.batch_rows, seed=min(training.seeds), epochs=None, drop_last=True)
         with RunLog(run.log, run.tensorboard) as log, progress_bar("train", steps) as progress:
-            result = train_bank(members, batches, normaliser, train_config, log=log, progress=progress)
+            try:
+                result = train_bank(members, batches, normaliser, train_config, log=log, progress=progress)
+            except NoMemberLeftError as error:  # of this pass; the others may be well
+                result = BankResult([], error.failed)
         for trainer in result.finished:
             details = {
                 **activations.provenance,
@@ -173,6 +194,8 @@ def train_arms(config: ExperimentConfig, activations: Activations, run: RunDir) 
             run.write_failure(trainer.arm.name, dict(trainer.parameters.items()), trainer.steps_done, reason)
             bank.failures[trainer.arm.name] = reason
             say(f"  dropped {reason}")
+    if not bank.trained:
+        raise LegatoError(f"no SAE was trained: {next(iter(bank.failures.values()))}")
     return bank
 
 
@@ -201,29 +224,42 @@ def evaluate_arms(
     model: LanguageModel,
     run: RunDir,
 ) -> None:
-    """Judge every SAE on the held-out side in one pass and save the numbers."""
+    """Judge every SAE on the held-out side in one pass and save the numbers; what cannot be judged fails."""
     say(f"evaluation: {activations.held_out.n_valid:,} held-out tokens")
+    controls = _controls(config, bank, activations)
+    judged: dict[str, Judged] = {name: arm.sae for name, arm in bank.trained.items()}
+    judged |= {name: control.judged for name, control in controls.items()}
+    failures: dict[str, str] = {}
     with progress_bar("evaluate", activations.held_out.n_rows) as progress:
         results = evaluate(
-            {name: arm.sae for name, arm in bank.trained.items()},
+            judged,
             activations.held_out,
             language_model=model if config.evaluation.ce_rows else None,
             layer=activations.layer,
             site=config.model.site,
             ce_rows=config.evaluation.ce_rows,
             bootstrap=BOOTSTRAP_REPLICATES,
+            failures=failures,
             progress=progress,
         )
+    for name, reason in failures.items():
+        bank.fail(name, reason, run)
+    if not results:
+        raise LegatoError(f"no SAE could be judged: {next(iter(failures.values()))}")
     # The control for persistence that an SAE makes by itself, for the arms that the comparison is about.
-    compared = {name: arm.sae for name, arm in bank.trained.items() if not _is_grid_member(name, config)}
-    control = evaluate(compared, position_shuffled(activations.held_out.batches(CONTROL_ROWS, seed=None)))
-    for name in compared:
-        shuffled = {"l0": control[name]["core"]["l0"], "fvu": control[name]["core"]["fvu"]}
-        shuffled |= {key: control[name]["consistency"][key] for key in CONTROL_KEYS}
+    compared = {name: judged[name] for name in results if not _is_grid_member(name, config)}
+    without: dict[str, str] = {}
+    shuffled_batches = position_shuffled(activations.held_out.batches(CONTROL_ROWS, seed=None))
+    control = evaluate(compared, shuffled_batches, failures=without) if compared else {}
+    for name, result in control.items():
+        shuffled = {"l0": result["core"]["l0"], "fvu": result["core"]["fvu"]}
+        shuffled |= {key: result["consistency"][key] for key in CONTROL_KEYS}
         results[name]["consistency"]["position_shuffled"] = shuffled
+    for reason in without.values():
+        say(f"  no shuffled control of {reason}")
     metrics = {}
     for name, result in results.items():
-        if "saebench" in result["core"]:
+        if "saebench" in result["core"] and name in bank.trained:
             write_core_file(
                 run.eval_results,
                 run.release,
@@ -235,11 +271,23 @@ def evaluate_arms(
                 context_size=config.data.context_length,
                 sae_cfg_dict=json.loads((run.sae(name) / "cfg.json").read_text()),
             )
-            del result["core"]["saebench"]
+        result["core"].pop("saebench", None)
         write_features(run.features / f"{name}.parquet", result.pop("features"))
         run.write_arrays(name, result.pop("arrays"))
-        metrics[name] = {**result, "training": bank.trained[name].training}
+        training = controls[name].training if name in controls else bank.trained[name].training
+        metrics[name] = {**result, "training": training}
     run.write_metrics(metrics)
+
+
+def _controls(config: ExperimentConfig, bank: Bank, activations: Activations) -> dict[str, Control]:
+    """The controls that are made of the baselines without training."""
+    baselines = {
+        name: (arm.sae, int(arm.training["recipe"]["seed"])) for name, arm in bank.trained.items() if is_baseline(name)
+    }
+    calibration = islice(activations.train.batches(config.training.batch_rows, seed=None), CALIBRATION_BATCHES)
+    return post_hoc_controls(
+        config.evaluation.controls, baselines, list(calibration), k=config.training.k, release=config.arms.release
+    )
 
 
 def _is_grid_member(name: str, config: ExperimentConfig) -> bool:

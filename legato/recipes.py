@@ -13,6 +13,7 @@ from legato.consistency_losses import (
     TsaeContrastive,
     WindowVariance,
 )
+from legato.errors import UsageError
 from legato.sparsity import BatchTopK, Hysteresis, TopK
 from legato.train import ArmConfig
 
@@ -20,15 +21,17 @@ MATRYOSHKA = ((0.2, 0.2), (1.0, 0.8))  # share of the latents, weight: the group
 
 
 def arms(config: ExperimentConfig, d_in: int) -> list[ArmConfig]:
-    """The baseline first, then its sweep over k, the named arms and the window x coefficient grid.
+    """The baseline first, then its sweep over k, the named arms with theirs and the window x coefficient grid.
 
     With several seeds every arm is there once a seed, `_seed<n>` at the end of its name from the second on.
     d_in: width of the activations, which the published T-SAE objective depends on.
     """
     d_sae = config.training.d_sae
     bank = [ArmConfig("baseline", BatchTopK(config.training.k), d_sae)]
-    bank += [ArmConfig(f"baseline_k{k}", BatchTopK(k), d_sae) for k in config.arms.sweep_k]
-    bank += [_named(name, config, d_in) for name in config.arms.temporal]
+    bank += [_at_k(bank[0], k) for k in config.arms.sweep_k]
+    for name in config.arms.temporal:
+        arm = _named(name, config, d_in)
+        bank += [arm, *(_at_k(arm, k) for k in config.arms.sweep_k if name in config.arms.sweep_arms)]
     bank += [_window_variance(window, coefficient, config) for window, coefficient in config.arms.grid_points]
     unique = {arm.name: arm for arm in bank}.values()
     return [
@@ -40,6 +43,11 @@ def arms(config: ExperimentConfig, d_in: int) -> list[ArmConfig]:
 
 def grid_name(window: int, coefficient: float) -> str:
     return f"window_variance_w{window}_c{coefficient:g}"
+
+
+def is_baseline(name: str) -> bool:
+    """Whether an arm of this name is the baseline, of whatever seed."""
+    return name.split("_seed")[0] == "baseline"
 
 
 def recipe(arm: ArmConfig) -> dict[str, Any]:
@@ -59,32 +67,53 @@ def recipe(arm: ArmConfig) -> dict[str, Any]:
 
 
 def _named(name: str, config: ExperimentConfig, d_in: int) -> ArmConfig:
-    options, k, d_sae = config.arms, config.training.k, config.training.d_sae
+    """The arm of a name in --temporal. `A+B` differs from the baseline in both and is called A_B."""
+    parts = name.split("+")
+    if parts == ["window_variance"]:
+        return _window_variance(config.arms.window, _weight(config, 0.3), config)
+    arm = ArmConfig("_".join(parts), BatchTopK(config.training.k), config.training.d_sae)
+    for part in parts:
+        arm = replace(arm, **_difference(part, arm, config, d_in))
+    return arm
 
-    def with_term(term: TemporalTerm) -> ArmConfig:
-        return ArmConfig(name, BatchTopK(k), d_sae, (term,))
 
-    def weight(default: float) -> float:
-        return default if options.coefficient is None else options.coefficient
+def _difference(part: str, arm: ArmConfig, config: ExperimentConfig, d_in: int) -> dict[str, Any]:
+    """The fields in which a named part changes an arm."""
+    options, k = config.arms, config.training.k
 
-    if name == "hysteresis":
-        return ArmConfig(name, Hysteresis(k, release=options.release), d_sae)
-    if name == "topk":
-        return ArmConfig(name, TopK(k), d_sae)
-    if name == "matryoshka":
-        return ArmConfig(name, BatchTopK(k), d_sae, groups=MATRYOSHKA)
-    if name == "tsae":
-        return ArmConfig(name, BatchTopK(k), d_sae, (_published_tsae(d_in),), groups=MATRYOSHKA)
-    if name == "contrastive":
-        return with_term(Contrastive(coefficient=weight(0.02)))
-    if name == "slowness":
-        return with_term(Slowness(window=options.window, coefficient=weight(0.1)))
-    if name == "fused_lasso":
-        return with_term(FusedLasso(coefficient=weight(0.1)))
-    if name == "position_penalty":
-        return with_term(PositionPenalty(coefficient=weight(0.1)))
-    assert name == "window_variance", name
-    return _window_variance(options.window, weight(0.3), config)
+    def with_term(term: TemporalTerm) -> dict[str, Any]:
+        return {"terms": (*arm.terms, term)}
+
+    if part == "hysteresis":
+        return {"sparsity": Hysteresis(k, release=options.release)}
+    if part == "topk":
+        return {"sparsity": TopK(k)}
+    if part == "matryoshka":
+        return {"groups": MATRYOSHKA}
+    if part == "tsae":
+        return {"groups": MATRYOSHKA, **with_term(_published_tsae(d_in))}
+    if part == "contrastive":
+        return with_term(Contrastive(coefficient=_weight(config, 0.02)))
+    if part == "slowness":
+        return with_term(Slowness(window=options.window, coefficient=_weight(config, 0.1)))
+    if part == "fused_lasso":
+        return with_term(FusedLasso(coefficient=_weight(config, 0.1)))
+    if part == "position_penalty":
+        return with_term(PositionPenalty(coefficient=_weight(config, 0.1)))
+    assert part == "window_variance", part
+    return with_term(WindowVariance(window=options.window, coefficient=_weight(config, 0.3)))
+
+
+def _weight(config: ExperimentConfig, default: float) -> float:
+    return default if config.arms.coefficient is None else config.arms.coefficient
+
+
+def _at_k(arm: ArmConfig, k: int) -> ArmConfig:
+    """The same arm with another budget, a member of its sweep."""
+    sparsity: Any = arm.sparsity
+    if not hasattr(sparsity, "k"):
+        raise UsageError(f"--sweep_arms {arm.name}: it has no k to sweep")
+    return replace(arm, name=f"{arm.name}_k{k}", sparsity=replace(sparsity, k=k))
 
 
 def _window_variance(window: int, coefficient: float, config: ExperimentConfig) -> ArmConfig:

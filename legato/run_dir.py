@@ -33,6 +33,7 @@ class RunDir:
         self.log = self.root / "log.jsonl"
         self.metrics = self.root / "metrics.json"
         self.ablation = self.root / "ablation.parquet"  # and .csv
+        self.matched = self.root / "matched.json"
         self.eval_results = self.root / "eval_results"
         self.features = self.root / "features"
         self.arrays = self.root / "arrays"
@@ -82,7 +83,14 @@ class RunDir:
         for folder in ("saes", "failed", "eval_results", "features", "arrays", "tensorboard", "figures"):
             shutil.rmtree(self.root / folder, ignore_errors=True)
         csv = self.ablation.with_suffix(".csv")
-        for file in (self.metrics, self.ablation, csv, self.root / "notes.txt", self.root / "report.html"):
+        for file in (
+            self.metrics,
+            self.ablation,
+            csv,
+            self.matched,
+            self.root / "notes.txt",
+            self.root / "report.html",
+        ):
             file.unlink(missing_ok=True)
         content = {"config": config.to_dict(), "resolved": dict(resolved), "environment": environment()}
         write_atomically(self.config, yaml.safe_dump(content, sort_keys=False).encode())
@@ -102,6 +110,13 @@ class RunDir:
         folder = self.root / "failed" / arm
         folder.mkdir(parents=True, exist_ok=True)
         save_file(dict(tensors), folder / "weights.safetensors")
+        write_atomically(folder / "reason.json", json.dumps({"steps": steps, "reason": reason}).encode())
+
+    def fail_sae(self, arm: str, steps: int, reason: str) -> None:
+        """Move a saved SAE that cannot be judged to the failed ones, with the reason."""
+        folder = self.root / "failed" / arm
+        folder.parent.mkdir(exist_ok=True)
+        self.sae(arm).rename(folder)
         write_atomically(folder / "reason.json", json.dumps({"steps": steps, "reason": reason}).encode())
 
     def write_arrays(self, arm: str, arrays: Mapping[str, NDArray[Any]]) -> None:

@@ -48,6 +48,7 @@ class SmallExperiment:
             "eval_rows": 8,
             "ce_rows": 2,
             "temporal": "",
+            "controls": "",
         }
         return experiment_main()([*(f"--{key}={value}" for key, value in options.items()), "--no-ablation", *flags])
 

@@ -2,16 +2,19 @@
 
 import csv
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import psutil
 import pytest
 
+import legato.experiment
 from legato import SparseAutoencoder
 from legato.config import ExperimentConfig
 from legato.errors import LegatoError
 from legato.experiment import split_to_fit
 from legato.recipes import arms
+from legato.train import SAETrainer
 
 FOLDERS = {"saes", "eval_results", "features", "arrays", "figures"}
 FILES = {"config.yaml", "log.jsonl", "metrics.json", "final_info.json", "notes.txt", "report.html", "ablation.csv"}
@@ -54,6 +57,32 @@ def test_a_failing_member_is_reported_and_the_exit_code_says_so(small):
     assert set(json.loads((small.out_dir / "metrics.json").read_text())) == {"baseline"}
     reason = json.loads((small.out_dir / "failed" / "window_variance_w2_c1e+30" / "reason.json").read_text())
     assert "window_variance_w2_c1e+30" in reason["reason"]
+
+
+def test_an_sae_that_fires_nowhere_is_reported_and_the_others_are_judged(small, monkeypatch):
+    finish = SAETrainer.finish
+
+    def silent(trainer, *rest):
+        sae = finish(trainer, *rest)
+        return replace(sae, b_enc=sae.b_enc - 1e6) if trainer.arm.name == "topk" else sae
+
+    monkeypatch.setattr(SAETrainer, "finish", silent)
+    assert small.run("--temporal=topk,hysteresis", "--controls=ema,hysteresis") == 1
+    assert "1 arms failed (topk)" in small.capture.readouterr().err
+    metrics = json.loads((small.out_dir / "metrics.json").read_text())
+    assert list(metrics) == ["baseline", "hysteresis", "baseline_ema", "baseline_hysteresis"]
+    assert sorted(path.name for path in (small.out_dir / "saes").iterdir()) == ["baseline", "hysteresis"]
+    assert "no latent fires" in json.loads((small.out_dir / "failed" / "topk" / "reason.json").read_text())["reason"]
+
+
+def test_a_pass_whose_members_all_fail_does_not_stop_the_next(small, monkeypatch):
+    def two_passes(bank, d_in, tokens_per_batch):
+        return [[arm for arm in bank if arm.name != "baseline"], [arm for arm in bank if arm.name == "baseline"]]
+
+    monkeypatch.setattr(legato.experiment, "split_to_fit", two_passes)
+    assert small.run("--ablation", "--grid=2x1e30") == 1
+    assert "1 arms failed (window_variance_w2_c1e+30)" in small.capture.readouterr().err
+    assert set(json.loads((small.out_dir / "metrics.json").read_text())) == {"baseline"}
 
 
 def test_a_bank_that_does_not_fit_is_trained_in_several_passes(monkeypatch):

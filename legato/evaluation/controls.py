@@ -1,14 +1,28 @@
-"""Controls: what is left of a result when what it claims to measure is taken away.
+"""Controls: what is left of a result when what it claims to measure is taken away, or bought without training.
 
-Shape legend: B rows, L positions, D width.
+A post-hoc control is a trained SAE whose codes are changed afterwards. It stands in the results as a row of its own and
+shows how much consistency the change buys by itself, and at what cost.
+
+Shape legend: B rows, L positions, D width, F latents.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from legato.activations import ActivationBatch
+from legato.codes import SparseCodes
+from legato.config import CONTROLS
+from legato.errors import UsageError
+from legato.evaluation.judge import Judged
+from legato.hardware import fast_matmul_dtype
+from legato.sae import SparseAutoencoder
+from legato.sequences import SequenceLayout
+from legato.sparsity import Hysteresis, Preactivations
 
 
 def position_shuffled(batches: Iterable[ActivationBatch], seed: int = 0) -> Iterator[ActivationBatch]:
@@ -27,3 +41,166 @@ def position_shuffled(batches: Iterable[ActivationBatch], seed: int = 0) -> Iter
                 order = torch.randperm(len(places), generator=generator)
                 acts_BLD[row, places] = batch.acts_BLD[row, places[order]]
         yield replace(batch, acts_BLD=acts_BLD)
+
+
+class Smoother(Protocol):
+    def __call__(self, codes_LF: Tensor, runs: Sequence[slice]) -> Tensor:
+        """Codes of one row, smoothed inside each of its runs (consecutive valid tokens of one document)."""
+        ...
+
+
+@dataclass(frozen=True)
+class MovingAverage:
+    """h_t = alpha h_{t-1} + (1 - alpha) f_t, h = f at the first token of a run.
+
+    A latent is dropped where it last fired so long ago that this firing's weight has fallen below `cutoff` of what it
+    was, alpha^n < cutoff, so that codes stay sparse: with the defaults it lasts 6 tokens longer than it fired.
+    """
+
+    alpha: float = 0.5
+    cutoff: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha < 1 or not 0 < self.cutoff < 1:
+            raise UsageError(f"alpha {self.alpha} and cutoff {self.cutoff} must lie between 0 and 1")
+
+    def __call__(self, codes_LF: Tensor, runs: Sequence[slice]) -> Tensor:
+        lasts = math.floor(math.log(self.cutoff) / math.log(self.alpha) + 1e-9)
+        smooth_LF = torch.zeros_like(codes_LF)
+        for run in runs:
+            held_F = codes_LF[run.start]
+            silent_F = torch.where(held_F > 0, 0, lasts + 1)
+            smooth_LF[run.start] = held_F
+            for t in range(run.start + 1, run.stop):
+                code_F = codes_LF[t]
+                silent_F = torch.where(code_F > 0, 0, silent_F + 1)
+                held_F = (self.alpha * held_F + (1 - self.alpha) * code_F) * (silent_F <= lasts)
+                smooth_LF[t] = held_F
+        return smooth_LF
+
+
+@dataclass(frozen=True)
+class ChunkMean:
+    """Codes averaged over the `window` tokens of non-overlapping chunks, counted from the start of each run; the last
+    chunk of a run may be shorter."""
+
+    window: int = 8
+
+    def __post_init__(self) -> None:
+        if self.window < 2:
+            raise UsageError(f"window {self.window} averages nothing: use 2 or more")
+
+    def __call__(self, codes_LF: Tensor, runs: Sequence[slice]) -> Tensor:
+        smooth_LF = torch.zeros_like(codes_LF)
+        for run in runs:
+            for start in range(run.start, run.stop, self.window):
+                chunk = slice(start, min(start + self.window, run.stop))
+                smooth_LF[chunk] = codes_LF[chunk].mean(0)
+        return smooth_LF
+
+
+@dataclass(frozen=True)
+class Smoothed:
+    """A trained SAE whose codes are smoothed along each document's tokens before they are decoded."""
+
+    sae: Judged
+    smoother: Smoother
+
+    @property
+    def W_enc(self) -> Tensor:
+        return self.sae.W_enc
+
+    @property
+    def b_enc(self) -> Tensor:
+        return self.sae.b_enc
+
+    @property
+    def W_dec(self) -> Tensor:
+        return self.sae.W_dec
+
+    def encode_sparse(self, batch: ActivationBatch) -> SparseCodes:
+        return smoothed(self.sae.encode_sparse(batch), batch.mask_BL, batch.doc_BL, self.smoother)
+
+    def decode_sparse(self, codes: SparseCodes) -> Tensor:
+        return self.sae.decode_sparse(codes)
+
+
+def smoothed(codes: SparseCodes, mask_BL: Tensor, doc_BL: Tensor, smoother: Smoother) -> SparseCodes:
+    """The codes after smoothing, one row at a time so that no more than [L, F] is dense."""
+    B, L, F = codes.shape
+    layout = SequenceLayout.of(mask_BL, doc_BL)
+    ends = torch.searchsorted(codes.token_P, torch.arange(0, (B + 1) * L, L)).tolist()
+    parts = []
+    for row in range(B):
+        pairs = slice(ends[row], ends[row + 1])
+        codes_LF = torch.zeros(L, F, dtype=codes.value_P.dtype)
+        codes_LF[codes.token_P[pairs] - row * L, codes.latent_P[pairs]] = codes.value_P[pairs]
+        tokens = range(row * L, (row + 1) * L)
+        runs = sorted({(int(layout.start_N[n]), int(layout.end_N[n])) for n in tokens if layout.valid_N[n]})
+        smooth_LF = smoother(codes_LF, [slice(start - row * L, end - row * L) for start, end in runs])
+        token_P, latent_P = smooth_LF.nonzero(as_tuple=True)
+        parts.append((token_P + row * L, latent_P, smooth_LF[token_P, latent_P]))
+    token_P, latent_P, value_P = (torch.cat(column) for column in zip(*parts, strict=True))
+    return SparseCodes(token_P, latent_P, value_P, codes.shape)
+
+
+def with_hysteresis(
+    sae: SparseAutoencoder, batches: Iterable[ActivationBatch], *, k: int, release: float
+) -> SparseAutoencoder:
+    """A SAE with one threshold per latent as a hysteresis SAE of the same weights, never trained as one: its latents
+    share the threshold that gives k active latents per token on the batches."""
+    bias_F = sae.b_enc + sae.b_dec @ sae.W_enc
+    W_enc_FD, dtype = sae.W_enc.T.contiguous(), fast_matmul_dtype()
+    calibration = []
+    for batch in batches:
+        x_ND = batch.acts_BLD.flatten(0, 1).float() - sae.b_dec
+        pre_NF = torch.addmm(bias_F.to(dtype), x_ND.to(dtype), W_enc_FD.to(dtype).T)
+        layout = SequenceLayout.of(batch.mask_BL, batch.doc_BL)
+        calibration.append(Preactivations(pre_NF, x_ND.numpy(), W_enc_FD.numpy(), bias_F.numpy(), layout))
+    return replace(sae, **Hysteresis(k, release=release).frozen(calibration))
+
+
+@dataclass(frozen=True)
+class Control:
+    """A row of the results that was not trained: what is judged, and what stands for it under "training"."""
+
+    judged: Judged
+    training: dict[str, Any]
+
+
+def post_hoc_controls(
+    names: Sequence[str],
+    baselines: Mapping[str, tuple[SparseAutoencoder, int]],
+    calibration: Sequence[ActivationBatch],
+    *,
+    k: int,
+    release: float,
+) -> dict[str, Control]:
+    """The named controls of each baseline, as `baseline_<control>`, the seed's suffix kept at the end.
+
+    names: of CONTROLS. baselines: SAE and seed by the name of the arm. calibration: what the threshold of post-hoc
+    hysteresis is set on, so that its L0 is k.
+    """
+    make: dict[str, Callable[[SparseAutoencoder], tuple[Judged, dict[str, Any]]]] = {
+        "ema": lambda sae: _smoothed_control(sae, MovingAverage()),
+        "chunk_mean": lambda sae: _smoothed_control(sae, ChunkMean()),
+        "hysteresis": lambda sae: (
+            with_hysteresis(sae, calibration, k=k, release=release),
+            {"k": k, "release": release},
+        ),
+    }
+    assert set(make) == set(CONTROLS)
+    controls = {}
+    for name in names:
+        for arm, (sae, seed) in baselines.items():
+            judged, settings = make[name](sae)
+            recipe = {"role": "control", "k": k, "seed": seed, "d_sae": sae.d_sae}
+            post_hoc = {"control": name, "of": arm, **settings}
+            controls[arm.replace("baseline", f"baseline_{name}", 1)] = Control(
+                judged, {"post_hoc": post_hoc, "recipe": recipe}
+            )
+    return controls
+
+
+def _smoothed_control(sae: SparseAutoencoder, smoother: MovingAverage | ChunkMean) -> tuple[Judged, dict[str, Any]]:
+    return Smoothed(sae, smoother), asdict(smoother)
