@@ -20,6 +20,8 @@ Columns. Values that are undefined for a latent (it never fires, or never stops 
   document_eta2                   share of variance between documents, bias-corrected
   eta2, mi                        share of variance explained by position; information of firing and position (nats)
   rate_position0, rate_position1  firing rate at the first two positions of the context
+  offset_jaccard                  Jaccard index of the tokens it fires on before and after the largest shift of the
+                                  offset test (offset.py); null where it fires on neither. Only for compared arms
   feature_density, consistent_activation_heuristic, encoder_bias, encoder_norm, encoder_decoder_cosine_sim,
   max_decoder_cosine_sim, max_encoder_cosine_sim
                                   SAEBench's featurewise statistics, in its definitions
