@@ -1,0 +1,153 @@
+"""A bed of synthetic activations: planted sources in superposition, with dense noise, and their true codes beside them.
+
+Shape legend: B rows, L positions, D width, F sources, R all rows, P active pairs.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from legato.activation_store import row_batches
+from legato.activations import ActivationBatch
+from legato.codes import SparseCodes
+from legato.errors import UsageError
+from legato.synthetic.sources import FAMILIES, Family, Sources, fire
+
+BLOCK_ROWS = 32
+BOS_NORM = 30.0  # in units of the usual norm: an invalid position that would wreck a mean if it were not masked
+
+
+@dataclass(frozen=True)
+class BedConfig:
+    """families: (family, number of sources) in turn. d_in: width they share.
+
+    noise: standard deviation of the dense noise along every direction; the mean magnitude of a source is about 1, so
+        1 / noise is the detection index of a source that fires alone. noise_persistence: its lag-1 correlation.
+    length: positions a row, the first one a masked start token. document_length: mean tokens of a document (the end of
+        one is drawn at every token); a row begins a new one.
+    rows, held_out_rows: of the two sides, same sources and directions. seed: of everything that is drawn.
+    """
+
+    families: tuple[tuple[Family, int], ...] = ((FAMILIES["mixed"], 256),)
+    d_in: int = 64
+    noise: float = 0.3
+    noise_persistence: float = 0.0
+    length: int = 128
+    document_length: float = 512.0
+    rows: int = 1024
+    held_out_rows: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("d_in", 2), ("length", 3), ("document_length", 2), ("rows", 1), ("held_out_rows", 1)):
+            if getattr(self, name) < least:
+                raise UsageError(f"synthetic bed: {name} {getattr(self, name)} is too small, use {least} or more")
+        if not self.families or min(count for _, count in self.families) < 1:
+            raise UsageError("synthetic bed: there must be at least one source of each family")
+        if not (self.noise >= 0 and 0 <= self.noise_persistence < 1):
+            raise UsageError("synthetic bed: noise must be 0 or more, noise_persistence from 0 to less than 1")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One side of a bed: activations and true codes of the same rows. An ActivationSource, as a store is."""
+
+    acts_RLD: Tensor
+    mask_RL: Tensor
+    doc_RL: Tensor
+    codes: SparseCodes
+
+    @property
+    def d_in(self) -> int:
+        return self.acts_RLD.shape[2]
+
+    @property
+    def n_rows(self) -> int:
+        return self.acts_RLD.shape[0]
+
+    def batches(
+        self,
+        rows_per_batch: int,
+        *,
+        seed: int | None,
+        epochs: int | None = 1,
+        drop_last: bool = False,
+        start_batch: int = 0,
+    ) -> Iterator[ActivationBatch]:
+        """As `ActivationStore.batches`."""
+        for rows in row_batches(
+            self.n_rows, rows_per_batch, seed=seed, epochs=epochs, drop_last=drop_last, start_batch=start_batch
+        ):
+            yield self.take(torch.from_numpy(rows))
+
+    def take(self, rows: Tensor | slice) -> ActivationBatch:
+        mask_BL = self.mask_RL[rows]
+        return ActivationBatch(self.acts_RLD[rows], mask_BL, self.doc_RL[rows], torch.zeros_like(mask_BL).long())
+
+
+@dataclass(frozen=True)
+class Bed:
+    """Sources, their unit directions directions_FD, and two sides of rows drawn from them."""
+
+    config: BedConfig
+    sources: Sources
+    directions_FD: Tensor
+    train: Rows
+    held_out: Rows
+
+    @classmethod
+    def build(cls, config: BedConfig) -> "Bed":
+        """The bed of a config; the same one each time."""
+        rng = np.random.default_rng([config.seed, 0])
+        sources = Sources.draw(config.families, rng)
+        directions_FD = rng.standard_normal((sources.count, config.d_in), dtype=np.float32)
+        directions_FD /= np.linalg.norm(directions_FD, axis=1, keepdims=True)
+        sides = [
+            _rows(config, sources, directions_FD, n_rows, np.random.default_rng([config.seed, side]))
+            for side, n_rows in ((1, config.rows), (2, config.held_out_rows))
+        ]
+        return cls(config, sources, torch.from_numpy(directions_FD), *sides)
+
+
+def _rows(
+    config: BedConfig, sources: Sources, directions_FD: np.ndarray, n_rows: int, rng: np.random.Generator
+) -> Rows:
+    L, D = config.length, config.d_in
+    acts_RLD = torch.empty(n_rows, L, D)
+    mask_RL = torch.ones(n_rows, L, dtype=torch.bool)
+    mask_RL[:, 0] = False
+    doc_RL = torch.empty(n_rows, L, dtype=torch.int32)
+    bos_D = np.zeros(D, np.float32)
+    bos_D[0] = BOS_NORM * np.sqrt(sources.l0 + D * config.noise**2)
+    pairs: list[Sequence[np.ndarray]] = []
+    n_documents = 0
+    for start in range(0, n_rows, BLOCK_ROWS):
+        B = min(BLOCK_ROWS, n_rows - start)
+        starts_BL = rng.random((B, L)) < 1 / config.document_length
+        starts_BL[:, 0] = True
+        doc_BL = np.cumsum(starts_BL.ravel()).reshape(B, L) - 1 + n_documents
+        n_documents = int(doc_BL.max()) + 1
+        code_BLF = fire(sources, starts_BL, rng)
+        code_BLF[:, 0] = 0
+        acts_BLD = code_BLF.reshape(B * L, -1) @ directions_FD + _noise(config, B, rng).reshape(B * L, D)
+        acts_BLD = acts_BLD.reshape(B, L, D)
+        acts_BLD[:, 0] = bos_D
+        acts_RLD[start : start + B] = torch.from_numpy(acts_BLD)
+        doc_RL[start : start + B] = torch.from_numpy(doc_BL.astype(np.int32))
+        token_P, source_P = code_BLF.reshape(B * L, -1).nonzero()
+        pairs.append((token_P + start * L, source_P, code_BLF.reshape(B * L, -1)[token_P, source_P]))
+    token_P, source_P, code_P = (torch.from_numpy(np.concatenate(part)) for part in zip(*pairs, strict=True))
+    return Rows(acts_RLD, mask_RL, doc_RL, SparseCodes(token_P, source_P, code_P, (n_rows, L, sources.count)))
+
+
+def _noise(config: BedConfig, B: int, rng: np.random.Generator) -> np.ndarray:
+    """Gaussian, [B, L, D], an autoregression along the row."""
+    noise_BLD = rng.standard_normal((B, config.length, config.d_in), dtype=np.float32) * np.float32(config.noise)
+    rho = np.float32(config.noise_persistence)
+    if rho:
+        for t in range(1, config.length):
+            noise_BLD[:, t] = rho * noise_BLD[:, t - 1] + np.sqrt(1 - rho**2) * noise_BLD[:, t]
+    return noise_BLD
