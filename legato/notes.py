@@ -174,7 +174,7 @@ def _across_rates(arm: Arm, base: Arm) -> str | None:
 def warnings(run: SavedRun) -> list[str]:
     """What a reader must know before believing any number: few tokens, silent or dense latents, poor fits."""
     found = []
-    trained = [tokens for arm in run.arms if (tokens := arm.value("training.tokens")) is not None]
+    trained = [tokens for arm in run.trained if (tokens := arm.value("training.tokens")) is not None]
     if trained and min(trained) < FEW_TRAINING_TOKENS:
         found.append(
             f"Few training tokens: {count(min(trained))} per SAE. Published SAEs see hundreds of millions or more, so "
@@ -190,12 +190,12 @@ def warnings(run: SavedRun) -> list[str]:
         (f"CE loss score below {POOR_CE_SCORE:.2f}", _flag(run, _poor_ce)),
     ):
         if flagged:
-            found.append(f"{text[0].upper()}{text[1:]}: {_listed(flagged, len(run.arms))}.")
+            found.append(f"{text[0].upper()}{text[1:]}: {_listed(flagged, len(run.trained))}.")
     return found
 
 
 def _flag(run: SavedRun, test: Any) -> list[str]:
-    return [arm.name for arm in run.arms if test(run, arm)]
+    return [arm.name for arm in run.trained if test(run, arm)]
 
 
 def _many_silent(run: SavedRun, arm: Arm) -> bool:
@@ -356,7 +356,7 @@ def described(run: SavedRun) -> list[str]:
         epochs = _mean(run.arms, "training.epochs")
         passes = "" if epochs is None or epochs <= 1 else f" ({epochs:.1f} passes over the text)"
         time = "" if seconds is None else f", {seconds:.0f} s of training each"
-        who = "One SAE" if len(run.arms) == 1 else f"{len(run.arms)} SAEs on the same activation batches"
+        who = "One SAE" if len(run.trained) == 1 else f"{len(run.trained)} SAEs on the same activation batches"
         sentences.append(f"{who}: {count(tokens)} training tokens{passes}{time}.")
     environment = run.config.get("environment")
     if isinstance(environment, dict):

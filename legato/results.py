@@ -21,7 +21,7 @@ from legato.run_dir import RunDir
 
 MAX_HIGHLIGHTED = 7  # as many as a reader tells apart by colour, line style and marker
 _GRID_NAME = re.compile(r"^(?P<term>[a-z_]+?)_w(?P<window>\d+)_c(?P<coefficient>\d+(\.\d+)?(e[+-]?\d+)?)$")
-_SWEEP_NAME = re.compile(r"^baseline_k(?P<k>\d+)$")
+_SWEEP_NAME = re.compile(r"^(?P<method>.+)_k(?P<k>\d+)$")
 _SEED_SUFFIX = re.compile(r"_seed(\d+)$")
 
 
@@ -30,13 +30,16 @@ class Arm:
     """One SAE of a run and what was different about it.
 
     role: `baseline`, `named` (an arm the reader asked for by name), `grid` (a member of the window x coefficient
-        ablation) or `sweep` (the baseline's recipe at another sparsity).
+        ablation), `sweep` (the recipe of the arm `method` at another k) or `control` (made of a trained SAE without
+        training).
     metrics: this arm's part of metrics.json.
+    method: the recipe's name whatever its k and its seed.
     """
 
     name: str
     role: str
     metrics: Mapping[str, Any]
+    method: str
     term: str | None = None
     window: int | None = None
     coefficient: float | None = None
@@ -47,6 +50,10 @@ class Arm:
     def group(self) -> str:
         """The recipe's name: arms that differ only in their seed share it."""
         return _SEED_SUFFIX.sub("", self.name)
+
+    @property
+    def trained(self) -> bool:
+        return self.role != "control"
 
     @property
     def rate_bins(self) -> dict[tuple[float, float], tuple[float, int]]:
@@ -131,13 +138,18 @@ class SavedRun:
     def highlighted(self) -> tuple[Arm, ...]:
         """The arms a figure draws in colour: the baseline and the named ones, one seed of each; else the first few."""
         groups = {arm.group: arm for arm in reversed(self.arms)}
-        firsts = tuple(arm for arm in self.arms if groups[arm.group] is arm)
+        firsts = tuple(arm for arm in self.trained if groups[arm.group] is arm)
         chosen = tuple(arm for arm in firsts if arm.role in ("baseline", "named"))
         return (chosen if len(chosen) > 1 else firsts)[:MAX_HIGHLIGHTED]
 
     @property
+    def trained(self) -> tuple[Arm, ...]:
+        """Every arm but the controls, which would stretch the axes of any figure of costs."""
+        return tuple(arm for arm in self.arms if arm.trained)
+
+    @property
     def background(self) -> tuple[Arm, ...]:
-        return tuple(arm for arm in self.arms if arm not in self.highlighted)
+        return tuple(arm for arm in self.trained if arm not in self.highlighted)
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
@@ -175,8 +187,8 @@ def arms_of(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[Arm, ...]:
     """Arms of a metrics.json in its order, each with its role.
 
     What an arm is comes from `training.recipe` {role, term, window, coefficient, k, seed}; where a key is absent, from
-    its name: `baseline`, `baseline_k<k>` for its sweep, `<term>_w<window>_c<coefficient>`, `_seed<n>` at the end. Names
-    of the third shape are an ablation only where there are at least two windows and two coefficients of them.
+    its name: `baseline`, `<arm>_k<k>` for an arm's sweep, `<term>_w<window>_c<coefficient>`, `_seed<n>` at the end.
+    Names of the third shape are an ablation only where there are at least two windows and two coefficients of them.
     """
     arms = [_arm_of(name, arm_metrics) for name, arm_metrics in metrics.items()]
     members = [arm for arm in arms if arm.role == "grid"]
@@ -187,13 +199,13 @@ def arms_of(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[Arm, ...]:
 
 def _arm_of(name: str, metrics: Mapping[str, Any]) -> Arm:
     stem = _SEED_SUFFIX.sub("", name)
-    known: dict[str, Any] = {"role": "baseline" if stem == "baseline" else "named"}
+    known: dict[str, Any] = {"role": "baseline" if stem == "baseline" else "named", "method": stem}
     if seed := _SEED_SUFFIX.search(name):
         known["seed"] = seed[1]
     if shape := _GRID_NAME.match(stem):
         known |= {"role": "grid", **shape.groupdict()}
     if swept := _SWEEP_NAME.match(stem):
-        known |= {"role": "sweep", "k": swept["k"]}
+        known |= {"role": "sweep", **swept.groupdict()}
     training = metrics.get("training")
     recipe = training.get("recipe") if isinstance(training, Mapping) else None
     if isinstance(recipe, Mapping):
@@ -202,6 +214,7 @@ def _arm_of(name: str, metrics: Mapping[str, Any]) -> Arm:
         name=name,
         role=known["role"],
         metrics=metrics,
+        method=known["method"],
         term=known.get("term"),
         window=int(known["window"]) if "window" in known else None,
         coefficient=float(known["coefficient"]) if "coefficient" in known else None,

@@ -122,10 +122,10 @@ def _goodness(values: np.ndarray, quantity: Quantity, reference: float | None) -
 
 
 def consistency_cost(run: SavedRun) -> Figure:
-    """Kappa excess against FVU, a point per arm, the front that no arm beats in both, the baseline's sweep over k."""
+    """Kappa excess against FVU, a point per arm, the front that no arm beats in both, each arm's sweep over k."""
     points = {
         arm.name: (x, y)
-        for arm in run.arms
+        for arm in run.trained
         if (x := arm.value("core.fvu")) is not None and (y := arm.value("consistency.kappa1_excess_within")) is not None
     }
     if len(points) < 2:

@@ -40,6 +40,7 @@ _SCHEMA = pa.schema(
         ("coefficient", pa.float64()),
         ("k", pa.int64()),
         ("release", pa.float64()),
+        ("groups", pa.string()),
         ("seed", pa.int64()),
         *((name, pa.float64()) for name in MEASURED),
         *((name, pa.int64()) for name in COUNTED),
@@ -76,7 +77,15 @@ def _row(arm: Arm) -> dict[str, Any]:
         "coefficient": arm.coefficient,
         "k": None if arm.k is None else int(arm.k),
         "release": arm.value("training.recipe.sparsity.release"),
+        "groups": _groups((training.get("recipe") or {}).get("groups")),
         "seed": arm.seed,
         **{column: arm.value(key) for column, key in MEASURED.items()},
         **{column: None if value is None else int(value) for column, value in counts.items()},
     }
+
+
+def _groups(groups: Any) -> str | None:
+    """Matryoshka groups as `share:weight` pairs, null for an ordinary SAE."""
+    if not isinstance(groups, list) or len(groups) < 2:
+        return None
+    return " ".join(f"{share:g}:{weight:g}" for share, weight in groups)

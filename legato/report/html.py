@@ -104,7 +104,7 @@ def report_html(run: SavedRun) -> str:
         scope=scope(run),
         columns=[column.heading for column in COLUMNS],
         rows=[_row(arm, run.baseline, styles[arm.name]) for arm in _baseline_first(run.highlighted)],
-        further_rows=[_row(arm, None, None) for arm in run.background],
+        further_rows=[_row(arm, None, None) for arm in run.arms if arm not in run.highlighted],
         sections=_sections(run),
         raw_stream=raw_stream_sentence(run) or "",
         not_measured=[c.heading for c in COLUMNS if any(c.of(arm) is None for arm in run.arms)],

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from legato.report.missing import MissingResult
-from legato.report.style import FAINT, INK, MUTED, WIDTH, ArmStyle, PointLabel, arm_styles, label_points
+from legato.report.style import FAINT, MUTED, WIDTH, ArmStyle, PointLabel, arm_styles, label_points
 from legato.results import Arm, SavedRun
 
 _PANELS = (
@@ -56,10 +56,10 @@ def training_curves(run: SavedRun) -> Figure:
 
 
 def sparsity_fidelity(run: SavedRun) -> Figure:
-    """FVU against L0 on held-out text, a point per arm; the baseline's sweep over k as a line."""
+    """FVU against L0 on held-out text, a point per arm; a line along each arm's sweep over k."""
     points = {
         arm.name: (x, y)
-        for arm in run.arms
+        for arm in run.trained
         if (x := arm.value("core.l0")) is not None and (y := arm.value("core.fvu")) is not None
     }
     if not points:
@@ -81,31 +81,52 @@ def draw_arm_points(
     further_labels: Sequence[PointLabel] = (),
     lines: Sequence[tuple[float, float]] = (),
 ) -> None:
-    """Scatter the arms: grid members faint, the baseline's sweep joined, baseline, named and sweep arms labelled."""
+    """Scatter the arms: grid members faint, each sweep over k joined, baseline, named and sweep arms labelled."""
     styles = arm_styles(run.highlighted)
     of_group = {arm.group: styles[arm.name] for arm in run.highlighted}
     for arm in run.background:
         if arm.name in points and arm.role != "sweep":
             style = of_group.get(arm.group, ArmStyle(FAINT, "-", "o"))
             ax.scatter(*points[arm.name], s=16, c=style.colour, marker=style.marker, linewidths=0, zorder=2)
-    swept = [arm for arm in run.arms if (arm.role == "sweep" or arm is run.baseline) and arm.name in points]
-    line = np.array(sorted(points[arm.name] for arm in swept))
-    if len(swept) > 1:
-        ax.plot(line[:, 0], line[:, 1], color=INK, linewidth=1, marker="o", markersize=3.5, zorder=3)
-    labels = []
+    labels, covered = [], list(lines)
     for arm in run.highlighted:
         if arm.name in points:
             style = styles[arm.name]
             x, y = points[arm.name]
             ax.scatter(x, y, s=46, c=style.colour, marker=style.marker, linewidths=0, zorder=4)
             labels.append(PointLabel((x, y), arm.name, style.colour))
-    for arm in swept:
-        if arm.role == "sweep" and arm.k is not None:
-            labels.append(PointLabel(points[arm.name], f"baseline, k={arm.k:g}", MUTED))
+    for method, by_k in _sweeps(run, points).items():
+        style = of_group.get(method, ArmStyle(MUTED, "-", "o"))
+        line = np.array(sorted(point for _, point in by_k.values()))
+        ax.plot(line[:, 0], line[:, 1], color=style.colour, linewidth=1, marker="o", markersize=3.5, zorder=3)
+        covered += along(line)
+        labels += [
+            PointLabel(point, f"{method}, k={k:g}", MUTED, required=method == "baseline")
+            for k, (role, point) in by_k.items()
+            if role == "sweep"
+        ]
     ax.margins(0.12)
     ax.grid(True, axis="both")
-    faint = [points[arm.name] for arm in run.background if arm.name in points]
-    label_points(ax, [*labels, *further_labels], lines=[*along(line), *lines], faint=faint)
+    faint = [points[arm.name] for arm in run.background if arm.name in points and arm.role != "sweep"]
+    label_points(ax, [*labels, *further_labels], lines=covered, faint=faint)
+
+
+def _sweeps(
+    run: SavedRun, points: dict[str, tuple[float, float]]
+) -> dict[str, dict[float, tuple[str, tuple[float, float]]]]:
+    """By method that was trained at several k, and by k: the role there and the point, the mean over its seeds."""
+    swept = {arm.method for arm in run.trained if arm.role == "sweep"}
+    members: dict[str, dict[float, list[Arm]]] = {}
+    for arm in run.trained:
+        if arm.method in swept and arm.name in points and arm.k is not None:
+            members.setdefault(arm.method, {}).setdefault(arm.k, []).append(arm)
+    return {
+        method: {
+            k: (arms[0].role, tuple(np.mean([points[arm.name] for arm in arms], axis=0))) for k, arms in by_k.items()
+        }
+        for method, by_k in members.items()
+        if len(by_k) > 1
+    }
 
 
 def span_at_least(ax: Axes, points: Sequence[tuple[float, float]], relative: float) -> None:
@@ -147,7 +168,7 @@ def arm_legend(figure: Figure, run: SavedRun, *, markers: bool = False) -> None:
 
 def _background_label(arms: Sequence[Arm]) -> str:
     roles = {arm.role for arm in arms}
-    what = {"grid": "ablation members", "sweep": "baselines at another k"}.get(roles.pop()) if len(roles) == 1 else None
+    what = {"grid": "ablation members", "sweep": "arms at another k"}.get(roles.pop()) if len(roles) == 1 else None
     return f"{len(arms)} {what or 'further arms'}"
 
 
