@@ -7,6 +7,7 @@ Shape legend: N flat tokens, F latents, D model width, P active pairs in token o
 in latent order (CSC: ptr over F), G nested groups.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numba
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 # No "nnan"/"ninf": a NaN must stay one, so that the guards in train.py see it.
-_FAST = {"contract", "reassoc", "nsz", "arcp"}
+FAST = {"contract", "reassoc", "nsz", "arcp"}
 
 
 class Pairs(NamedTuple):
@@ -90,7 +91,7 @@ def _row_floors(pre_NF, valid_N, k, stride, zero, floor_N):
             floor_N[n] = guess if above >= k and guess > zero else zero
 
 
-@njit(parallel=True, cache=True, fastmath=_FAST)
+@njit(parallel=True, cache=True, fastmath=FAST)
 def _exact_values(x_ND, W_enc_FD, b_enc_F, token_P, latent_P, value_P):
     D = x_ND.shape[1]
     for p in prange(token_P.shape[0]):
@@ -181,7 +182,7 @@ def _critical(ptr_F, token_Q, value_Q, source_Q, start_N, release, critical_P):
             last = t
 
 
-@njit(parallel=True, cache=True, fastmath=_FAST)
+@njit(parallel=True, cache=True, fastmath=FAST)
 def _decode(ptr_N, latent_P, value_P, ends_G, weights_G, W_dec_FD, b_dec_D, x_ND, valid_N, pull_GND, squared_GN):
     N, D = x_ND.shape
     G = ends_G.shape[0]
@@ -215,7 +216,7 @@ def _decode(ptr_N, latent_P, value_P, ends_G, weights_G, W_dec_FD, b_dec_D, x_ND
                     pull_GND[g, n, d] = pull
 
 
-@njit(parallel=True, cache=True, fastmath=_FAST)
+@njit(parallel=True, cache=True, fastmath=FAST)
 def _gradients(
     x_ND,
     pull_GND,
@@ -271,7 +272,7 @@ def _gradients(
             squared_F[f] = total
 
 
-@njit(parallel=True, cache=True, fastmath=_FAST)
+@njit(parallel=True, cache=True, fastmath=FAST)
 def _adam(w_FD, m_FD, v_FD, g_FD, clip, lr, beta1, beta2, eps, correct1, correct2, unit_rows):
     F, D = w_FD.shape
     one = w_FD.dtype.type(1)
@@ -302,6 +303,13 @@ def scan(pre_NF: Array, valid_N: Array, floor_N: Array, expected: int) -> tuple[
     pre_NF may be any ordered type: float32, float64, or the bits of bfloat16 as int16 (for positive numbers their order
     is the numbers' order, and negative numbers stay below every positive one).
     """
+    return scan_with(_scan, pre_NF, valid_N, floor_N, expected)
+
+
+def scan_with(
+    kernel: Callable[..., None], pre_NF: Array, valid_N: Array, floor: Array, expected: int
+) -> tuple[Array, Array]:
+    """Run a scanning kernel with room for `expected` pairs, and with more until they all fit."""
     N, F = pre_NF.shape
     n_parts = numba.get_num_threads()
     capacity = expected // n_parts + F
@@ -309,7 +317,7 @@ def scan(pre_NF: Array, valid_N: Array, floor_N: Array, expected: int) -> tuple[
         token = np.empty(n_parts * capacity, np.int32)
         latent = np.empty(n_parts * capacity, np.int32)
         count_T = np.empty(n_parts, np.int64)
-        _scan(pre_NF, valid_N, floor_N, token, latent, count_T)
+        kernel(pre_NF, valid_N, floor, token, latent, count_T)
         if (count_T >= 0).all():
             spans = [slice(t * capacity, t * capacity + count_T[t]) for t in range(n_parts)]
             return np.concatenate([token[s] for s in spans]), np.concatenate([latent[s] for s in spans])

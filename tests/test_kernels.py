@@ -1,10 +1,13 @@
 """The sparse step against a dense autograd step, in float64."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from legato import kernels
+from legato.arm import ArmConfig, TrainConfig
 from legato.consistency_losses import (
     Contrastive,
     FusedLasso,
@@ -16,8 +19,8 @@ from legato.consistency_losses import (
 )
 from legato.sae import SparseAutoencoder
 from legato.sequences import SequenceLayout
-from legato.sparsity import BatchTopK, Hysteresis, Preactivations, ReLU, Sparsity, TopK
-from legato.train import ArmConfig, Parameters, TrainBatch, TrainConfig, Workspace, auxiliary_loss, forward_backward
+from legato.sparsity import BatchTopK, Gated, Hysteresis, JumpReLU, Preactivations, ReLU, Sparsity, TopK
+from legato.step import Parameters, TrainBatch, Workspace, auxiliary_loss, forward_backward
 
 B, L, D, F = 6, 20, 24, 64
 CONFIG = TrainConfig(steps=10, aux_k=5, aux_tokens=1000)
@@ -44,17 +47,93 @@ def make_parameters(seed: int = 1) -> Parameters:
     return parameters
 
 
-def dense_codes(parameters: Parameters, batch: TrainBatch, mask_BL: torch.Tensor, sparsity: Sparsity) -> torch.Tensor:
-    pre_NF = (batch.x_ND @ parameters.W_enc_FD.T + parameters.b_enc_F).relu()
-    pre_NF = pre_NF * mask_BL.view(-1, 1)
+class JumpingReLU(torch.autograd.Function):
+    """pre * [pre > exp(log_threshold)], the step's derivative by the threshold a rectangle of width `bandwidth`."""
+
+    @staticmethod
+    def forward(ctx, pre_NF, log_threshold_F, bandwidth):
+        threshold_F = log_threshold_F.exp()
+        ctx.bandwidth = bandwidth
+        ctx.save_for_backward(pre_NF, threshold_F)
+        return pre_NF * (pre_NF > threshold_F)
+
+    @staticmethod
+    def backward(ctx, slope_NF):
+        pre_NF, threshold_F = ctx.saved_tensors
+        band_NF = ((pre_NF - threshold_F).abs() < ctx.bandwidth / 2) & (pre_NF > 0)
+        by_threshold_F = -(slope_NF * band_NF).sum(0) * threshold_F / ctx.bandwidth
+        return slope_NF * (pre_NF > threshold_F), by_threshold_F * threshold_F, None
+
+
+class Jumps(torch.autograd.Function):
+    """[pre > exp(log_threshold)] with the same estimate of its derivative."""
+
+    @staticmethod
+    def forward(ctx, pre_NF, log_threshold_F, bandwidth):
+        threshold_F = log_threshold_F.exp()
+        ctx.bandwidth = bandwidth
+        ctx.save_for_backward(pre_NF, threshold_F)
+        return (pre_NF > threshold_F).double()
+
+    @staticmethod
+    def backward(ctx, slope_NF):
+        pre_NF, threshold_F = ctx.saved_tensors
+        band_NF = ((pre_NF - threshold_F).abs() < ctx.bandwidth / 2) & (pre_NF > 0)
+        return None, -(slope_NF * band_NF).sum(0) * threshold_F / ctx.bandwidth, None
+
+
+def nested_error(codes_NF, W_dec_FD, b_dec_D, batch: TrainBatch, groups) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted squared error of the nested reconstructions, and the residual of the last."""
+    loss = torch.zeros((), dtype=torch.float64)
+    for share, weight in groups:
+        n = int(share * F)
+        residual_ND = codes_NF[:, :n] @ W_dec_FD[:n] + b_dec_D - batch.x_ND
+        residual_ND = residual_ND * torch.from_numpy(batch.layout.valid_N)[:, None]
+        loss = loss + weight * residual_ND.square().sum() / (D * batch.n_valid)
+    return loss, residual_ND
+
+
+def dense_codes(parameters: Parameters, batch: TrainBatch, mask_BL: torch.Tensor, sparsity: Sparsity, groups):
+    """Codes as the reconstruction sees them, as the temporal terms see them, and the sparsity's own loss."""
+    p, own = parameters, parameters.own
+    valid_N1 = mask_BL.view(-1, 1)
+    product_NF = batch.x_ND @ p.W_enc_FD.T
+    pre_NF = (product_NF + p.b_enc_F).relu() * valid_N1
     if isinstance(sparsity, TopK):
-        return pre_NF * (pre_NF >= pre_NF.topk(sparsity.k, dim=-1).values[:, -1:])
+        codes_NF = pre_NF * (pre_NF >= pre_NF.topk(sparsity.k, dim=-1).values[:, -1:])
+        return codes_NF, codes_NF, 0.0
     if isinstance(sparsity, BatchTopK):
-        return pre_NF * (pre_NF >= pre_NF.flatten().topk(sparsity.k * batch.n_valid).values[-1])
+        codes_NF = pre_NF * (pre_NF >= pre_NF.flatten().topk(sparsity.k * batch.n_valid).values[-1])
+        return codes_NF, codes_NF, 0.0
     if isinstance(sparsity, Hysteresis):
         on_BLF, _ = highest_budget(pre_NF.detach().view(B, L, F), batch.layout, sparsity)
-        return pre_NF * on_BLF.view(-1, F)
-    return pre_NF
+        return pre_NF * on_BLF.view(-1, F), pre_NF * on_BLF.view(-1, F), 0.0
+    if isinstance(sparsity, JumpReLU):
+        log_threshold_F, width = own["log_threshold_F"], sparsity.bandwidth
+        excess = Jumps.apply(pre_NF, log_threshold_F, width).sum() / batch.n_valid / sparsity.k - 1
+        return (
+            JumpingReLU.apply(pre_NF, log_threshold_F, width),
+            JumpingReLU.apply(pre_NF, log_threshold_F.detach(), width),
+            sparsity.strength * excess.square(),
+        )
+    if isinstance(sparsity, Gated):
+        gate_NF = (product_NF + own["b_gate_F"]).relu() * valid_N1
+        codes_NF = (product_NF * own["r_mag_F"].exp() + p.b_enc_F).relu() * (gate_NF > 0)
+        error, _ = nested_error(gate_NF, p.W_dec_FD.detach(), p.b_dec_D.detach(), batch, groups)
+        return codes_NF, codes_NF, error + sparsity.l1 / D * gate_NF.sum() / batch.n_valid
+    assert isinstance(sparsity, ReLU)
+    return pre_NF, pre_NF, sparsity.l1 / D * pre_NF.sum() / batch.n_valid
+
+
+def with_own(parameters: Parameters, sparsity: Sparsity) -> Parameters:
+    """The sparsity's own parameters, scattered: thresholds about .8, gates about -.8, gains about 1."""
+    noise = torch.Generator().manual_seed(7)
+    centre = {"log_threshold_F": -0.2, "b_gate_F": -0.8, "r_mag_F": 0.0}
+    own = {
+        name: centre[name] + 0.2 * torch.randn(F, generator=noise, dtype=torch.float64)
+        for name in sparsity.own_parameters
+    }
+    return dataclasses.replace(parameters, own=own)
 
 
 def schmitt(pre_BLF: torch.Tensor, layout: SequenceLayout, threshold: float, release: float) -> torch.Tensor:
@@ -129,7 +208,10 @@ def test_release_one_is_batch_top_k():
     assert set(zip(held.token_P, held.latent_P, strict=True)) == set(zip(plain.token_P, plain.latent_P, strict=True))
 
 
-@pytest.mark.parametrize("sparsity", [BatchTopK(4), TopK(4), ReLU(0.3), Hysteresis(4, release=0.4)])
+SPARSITIES = [BatchTopK(4), TopK(4), ReLU(0.3), Hysteresis(4, release=0.4), JumpReLU(5), Gated(0.3)]
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES, ids=lambda sparsity: type(sparsity).__name__)
 @pytest.mark.parametrize(
     "terms",
     [
@@ -145,7 +227,7 @@ def test_release_one_is_batch_top_k():
 @pytest.mark.parametrize("groups", [((1.0, 1.0),), ((0.2, 0.3), (0.5, 0.2), (1.0, 0.6))], ids=["plain", "matryoshka"])
 def test_every_gradient_equals_dense_autograd(sparsity, terms, with_dead, groups):
     batch, mask_BL, doc_BL = make_batch()
-    parameters = make_parameters()
+    parameters = with_own(make_parameters(), sparsity)
     dead_F = torch.arange(F) % 9 == 0 if with_dead else None
     arm = ArmConfig("arm", sparsity, F, terms, groups=groups)
     result = forward_backward(
@@ -161,17 +243,11 @@ def test_every_gradient_equals_dense_autograd(sparsity, terms, with_dead, groups
     )
 
     leaves = parameters.map(lambda tensor: tensor.clone().requires_grad_())
-    codes_NF = dense_codes(leaves, batch, mask_BL, sparsity)
-    loss = torch.zeros((), dtype=torch.float64)
-    for share, weight in groups:
-        n = int(share * F)
-        out_ND = codes_NF[:, :n] @ leaves.W_dec_FD[:n] + leaves.b_dec_D
-        residual_ND = (out_ND - batch.x_ND) * mask_BL.view(-1, 1)
-        loss = loss + weight * residual_ND.square().sum() / (D * batch.n_valid)
-    if isinstance(sparsity, ReLU):
-        loss = loss + sparsity.l1 / D * codes_NF.sum() / batch.n_valid
+    codes_NF, seen_NF, own_loss = dense_codes(leaves, batch, mask_BL, sparsity, groups)
+    loss, residual_ND = nested_error(codes_NF, leaves.W_dec_FD, leaves.b_dec_D, batch, groups)
+    loss = loss + own_loss
     for term in terms:
-        loss = loss + term.coefficient * term.loss(codes_NF.view(B, L, F), mask_BL, doc_BL, step=3)
+        loss = loss + term.coefficient * term.loss(seen_NF.view(B, L, F), mask_BL, doc_BL, step=3)
     if dead_F is not None:
         dead = leaves.map(lambda tensor: tensor[dead_F] if len(tensor) == F else tensor)
         valid_N = mask_BL.flatten()
@@ -181,7 +257,7 @@ def test_every_gradient_equals_dense_autograd(sparsity, terms, with_dead, groups
 
     assert result.loss == pytest.approx(float(loss.detach()), rel=1e-12)
     assert len(result.order.value_Q) == int((codes_NF > 0).sum())
-    for (name, leaf), gradient in zip(leaves.items(), vars(result.gradients).values(), strict=True):
+    for (name, leaf), (_, gradient) in zip(leaves.items(), result.gradients.items(), strict=True):
         assert leaf.grad is not None
         expected = leaf.grad
         if name == "W_dec_FD":  # rows stay on the unit sphere: only the tangential part moves them

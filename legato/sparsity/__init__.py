@@ -2,9 +2,22 @@
 
 from legato.sparsity.base import Sparsity
 from legato.sparsity.batchtopk import BatchTopK
+from legato.sparsity.gated import Gated
 from legato.sparsity.hysteresis import Hysteresis
+from legato.sparsity.hysteresis_topk import HysteresisTopK
+from legato.sparsity.jumprelu import JumpReLU
 from legato.sparsity.preactivations import Preactivations
 from legato.sparsity.relu import ReLU
 from legato.sparsity.topk import TopK
 
-__all__ = ["BatchTopK", "Hysteresis", "Preactivations", "ReLU", "Sparsity", "TopK"]
+__all__ = [
+    "BatchTopK",
+    "Gated",
+    "Hysteresis",
+    "HysteresisTopK",
+    "JumpReLU",
+    "Preactivations",
+    "ReLU",
+    "Sparsity",
+    "TopK",
+]

@@ -1,35 +1,145 @@
-"""What every sparsity is.
+"""What every sparsity is, and how its gradients come about.
 
-Shape legend: N flat tokens, F latents, P active pairs in token order.
+Shape legend: N flat tokens, D width, F latents, P / Q active pairs by token / by latent, G nested groups.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from legato.kernels import Pairs
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from legato import kernels, pair_kernels
+from legato.kernels import Groups, LatentOrder, Pairs
+from legato.sequences import SequenceLayout
 from legato.sparsity.preactivations import Preactivations
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What the decoder made of the active pairs, and where the gradients go.
+
+    The reconstruction loss is scale / 2 * (sum over groups of weight * ||residual||^2); pull_GND as in kernels.decode.
+    order: the active pairs by latent. slope_Q: derivative of the temporal terms by their codes.
+    gradients: arrays to fill, by parameter name. seeded_F: latents whose rows of W_enc, W_dec and b_enc hold a gradient
+    already, to be added to.
+    """
+
+    x_ND: Array
+    W_dec_FD: Array
+    b_dec_D: Array
+    layout: SequenceLayout
+    n_valid: int
+    groups: Groups
+    pull_GND: Array
+    scale: float
+    order: LatentOrder
+    slope_Q: Array
+    gradients: Mapping[str, Array]
+    seeded_F: Array
+
+    def code_gradient(self, token_P: Array, latent_P: Array, pull_GND: Array | None = None) -> Array:
+        """Derivative of the reconstruction loss by the codes of any pairs, whether they are active or not."""
+        pull = self.pull_GND if pull_GND is None else pull_GND
+        return pair_kernels.code_gradients(pull, self.groups, self.scale, self.W_dec_FD, token_P, latent_P)
+
+    def through_codes(self, slope_Q: Array) -> float:
+        """Fill in W_enc, b_enc and W_dec where every active code is its pre-activation; slope_Q: derivative of all but
+        the reconstruction by the codes. Returns the squared norm."""
+        out = self.gradients
+        return kernels.gradients(
+            self.x_ND,
+            self.pull_GND,
+            self.groups,
+            self.scale,
+            self.W_dec_FD,
+            self.order,
+            slope_Q,
+            self.seeded_F,
+            out["W_enc_FD"],
+            out["W_dec_FD"],
+            out["b_enc_F"],
+        )
+
+    def apart(self, encoder: Pairs, bias_F: Array) -> float:
+        """Fill in W_dec from the active codes, W_enc from pairs whose value_P is the derivative by <x_n, W_enc_f>, and
+        b_enc. Returns the squared norm."""
+        out, order = self.gradients, kernels.by_latent(encoder, len(self.seeded_F))
+        weight_Q = self.order.value_Q * self.order.value_Q.dtype.type(self.scale)
+        ends_G = self.groups.ends_G
+        out["b_enc_F"][~self.seeded_F] = 0
+        out["b_enc_F"] += bias_F.astype(self.x_ND.dtype)
+        return (
+            float(np.square(out["b_enc_F"], dtype=np.float64).sum())
+            + pair_kernels.add_rows(self.x_ND[None], ends_G[-1:], order, order.value_Q, self.seeded_F, out["W_enc_FD"])
+            + pair_kernels.add_rows(
+                self.pull_GND, ends_G, self.order, weight_Q, self.seeded_F, out["W_dec_FD"], self.W_dec_FD
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Forward(ABC):
+    """One forward pass: the active pairs, the memory for the next one, and what the backward pass needs."""
+
+    pairs: Pairs
+    memory: float
+
+    @abstractmethod
+    def backward(self, decoding: Decoding) -> tuple[dict[str, float], float]:
+        """Fill in the gradients of W_enc, b_enc, W_dec and of the sparsity's own parameters.
+
+        Returns the loss terms that the sparsity adds, each already times its coefficient, and the squared norm of the
+        three shared gradients.
+        """
+
+
+@dataclass(frozen=True)
+class Selected(Forward):
+    """Codes that are the pre-activations of selected pairs."""
+
+    sparsity: "Sparsity"
+
+    def backward(self, decoding: Decoding) -> tuple[dict[str, float], float]:
+        value, slope = self.sparsity.penalty(self.pairs, decoding.n_valid, decoding.x_ND.shape[1])
+        squared = decoding.through_codes(decoding.slope_Q + decoding.slope_Q.dtype.type(slope))
+        return {"sparsity": value} if slope else {}, squared
 
 
 class Sparsity(ABC):
-    """Which latents of a token may be active, in training and afterwards.
+    """Which latents of a token are active and what their codes are, in training and afterwards.
 
-    architecture: what it is at inference (see SparseAutoencoder).
+    architecture: what it is at inference (see SparseAutoencoder). own_parameters: names of what it learns per latent
+    besides the weights; `Preactivations.own` holds their values.
     """
 
     architecture: ClassVar[str]
+    own_parameters: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
         """Active pairs and the next floor.
 
-        floor: the selection's memory from batch to batch (a speed hint, never a result); 0 at the start. progress:
-        share of the training steps done, for what is annealed.
+        floor: what the sparsity carries from batch to batch, 0 at the start (for most a speed hint, never a result).
+        progress: share of the training steps done, for what is annealed.
         """
+
+    def forward(self, pre: Preactivations, memory: float, progress: float) -> Forward:
+        """The selection with its way back; override where a code is not the pre-activation of a selected pair."""
+        return Selected(*self.select(pre, memory, progress), self)
 
     def penalty(self, pairs: Pairs, n_valid: int, d_in: int) -> tuple[float, float]:
         """A sparsity loss and its (constant) derivative by every active code."""
         return 0.0, 0.0
+
+    def initial(self, pre: Preactivations) -> dict[str, Tensor]:
+        """Values of `own_parameters`, each (F), before the first step, from that step's pre-activations."""
+        return {}
 
     @abstractmethod
     def frozen(self, calibration: Sequence[Preactivations]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ precision, and the choice is made on those.
 Shape legend: N flat tokens, S sampled tokens, D width, F latents, P pairs in token order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from legato import kernels
+from legato import kernels, pair_kernels
 from legato.sequences import SequenceLayout
 
 Array = NDArray[Any]
@@ -22,17 +23,20 @@ Array = NDArray[Any]
 # Candidates are taken above this share of the last batch's threshold: wide enough that neither its drift between two
 # batches nor bfloat16's rounding (0.4 %) can hide a pair, narrow enough to leave only some 15 % surplus to recompute.
 FLOOR_SHARE = 0.95
+# The same for fixed thresholds, with a least margin in normalised units, where large terms may cancel.
+_MARGIN, _LEAST_MARGIN = 0.05, 0.01
 
 
 class Preactivations(NamedTuple):
     """pre_NF: the encoder's dense output, the inputs beside it for exact values; layout: tokens that take part,
-    runs."""
+    runs; own: what the sparsity learns per latent (F), by name."""
 
     pre_NF: Tensor
     x_ND: Array
     W_enc_FD: Array
     b_enc_F: Array
     layout: SequenceLayout
+    own: Mapping[str, Array] = MappingProxyType({})
 
     @property
     def n_valid(self) -> int:
@@ -41,6 +45,26 @@ class Preactivations(NamedTuple):
     def scan(self, floor_N: Array, expected: int) -> tuple[Array, Array, Array]:
         """(token_P, latent_P, exact value_P) of the pairs whose pre_NF lies above the floor (in `ordered` units)."""
         token_P, latent_P = kernels.scan(self.ordered, self.layout.valid_N, floor_N, expected)
+        return token_P, latent_P, self.exact(token_P, latent_P)
+
+    def above(self, threshold_F: Array, expected: int) -> tuple[Array, Array, Array]:
+        """(token_P, latent_P, exact value_P) of the pairs with a value above the latent's threshold (F)."""
+        floor_F = threshold_F
+        if self.pre_NF.dtype == torch.bfloat16:
+            floor_F = threshold_F - np.maximum(_MARGIN * np.abs(threshold_F), _LEAST_MARGIN)
+            floor_F = np.where(threshold_F >= 0, np.maximum(floor_F, 0), floor_F)
+        token_P, latent_P, value_P = self.scan_latents(floor_F, expected)
+        keep_P = value_P > threshold_F[latent_P]
+        return token_P[keep_P], latent_P[keep_P], value_P[keep_P]
+
+    def scan_latents(self, floor_F: Array, expected: int) -> tuple[Array, Array, Array]:
+        """(token_P, latent_P, exact value_P) of the pairs whose pre_NF lies above the latent's floor (F)."""
+        pre_NF = self.pre_NF
+        if pre_NF.dtype == torch.bfloat16 and bool((floor_F < 0).any()):
+            pre_NF = pre_NF.float()  # the bits of bfloat16 have the order of positive numbers only
+        floor = torch.from_numpy(floor_F).to(pre_NF.dtype)
+        rough, bits = self._replace(pre_NF=pre_NF), floor.view(torch.int16) if floor.dtype == torch.bfloat16 else floor
+        token_P, latent_P = pair_kernels.scan_above(rough.ordered, self.layout.valid_N, bits.numpy(), expected)
         return token_P, latent_P, self.exact(token_P, latent_P)
 
     def exact(self, token_P: Array, latent_P: Array) -> Array:
@@ -62,6 +86,12 @@ class Preactivations(NamedTuple):
     def critical(self, token_P: Array, latent_P: Array, value_P: Array, release: float) -> Array:
         F = self.pre_NF.shape[1]
         return kernels.critical_thresholds(self.layout.start_N, token_P, latent_P, value_P, F, release)
+
+    def lowered(self, floor_N: Array, share: float) -> Array:
+        """Floors in `ordered` units, times a share."""
+        if self.pre_NF.dtype != torch.bfloat16:
+            return floor_N * floor_N.dtype.type(share)
+        return (share * torch.from_numpy(floor_N).view(torch.bfloat16)).view(torch.int16).numpy()
 
     def constant_floor(self, floor: float) -> Array:
         value = torch.full((self.pre_NF.shape[0],), floor, dtype=self.pre_NF.dtype)

@@ -1,0 +1,79 @@
+"""What one SAE of a bank is, and how the bank is trained."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from legato import kernels
+from legato.consistency_losses import TemporalTerm, leading_count
+from legato.errors import LegatoError
+from legato.sparsity import Sparsity
+
+
+@dataclass(frozen=True)
+class ArmConfig:
+    """One SAE of the bank: its sparsity, its temporal terms (none: a baseline), its width and its seed.
+
+    groups: Matryoshka prefixes (share of the latents, weight of that prefix's reconstruction error), the last share 1
+    (Bussmann et al. 2025, arXiv 2503.17547). One group: an ordinary SAE.
+
+    Two controls: freeze_decoder leaves the decoder's rows as they are drawn at random; shuffle_positions trains on the
+    same activations with the valid positions of each document's stretch inside a row in another order.
+    """
+
+    name: str
+    sparsity: Sparsity
+    d_sae: int
+    terms: tuple[TemporalTerm, ...] = ()
+    seed: int = 0
+    groups: tuple[tuple[float, float], ...] = ((1.0, 1.0),)
+    freeze_decoder: bool = False
+    shuffle_positions: bool = False
+
+    def __post_init__(self) -> None:
+        shares = [share for share, _ in self.groups]
+        if shares != sorted(set(shares)) or shares[0] <= 0 or shares[-1] != 1:
+            raise ValueError(f"groups {self.groups} must be growing shares of the latents that end at 1")
+
+    def nested(self) -> kernels.Groups:
+        ends = [leading_count(self.d_sae, share) for share, _ in self.groups]
+        return kernels.Groups(np.array(ends), np.array([weight for _, weight in self.groups]))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How every SAE of a bank is trained.
+
+    steps: optimiser steps. lr: Adam's peak learning rate, after a linear warm-up over `warmup` of the steps and before
+    a linear decay to 0 over the last `decay` of them. Temporal coefficients grow linearly over `term_warmup` of the
+    steps.
+    clip_norm: the gradient's global norm is cut to this, after the backward pass and before Adam.
+    dead_after_tokens: a latent that fired on none of that many tokens is dead; the `aux_k` dead latents with the
+    largest pre-activations then learn the residual of `aux_tokens` tokens, weighted by aux_coefficient (Gao et al.
+    2024, 2.4).
+    """
+
+    steps: int
+    lr: float = 1e-3
+    warmup: float = 0.05
+    decay: float = 0.3
+    term_warmup: float = 0.1
+    clip_norm: float = 1.0
+    dead_after_tokens: int = 250_000
+    aux_k: int = 64
+    aux_tokens: int = 1024
+    aux_coefficient: float = 1 / 32
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise LegatoError(f"{self.steps} training steps would leave the SAE untrained: raise --tokens")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step 0, 1, ..."""
+        up = (step + 1) / max(1.0, self.warmup * self.steps)
+        down = (self.steps - step) / max(1.0, self.decay * self.steps)
+        return self.lr * min(1.0, up, down)
+
+    def term_scale_at(self, step: int) -> float:
+        return min(1.0, (step + 1) / max(1.0, self.term_warmup * self.steps))

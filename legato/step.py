@@ -1,0 +1,251 @@
+"""One exact forward and backward pass of an SAE on a batch.
+
+Shape legend: B rows, L positions, N = B * L flat tokens, D width, F latents, P / Q active pairs by token / by latent,
+M dead latents, G nested groups.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from legato import kernels
+from legato.activations import ActivationBatch, Normaliser
+from legato.arm import ArmConfig, TrainConfig
+from legato.consistency_losses import TemporalTerm
+from legato.errors import LegatoError
+from legato.kernels import LatentOrder
+from legato.sequences import SequenceLayout
+from legato.sparsity import Preactivations
+from legato.sparsity.base import Decoding
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """A batch as every SAE of the bank reads it: x_ND normalised float32 (zero on invalid tokens), low_ND the same in
+    the matmul's dtype, mean_power = the mean over valid tokens of ||x - mean||^2."""
+
+    x_ND: Tensor
+    low_ND: Tensor
+    layout: SequenceLayout
+    n_valid: int
+    mean_power: float
+    act_norm: float
+
+    @classmethod
+    def of(cls, batch: ActivationBatch, normaliser: Normaliser, dtype: torch.dtype) -> "TrainBatch":
+        """Raises LegatoError where no token is valid or an activation is not finite."""
+        mask_N = batch.mask_BL.reshape(-1)
+        n_valid = int(mask_N.sum())
+        if n_valid == 0:
+            raise LegatoError(
+                "a batch has no valid token (all special, padding or outliers): check the text and the mask"
+            )
+        acts_ND = batch.acts_BLD.reshape(-1, batch.acts_BLD.shape[-1])
+        x_ND = normaliser.apply(acts_ND.float()) * mask_N[:, None]
+        norm_N = x_ND.square().sum(-1)
+        total = norm_N.sum(dtype=torch.float64)
+        if not torch.isfinite(total):
+            raise LegatoError(
+                "activations hold values that are not finite; harvest them again, or with --dtype float32"
+            )
+        mean_D = x_ND.sum(0) / n_valid
+        mean_power = float(total / n_valid - mean_D.square().sum())
+        layout = SequenceLayout.of(batch.mask_BL, batch.doc_BL)
+        act_norm = float(norm_N.sqrt().sum() / n_valid)
+        return cls(x_ND, x_ND.to(dtype), layout, n_valid, mean_power, act_norm)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """W_enc_FD, W_dec_FD (unit rows), b_enc_F, b_dec_D, in normalised activation units; own: what the sparsity learns
+    per latent (F), by name."""
+
+    W_enc_FD: Tensor
+    b_enc_F: Tensor
+    W_dec_FD: Tensor
+    b_dec_D: Tensor
+    own: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def initial(cls, d_in: int, d_sae: int, seed: int) -> "Parameters":
+        """Random unit decoder rows, the encoder their transpose, biases zero (the normalised data's mean)."""
+        generator = torch.Generator().manual_seed(seed)
+        W_dec_FD = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=-1)
+        return cls(W_dec_FD.clone(), torch.zeros(d_sae), W_dec_FD, torch.zeros(d_in))
+
+    def items(self) -> list[tuple[str, Tensor]]:
+        shared = [(name, tensor) for name, tensor in vars(self).items() if name != "own"]
+        return [*shared, *self.own.items()]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Parameters":
+        changed = {name: function(tensor) for name, tensor in self.items()}
+        own = {name: changed.pop(name) for name in self.own}
+        return Parameters(**changed, own=own)
+
+    def preactivations(self, low_W_enc_FD: Tensor, batch: TrainBatch, out_NF: Tensor) -> Preactivations:
+        """The encoder's dense output on a batch, in the dtype of low_W_enc_FD, written to out_NF."""
+        torch.addmm(self.b_enc_F.to(out_NF.dtype), batch.low_ND, low_W_enc_FD.T, out=out_NF)
+        own = {name: tensor.numpy() for name, tensor in self.own.items()}
+        arrays = (batch.x_ND.numpy(), self.W_enc_FD.numpy(), self.b_enc_F.numpy())
+        return Preactivations(out_NF, *arrays, batch.layout, own)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one forward and backward pass gives: named loss terms (each already times its coefficient), the gradients
+    (in the workspace, valid until its next use; decoder rows projected), their norm, the active pairs."""
+
+    loss_terms: dict[str, float]
+    gradients: Parameters
+    grad_norm: float
+    order: LatentOrder
+    memory: float
+    fvu: float
+
+    @property
+    def loss(self) -> float:
+        return sum(self.loss_terms.values())
+
+
+class Workspace:
+    """Buffers that the SAEs of a bank use one after the other."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def get(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor; the storage of a name is reused and grows to its largest request."""
+        size = math.prod(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < size or buffer.dtype != dtype:
+            buffer = self._buffers[name] = torch.empty(size, dtype=dtype)
+        return buffer[:size].view(*shape)
+
+
+def forward_backward(
+    parameters: Parameters,
+    low_W_enc_FD: Tensor,
+    batch: TrainBatch,
+    arm: ArmConfig,
+    terms: Sequence[tuple[TemporalTerm, float]],
+    *,
+    workspace: Workspace,
+    memory: float = 0.0,
+    step: int = 0,
+    progress: float = 1.0,
+    dead_F: Tensor | None = None,
+    config: TrainConfig,
+) -> StepResult:
+    """One exact pass. Loss = mean over valid tokens of ||x - xhat||^2 / D (a weighted sum over nested groups)  +
+    sparsity penalty  +  sum of coefficient * temporal term  +  auxiliary loss. With the normaliser's unit power the
+    first part of an ordinary SAE is the batch's FVU.
+
+    terms: (term of the arm, coefficient now). memory: what the sparsity carried over from the last step, 0 at the
+    start. dead_F: bool, latents that the auxiliary loss revives (None: none). A frozen decoder's gradient is zero.
+    """
+    x_ND = batch.x_ND
+    N, D = x_ND.shape
+    F = parameters.W_enc_FD.shape[0]
+    W_dec_FD, b_dec_D = parameters.W_dec_FD.numpy(), parameters.b_dec_D.numpy()
+    pre_NF = workspace.get("pre", (N, F), batch.low_ND.dtype)
+    forward = arm.sparsity.forward(parameters.preactivations(low_W_enc_FD, batch, pre_NF), memory, progress)
+    order = kernels.by_latent(forward.pairs, F)
+    groups = arm.nested()
+    pull_GND, squared_GN = kernels.decode(forward.pairs, groups, W_dec_FD, b_dec_D, x_ND.numpy(), batch.layout.valid_N)
+    mean_squared_G = squared_GN.sum(1, dtype=np.float64) / batch.n_valid
+    loss_terms = {"reconstruction": float(groups.weights_G @ mean_squared_G) / D}
+
+    slope_Q = np.zeros_like(order.value_Q)
+    for term, coefficient in terms:
+        value = term.sparse(order, batch.layout, step)
+        loss_terms[term.name] = coefficient * value.value
+        slope_Q += slope_Q.dtype.type(coefficient) * value.gradient_Q
+
+    gradients = Parameters(
+        workspace.get("gW_enc", (F, D), x_ND.dtype),
+        workspace.get("gb_enc", (F,), x_ND.dtype),
+        workspace.get("gW_dec", (F, D), x_ND.dtype),
+        workspace.get("gb_dec", (D,), x_ND.dtype),
+        {name: workspace.get(f"g{name}", (F,), x_ND.dtype) for name in parameters.own},
+    )
+    seeded_F = np.zeros(F, np.bool_)
+    if dead_F is not None and bool(dead_F.any()):
+        residual_ND = torch.from_numpy(pull_GND[-1]) / groups.weights_G[-1]
+        loss_terms["auxiliary"] = _revive(parameters, gradients, batch, residual_ND, dead_F, seeded_F, config)
+    scale = 2 / (D * batch.n_valid)
+    own_terms, squared = forward.backward(
+        Decoding(
+            x_ND=x_ND.numpy(),
+            W_dec_FD=W_dec_FD,
+            b_dec_D=b_dec_D,
+            layout=batch.layout,
+            n_valid=batch.n_valid,
+            groups=groups,
+            pull_GND=pull_GND,
+            scale=scale,
+            order=order,
+            slope_Q=slope_Q,
+            gradients={name: tensor.numpy() for name, tensor in gradients.items()},
+            seeded_F=seeded_F,
+        )
+    )
+    torch.sum(torch.from_numpy(pull_GND[0]), dim=0, out=gradients.b_dec_D).mul_(scale)
+    if arm.freeze_decoder:
+        squared -= float(gradients.W_dec_FD.square().sum())
+        gradients.W_dec_FD.zero_()
+    squared += sum(float(tensor.square().sum()) for tensor in (gradients.b_dec_D, *gradients.own.values()))
+    return StepResult(
+        loss_terms=loss_terms | own_terms,
+        gradients=gradients,
+        grad_norm=math.sqrt(max(squared, 0.0)) if math.isfinite(squared) else squared,
+        order=order,
+        memory=forward.memory,
+        fvu=float(mean_squared_G[-1]) / batch.mean_power,
+    )
+
+
+def auxiliary_loss(x_ND: Tensor, residual_ND: Tensor, dead: Parameters, k: int) -> Tensor:
+    """Share of the residual x - xhat that the k largest of the dead latents leave unexplained (Gao et al. 2024, 2.4):
+    ||(x - xhat) - z W_dec||^2 / ||x - xhat||^2, the residual taken as a constant. residual_ND holds xhat - x."""
+    pre_NM = (x_ND @ dead.W_enc_FD.T + dead.b_enc_F).relu()
+    top = pre_NM.topk(min(k, pre_NM.shape[1]), dim=-1)
+    codes_NM = torch.zeros_like(pre_NM).scatter(-1, top.indices, top.values)
+    power = residual_ND.square().sum()
+    return (residual_ND + codes_NM @ dead.W_dec_FD).square().sum() / power.clamp_min(1e-30)
+
+
+def _revive(
+    parameters: Parameters,
+    gradients: Parameters,
+    batch: TrainBatch,
+    residual_ND: Tensor,
+    dead_F: Tensor,
+    seeded_F: Array,
+    config: TrainConfig,
+) -> float:
+    """Writes the auxiliary loss's gradient for the dead latents and marks them; returns the loss. At most 8 aux_k
+    dead latents, the first ones."""
+    dead = dead_F.nonzero().flatten()[: 8 * config.aux_k]
+    rows = torch.from_numpy(np.flatnonzero(batch.layout.valid_N))
+    rows = rows[:: max(1, len(rows) // config.aux_tokens)]
+    leaves = Parameters(
+        parameters.W_enc_FD[dead].requires_grad_(),
+        parameters.b_enc_F[dead].requires_grad_(),
+        parameters.W_dec_FD[dead].requires_grad_(),
+        parameters.b_dec_D,
+    )
+    loss = config.aux_coefficient * auxiliary_loss(batch.x_ND[rows], residual_ND[rows], leaves, config.aux_k)
+    g_enc, g_bias, g_dec = torch.autograd.grad(loss, [leaves.W_enc_FD, leaves.b_enc_F, leaves.W_dec_FD])
+    gradients.W_enc_FD[dead] = g_enc
+    gradients.b_enc_F[dead] = g_bias
+    gradients.W_dec_FD[dead] = g_dec
+    seeded_F[dead.numpy()] = True
+    return float(loss.detach())
