@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -17,6 +17,7 @@ from legato.evaluation.controls import Control, position_shuffled, post_hoc_cont
 from legato.evaluation.evaluate import evaluate
 from legato.evaluation.features import write_features
 from legato.evaluation.judge import Judged
+from legato.evaluation.offset import SHIFTS, OffsetResult, offset_test
 from legato.hardware import fast_matmul_dtype
 from legato.interop.saebench import write_core_file
 from legato.language_model import LanguageModel
@@ -41,6 +42,7 @@ CALIBRATION_BATCHES = 8
 CHARACTERS_PER_TOKEN = 6  # of a hub stream, to be on the safe side: English has some 4.5
 BOOTSTRAP_REPLICATES = 200
 CONTROL_ROWS = 32
+OFFSET_ROWS = 16
 CONTROL_KEYS = ("kappa1", "kappa1_excess_within", "ac1", "ac1_excess_within")
 MEMORY_SHARE = 0.6  # of what is free, for training; the rest is left to the store's page cache and to evaluation
 
@@ -257,6 +259,9 @@ def evaluate_arms(
         results[name]["consistency"]["position_shuffled"] = shuffled
     for reason in without.values():
         say(f"  no shuffled control of {reason}")
+    for name, offset in _offsets(compared, activations, model, config.model.site).items():
+        results[name]["offset"] = offset.section
+        results[name]["features"]["offset_jaccard"] = offset.jaccard_F
     metrics = {}
     for name, result in results.items():
         if "saebench" in result["core"] and name in bank.trained:
@@ -277,6 +282,18 @@ def evaluate_arms(
         training = controls[name].training if name in controls else bank.trained[name].training
         metrics[name] = {**result, "training": training}
     run.write_metrics(metrics)
+
+
+def _offsets(
+    compared: Mapping[str, Judged], activations: Activations, model: LanguageModel, site: str
+) -> dict[str, OffsetResult]:
+    """The offset test on the first held-out rows, with the shifts that the model's context has room for."""
+    shifts = [shift for shift in SHIFTS if shift <= model.max_context // 2]
+    first = next(activations.held_out.batches(OFFSET_ROWS, seed=None))
+    tokens = TokenSet(first.tokens_BL, first.mask_BL, first.doc_BL, bos=activations.provenance["bos"])
+    if not shifts or not bool(first.mask_BL.any()):
+        return {}
+    return offset_test(compared, model, tokens, layer=activations.layer, site=site, shifts=shifts, rows=OFFSET_ROWS)
 
 
 def _controls(config: ExperimentConfig, bank: Bank, activations: Activations) -> dict[str, Control]:

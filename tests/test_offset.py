@@ -1,5 +1,7 @@
 """The causal offset test: hand-worked agreement, models of both kinds of positions, shifts that do not fit."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from tiny_models import ARCHITECTURES, tiny_network, tiny_tokenizer, tiny_tokens
 
 from legato.codes import SparseCodes
 from legato.errors import UsageError
+from legato.evaluation.features import read_features
 from legato.evaluation.offset import Agreement, offset_lines, offset_test
 from legato.language_model import LanguageModel
 from legato.sae import SparseAutoencoder
@@ -218,3 +221,16 @@ def test_a_trained_gpt2_moves(gpt2_mini):
     section = offset_test({"sae": sae}, model, tokens, layer=2)["sae"].section
     assert section["model_positions"] == "absolute"
     assert section["position_ids"][-1]["movement"] > 0.02
+
+
+def test_an_experiment_saves_the_test_of_the_arms_it_compares(small):
+    assert small.run("--temporal=hysteresis", "--ablation", "--grid=2x0.1") == 0
+    metrics = json.loads((small.out_dir / "metrics.json").read_text())
+    assert {name for name in metrics if "offset" in metrics[name]} == {"baseline", "hysteresis"}
+    section = metrics["hysteresis"]["offset"]
+    assert [entry["shift"] for entry in section["position_ids"]] == [1, 8, 32]
+    jaccard_F = read_features(small.out_dir / "features" / "hysteresis.parquet")["offset_jaccard"]
+    fires_F = np.isfinite(jaccard_F)
+    assert fires_F.any()
+    unchanged = np.mean(jaccard_F[fires_F] == 1)
+    assert section["position_ids"][-1]["unchanged"] == pytest.approx(unchanged)

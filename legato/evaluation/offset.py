@@ -189,6 +189,7 @@ def _read(
     mask_BL = tokens.mask_BL[:rows, :length]
     if not bool(mask_BL.any()):
         raise LegatoError("the rows of the offset test hold no text: every token is special")
+    acts = {key: acts_BLD.cpu() for key, acts_BLD in acts.items()}
     norms = {key: acts_BLD.float().norm(dim=-1) for key, acts_BLD in acts.items()}
     limit = OUTLIER_FACTOR * norms["", 0][mask_BL].median()
     for norm_BL in norms.values():
