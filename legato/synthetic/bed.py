@@ -87,6 +87,14 @@ class Rows:
         mask_BL = self.mask_RL[rows]
         return ActivationBatch(self.acts_RLD[rows], mask_BL, self.doc_RL[rows], torch.zeros_like(mask_BL).long())
 
+    def first_codes(self, n_rows: int) -> SparseCodes:
+        """True codes of the first rows."""
+        _, L, F = self.codes.shape
+        n_pairs = int(torch.searchsorted(self.codes.token_P, n_rows * L))  # pairs are ordered by token
+        return SparseCodes(
+            self.codes.token_P[:n_pairs], self.codes.latent_P[:n_pairs], self.codes.value_P[:n_pairs], (n_rows, L, F)
+        )
+
 
 @dataclass(frozen=True)
 class Bed:
@@ -139,8 +147,8 @@ def _rows(
         doc_RL[start : start + B] = torch.from_numpy(doc_BL.astype(np.int32))
         token_P, source_P = code_BLF.reshape(B * L, -1).nonzero()
         pairs.append((token_P + start * L, source_P, code_BLF.reshape(B * L, -1)[token_P, source_P]))
-    token_P, source_P, code_P = (torch.from_numpy(np.concatenate(part)) for part in zip(*pairs, strict=True))
-    return Rows(acts_RLD, mask_RL, doc_RL, SparseCodes(token_P, source_P, code_P, (n_rows, L, sources.count)))
+    columns = [torch.from_numpy(np.concatenate(part)) for part in zip(*pairs, strict=True)]
+    return Rows(acts_RLD, mask_RL, doc_RL, SparseCodes(*columns, (n_rows, L, sources.count)))
 
 
 def _noise(config: BedConfig, B: int, rng: np.random.Generator) -> np.ndarray:

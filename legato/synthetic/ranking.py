@@ -1,0 +1,117 @@
+"""Which metric orders latents by what, and which is misled by something else.
+
+Shape legend: F sources or latents.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+from torch import Tensor
+
+from legato.codes import SparseCodes
+from legato.evaluation.accumulators import DEFAULT_LAGS, CodeSums, LatentOrder, PairLayout
+from legato.evaluation.consistency import consistency_features, firing_rate
+from legato.evaluation.position import position_features
+from legato.synthetic.bed import Rows
+
+Floats = NDArray[np.float64]
+
+# What each metric is meant to measure; the first of PLANTED that is not is what may mislead it.
+METRICS = {
+    "kappa1_excess_within": "persistence",
+    "kappa1": "persistence",
+    "ac1_excess_within": "persistence",
+    "ac1": "persistence",
+    "half_life": "persistence",
+    "run_length_ratio": "persistence",
+    "mean_run_length": "persistence",
+    "switching_ratio": "persistence",
+    "switching_rate": "persistence",
+    "smoothness": "persistence",
+    "kappa1_excess_cross": "persistence",
+    "eta2": "position",
+    "mi": "position",
+    "document_eta2": "topic",
+}
+PLANTED = ("persistence", "rate", "magnitude", "magnitude_persistence", "position", "topic")
+LEAST = 10  # sources that a rank correlation is taken over
+
+
+def metric_columns(codes: SparseCodes, rows: Rows) -> dict[str, Floats]:
+    """METRICS of each latent, NaN where undefined.
+
+    kappa1 ... document_eta2 as in the feature table (evaluation/features.py). mean_run_length, in tokens, and
+    switching_rate, switches a token, are the two ratios without their division by chance. smoothness: the latent's
+    share in T-SAE's S over the rows in which it fires.
+    """
+    mask_BL = rows.mask_RL
+    layout = PairLayout.of(mask_BL, rows.doc_RL, DEFAULT_LAGS)
+    sums = CodeSums.zero(codes.shape[2], codes.shape[1], DEFAULT_LAGS)
+    sums.add(layout, LatentOrder.of(codes, layout), _steps(rows.acts_RLD))
+    rate_F = firing_rate(sums)
+    columns = {**consistency_features(sums), **position_features(sums)}
+    with np.errstate(invalid="ignore", divide="ignore"):
+        columns["mean_run_length"] = columns["run_length_ratio"] / (1 - rate_F)
+        columns["switching_rate"] = columns["switching_ratio"] * 2 * rate_F * (1 - rate_F)
+        columns["smoothness"] = sums.steepest_F / sums.rows_F
+    return {name: columns[name] for name in METRICS}
+
+
+def _steps(acts_BLD: Tensor) -> Tensor:
+    """||x_t - x_{t-1}||, 0 at the first position."""
+    step_BL = acts_BLD.new_zeros(acts_BLD.shape[:2])
+    step_BL[:, 1:] = (acts_BLD[:, 1:] - acts_BLD[:, :-1]).norm(dim=-1)
+    return step_BL
+
+
+def rank_correlations(
+    columns: Sequence[Mapping[str, Floats]], planted: Sequence[Mapping[str, Floats]], *, replicates: int = 200
+) -> dict[str, Any]:
+    """How each metric ranks each planted property; columns and planted: one mapping per seed, values per source.
+
+    {"sources": how many, "spearman": {metric: {property: mean over seeds}}, "interval95": {metric: {property: bounds}}}
+    over the sources for which every metric is defined. Properties that do not vary, and all with fewer than LEAST
+    sources in a seed, are left out. The interval is of a bootstrap over seeds and the sources inside each.
+    """
+    properties = [name for name in PLANTED if min(np.ptp(each[name]) for each in planted) > 0]
+    seeds = []
+    for metric, value in zip(columns, planted, strict=True):
+        table = np.stack([metric[name] for name in METRICS] + [value[name] for name in properties])
+        seeds.append(table[:, np.isfinite(table).all(0)])
+    counts = [table.shape[1] for table in seeds]
+    if min(counts) < LEAST or not properties:
+        return {"sources": sum(counts), "spearman": {}, "interval95": {}}
+    rng = np.random.default_rng(0)
+    drawn = []
+    for _ in range(replicates):
+        tables = [seeds[i] for i in rng.integers(len(seeds), size=len(seeds))]
+        drawn.append(
+            np.mean([_ranked(table[:, rng.integers(table.shape[1], size=table.shape[1])]) for table in tables], 0)
+        )
+    low, high = np.nanquantile(drawn, [0.025, 0.975], axis=0)
+    mean = np.mean([_ranked(table) for table in seeds], 0)
+
+    def named(pick: Callable[[int, int], Any]) -> dict[str, dict[str, Any]]:
+        return {
+            metric: {name: pick(i, j) for j, name in enumerate(properties)}
+            for i, metric in enumerate(METRICS)
+            if np.isfinite(mean[i]).all()
+        }
+
+    return {
+        "sources": sum(counts),
+        "spearman": named(lambda i, j: float(mean[i, j])),
+        "interval95": named(lambda i, j: [float(low[i, j]), float(high[i, j])]),
+    }
+
+
+def _ranked(table: Floats) -> Floats:
+    """Spearman of every metric (the first rows) and every property (the others); NaN where a row does not vary."""
+    ranks = rankdata(table, axis=1)
+    ranks -= ranks.mean(1, keepdims=True)
+    norm = np.sqrt((ranks**2).sum(1))
+    ranks /= np.where(norm > 0, norm, np.nan)[:, None]
+    return ranks[: len(METRICS)] @ ranks[len(METRICS) :].T

@@ -1,0 +1,132 @@
+"""How much of what was planted an SAE has found.
+
+Shape legend: F planted sources, S latents of the SAE, N tokens, P active pairs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csc_array
+from torch import Tensor
+
+from legato.codes import SparseCodes
+from legato.evaluation.judge import Judged
+from legato.sae import held
+from legato.synthetic.bed import Bed, Rows
+
+Floats = NDArray[np.float64]
+
+ORACLE_ROWS = 64
+_BISECTIONS = 20
+_ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Match:
+    """One latent for each source: latent_F (-1 where there are fewer latents than sources), score_F (0 there)."""
+
+    latent_F: NDArray[np.intp]
+    score_F: Floats
+
+    @classmethod
+    def best(cls, score_FS: Floats) -> "Match":
+        """The one-to-one assignment with the largest sum of scores (Hungarian method); its mean is the MCC, mean
+        correlation coefficient (Hyvärinen & Morioka 2016), of whatever score_FS holds."""
+        sources, latents = linear_sum_assignment(score_FS, maximize=True)
+        latent_F = np.full(len(score_FS), -1)
+        score_F = np.zeros(len(score_FS))
+        latent_F[sources], score_F[sources] = latents, score_FS[sources, latents]
+        return cls(latent_F, score_F)
+
+    @property
+    def mcc(self) -> float:
+        return float(self.score_F.mean())
+
+
+def decoder_cosine(directions_FD: Tensor, W_dec_SD: Tensor) -> Floats:
+    """|cosine| of every planted direction and every decoder row, [F, S]; 0 for a row of zeros."""
+    rows = [torch.nn.functional.normalize(each.double(), dim=-1) for each in (directions_FD, W_dec_SD)]
+    return (rows[0] @ rows[1].T).abs().numpy()
+
+
+def code_correlation(planted: SparseCodes, learned: SparseCodes, mask_BL: Tensor) -> Floats:
+    """Pearson correlation over valid tokens of every planted and every learned code, [F, S]; 0 where one of them does
+    not vary. Signed: a latent that is silent where the source fires has not found it."""
+    tokens = mask_BL.reshape(-1).nonzero().flatten().numpy()
+    n = len(tokens)
+    f, g = (_matrix(codes)[tokens] for codes in (planted, learned))
+    covariance_FS = (f.T @ g).toarray() / n - np.outer(f.sum(0) / n, g.sum(0) / n)
+    deviations = []
+    for each in (f, g):
+        mean_square = each.power(2).sum(0) / n
+        variance = mean_square - (each.sum(0) / n) ** 2
+        deviations.append(np.sqrt(np.where(variance > 1e-12 * mean_square, variance, np.inf)))
+    return covariance_FS / np.outer(*deviations)
+
+
+def _matrix(codes: SparseCodes) -> csc_array:
+    B, L, F = codes.shape
+    at = (codes.token_P.numpy(), codes.latent_P.numpy())
+    return csc_array((codes.value_P.double().numpy(), at), shape=(B * L, F)).tocsr()
+
+
+def encode(sae: Judged, rows: Rows) -> SparseCodes:
+    """The SAE's codes of all rows of one side, rescaled by decoder norms."""
+    parts: list[SparseCodes] = []
+    for start in range(0, rows.n_rows, _ROWS_AT_ONCE):
+        parts.append(sae.encode_sparse(rows.take(slice(start, start + _ROWS_AT_ONCE))))
+    firsts = np.cumsum([0, *(part.shape[0] * part.shape[1] for part in parts[:-1])])
+    return SparseCodes(
+        torch.cat([part.token_P + int(first) for part, first in zip(parts, firsts, strict=True)]),
+        torch.cat([part.latent_P for part in parts]),
+        torch.cat([part.value_P for part in parts]),
+        (rows.n_rows, parts[0].shape[1], parts[0].shape[2]),
+    )
+
+
+def chance_mcc(bed: Bed, d_sae: int, seed: int = 0) -> float:
+    """MCC of a random dictionary: what superposition alone gives."""
+    generator = torch.Generator().manual_seed(seed)
+    return Match.best(decoder_cosine(bed.directions_FD, torch.randn(d_sae, bed.config.d_in, generator=generator))).mcc
+
+
+def found_by_true_directions(bed: Bed, k: int, release: float) -> dict[str, float]:
+    """How hard the bed is, whatever is trained on it: with the true directions as encoder and k pairs on per token on
+    average, the share of planted firings that are on. single_token: above one threshold. held: with hysteresis."""
+    batch = bed.held_out.take(slice(0, ORACLE_ROWS))
+    pre_BLF = batch.acts_BLD @ bed.directions_FD.T
+    on_BLF = bed.held_out.first_codes(len(pre_BLF)).dense() > 0
+    budget = k * int(batch.mask_BL.sum())
+
+    def found(release: float) -> float:
+        low, high = 0.0, float(pre_BLF[batch.mask_BL].max())
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            threshold_F = torch.full((pre_BLF.shape[2],), middle)
+            count = int(held(pre_BLF, threshold_F, release, batch.mask_BL, batch.doc_BL).sum())
+            low, high = (middle, high) if count > budget else (low, middle)
+        on = held(pre_BLF, torch.full((pre_BLF.shape[2],), high), release, batch.mask_BL, batch.doc_BL)
+        return float((on & on_BLF).sum() / on_BLF.sum())
+
+    return {"single_token": found(1.0), "held": found(release)}
+
+
+def bootstrap(
+    values: Sequence[Floats], *, replicates: int = 2000, seed: int = 0, level: float = 0.95
+) -> tuple[float, list[float]]:
+    """(mean, [low, high]) of values grouped by seed: seeds are drawn with replacement, then sources inside each."""
+    rng = np.random.default_rng(seed)
+    pools = [values_F[np.isfinite(values_F)] for values_F in values]
+    pools = [pool for pool in pools if len(pool)]
+    if not pools:
+        return float("nan"), [float("nan")] * 2
+    means = np.empty(replicates)
+    for r in range(replicates):
+        drawn = [pools[i] for i in rng.integers(len(pools), size=len(pools))]
+        means[r] = np.mean([pool[rng.integers(len(pool), size=len(pool))].mean() for pool in drawn])
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(np.mean([pool.mean() for pool in pools])), [float(low), float(high)]
