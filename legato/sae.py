@@ -16,15 +16,21 @@ from legato import kernels
 from legato.activations import ActivationBatch, Normaliser
 from legato.codes import SparseCodes
 from legato.errors import LegatoError, UsageError
-from legato.hardware import fast_matmul_dtype
 from legato.interop.saelens_folder import read_saelens_folder, write_saelens_folder
+from legato.nominator import Nominator
 from legato.sequences import SequenceLayout
-from legato.sparsity import Preactivations
 
-ARCHITECTURES = ("standard", "topk", "jumprelu", "hysteresis")
+# What each architecture has besides the weights.
+_FIELDS: dict[str, tuple[str, ...]] = {
+    "standard": (),
+    "topk": ("k",),
+    "jumprelu": ("threshold",),
+    "hysteresis": ("threshold", "release"),
+    "gated": ("b_gate", "r_mag"),
+}
+ARCHITECTURES = tuple(_FIELDS)
 
 _TOKENS_AT_ONCE = 4096
-_NOMINATED_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -32,9 +38,10 @@ class SparseAutoencoder:
     """codes = activation(acts @ W_enc + b_enc), reconstruction = codes @ W_dec + b_dec, all in raw activation units.
 
     W_enc (D, F), b_enc (F), W_dec (F, D) with unit rows where Legato trained it, b_dec (D): float32.
-    architecture: "standard" (ReLU), "topk" (k), "jumprelu" (threshold (F); a latent fires strictly above it) or
+    architecture: "standard" (ReLU), "topk" (k), "jumprelu" (threshold (F); a latent fires strictly above it),
         "hysteresis" (threshold, release: a latent switches on at its threshold and stays on, token after token, down to
-        release times it; see sparsity.Hysteresis).
+        release times it; see sparsity.Hysteresis) or "gated" (b_gate (F), r_mag (F): a latent fires where
+        acts @ W_enc + b_gate > 0, with the code relu(exp(r_mag) * (acts @ W_enc) + b_enc)).
     details: what made it (objective, model, layer, normaliser, versions); saved as legato.json.
     """
 
@@ -46,17 +53,17 @@ class SparseAutoencoder:
     threshold: Tensor | None = None
     k: int | None = None
     release: float | None = None
+    b_gate: Tensor | None = None
+    r_mag: Tensor | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
             raise UsageError(f"architecture {self.architecture!r} is unknown: choose one of {', '.join(ARCHITECTURES)}")
-        if (self.architecture == "topk") != (self.k is not None):
-            raise UsageError(f"k = {self.k} does not fit architecture {self.architecture!r}")
-        if (self.architecture in ("jumprelu", "hysteresis")) != (self.threshold is not None):
-            raise UsageError(f"threshold = {self.threshold} does not fit architecture {self.architecture!r}")
-        if (self.architecture == "hysteresis") != (self.release is not None):
-            raise UsageError(f"release = {self.release} does not fit architecture {self.architecture!r}")
+        for name in ("k", "threshold", "release", "b_gate", "r_mag"):
+            value = getattr(self, name)
+            if (name in _FIELDS[self.architecture]) != (value is not None):
+                raise UsageError(f"{name} = {value} does not fit architecture {self.architecture!r}")
         if not bool(self.W_dec.any()) or not bool(self.W_enc.any()):
             raise LegatoError("the SAE's weights are all zero: it was never trained; train it before using it")
 
@@ -75,7 +82,11 @@ class SparseAutoencoder:
         non-finite activations.
         """
         self._check(acts)
-        pre = acts.to(self.W_enc.dtype) @ self.W_enc + self.b_enc
+        pre = acts.to(self.W_enc.dtype) @ self.W_enc
+        if self.b_gate is not None and self.r_mag is not None:
+            codes = torch.relu(self.r_mag.exp() * pre + self.b_enc) * (pre + self.b_gate > 0)
+            return codes if mask is None else codes * mask.unsqueeze(-1)
+        pre = pre + self.b_enc
         if self.architecture == "hysteresis":
             assert self.threshold is not None
             assert self.release is not None
@@ -98,48 +109,36 @@ class SparseAutoencoder:
         """
         B, L, _ = batch.acts_BLD.shape
         self._check(batch.acts_BLD)
-        nominate = self.threshold is not None and bool((self.threshold > 0).all())
         norm_F = self.W_dec.norm(dim=-1)
-        weights = (self.W_enc.T.contiguous(), self.b_enc + self.b_dec @ self.W_enc) if nominate else None
+        nominator = self._nominator()
         parts = []
         rows_at_once = max(1, _TOKENS_AT_ONCE // L)
         for start in range(0, B, rows_at_once):
             rows = slice(start, start + rows_at_once)
             acts_BLD, mask_BL, doc_BL = batch.acts_BLD[rows].float(), batch.mask_BL[rows], batch.doc_BL[rows]
-            if weights is not None:
-                token_P, latent_P, value_P = self._nominated(acts_BLD, mask_BL, doc_BL, *weights)
+            if nominator is not None:
+                token_P, latent_P, value_P = nominator.codes(acts_BLD, SequenceLayout.of(mask_BL, doc_BL))
             else:
                 token_P, latent_P, value_P = _positive(self.encode(acts_BLD, mask_BL, doc_BL).flatten(0, 1))
             parts.append((token_P + start * L, latent_P, value_P * norm_F[latent_P]))
         tokens, latents, values = (torch.cat(column) for column in zip(*parts, strict=True))
         return SparseCodes(tokens, latents, values, (B, L, self.d_sae))
 
-    def _nominated(
-        self, acts_BLD: Tensor, mask_BL: Tensor, doc_BL: Tensor, W_enc_FD: Tensor, bias_F: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(token_P, latent_P, code_P) of the active pairs; bias_F is b_enc for activations less b_dec, whose smaller
-        numbers round less."""
-        assert self.threshold is not None
-        x_ND = acts_BLD.flatten(0, 1) - self.b_dec
-        dtype = fast_matmul_dtype()
-        pre = Preactivations(
-            torch.addmm(bias_F.to(dtype), x_ND.to(dtype), W_enc_FD.to(dtype).T),
-            x_ND.numpy(),
-            W_enc_FD.numpy(),
-            bias_F.numpy(),
-            SequenceLayout.of(mask_BL, doc_BL),
-        )
-        release = 1.0 if self.release is None else self.release
-        floor = _NOMINATED_SHARE * release * float(self.threshold.min())
-        token_P, latent_P, value_P = pre.scan(pre.constant_floor(floor), 64 * len(x_ND))
-        threshold_P = self.threshold.numpy()[latent_P]
-        if self.release is None:
-            on_P = value_P > threshold_P
+    def _nominator(self) -> Nominator | None:
+        """None where a threshold is not positive, or there is none."""
+        centre_F = self.b_dec @ self.W_enc  # activations less b_dec have smaller numbers, which round less
+        gain_F = offset_F = None
+        if self.b_gate is not None and self.r_mag is not None:
+            bias_F, threshold_F, gain_F = torch.zeros_like(centre_F), -centre_F - self.b_gate, self.r_mag.exp()
+            offset_F = gain_F * centre_F + self.b_enc
+        elif self.threshold is not None:
+            bias_F, threshold_F = centre_F + self.b_enc, self.threshold
         else:
-            on_P = pre.critical(token_P, latent_P, value_P / threshold_P, release) >= 1
-        kept = (torch.from_numpy(column[on_P]) for column in (token_P, latent_P, value_P))
-        token, latent, value = kept
-        return token.long(), latent.long(), value
+            return None
+        if not bool((threshold_F > 0).all()):
+            return None
+        W_enc_FD = self.W_enc.T.contiguous()
+        return Nominator(W_enc_FD, self.b_dec, bias_F, threshold_F, gain_F, offset_F, self.release)
 
     def decode_sparse(self, codes: SparseCodes) -> Tensor:
         """Reconstruction [B, L, D] of sparse codes; positions without any code decode to b_dec."""
@@ -154,15 +153,17 @@ class SparseAutoencoder:
     def on_raw(self, normaliser: Normaliser) -> "SparseAutoencoder":
         """The same SAE for raw activations, where this one takes normalised ones, scale * (x - mean).
 
-        Codes and biases are lengths and shrink by the scale, thresholds with them; k, release and the weights have no
-        unit. A bias also takes up the mean.
+        Codes and biases are lengths and shrink by the scale, thresholds with them; k, release, r_mag and the weights
+        have no unit. A bias also takes up the mean.
         """
         mean_D, scale = normaliser.mean_D, normaliser.scale
+        gain = 1.0 if self.r_mag is None else self.r_mag.exp()
         return replace(
             self,
-            b_enc=self.b_enc / scale - mean_D @ self.W_enc,
+            b_enc=self.b_enc / scale - mean_D @ self.W_enc * gain,
             b_dec=mean_D + self.b_dec / scale,
             threshold=None if self.threshold is None else self.threshold / scale,
+            b_gate=None if self.b_gate is None else self.b_gate / scale - mean_D @ self.W_enc,
         )
 
     def stateless(self, batch: ActivationBatch) -> "SparseAutoencoder":
@@ -199,17 +200,20 @@ class SparseAutoencoder:
 
     def save(self, path: str | Path) -> Path:
         """Save as a SAELens inference folder with Legato's details beside it (see interop/saelens_folder.py)."""
-        details = dict(self.details)
+        details, gated = dict(self.details), self.architecture == "gated"
         return write_saelens_folder(
             path,
             architecture=self.architecture,
             W_enc=self.W_enc,
             W_dec=self.W_dec,
-            b_enc=self.b_enc,
+            b_enc=None if gated else self.b_enc,
             b_dec=self.b_dec,
             threshold=self.threshold,
             k=self.k,
             release=self.release,
+            b_gate=self.b_gate,
+            b_mag=self.b_enc if gated else None,
+            r_mag=self.r_mag,
             apply_b_dec_to_input=False,
             metadata={
                 "model_name": details.get("model"),
@@ -224,14 +228,15 @@ class SparseAutoencoder:
 
     @classmethod
     def load(cls, path: str | Path) -> "SparseAutoencoder":
-        """Open a SAELens inference folder (standard, topk, jumprelu, hysteresis), one of Legato's or another's."""
+        """Open a SAELens inference folder of any of ARCHITECTURES, one of Legato's or another's."""
         folder = read_saelens_folder(path)
         weights = folder.weights
-        if folder.architecture == "gated":
-            raise LegatoError(f"{path} is a gated SAE, which cannot be opened yet; use standard, topk or jumprelu")
-        b_enc = weights["b_enc"]
+        b_enc, b_gate, r_mag = weights.get("b_enc", weights.get("b_mag")), weights.get("b_gate"), weights.get("r_mag")
+        assert b_enc is not None
         if folder.apply_b_dec_to_input:
-            b_enc = b_enc - weights["b_dec"] @ weights["W_enc"]
+            shift = weights["b_dec"] @ weights["W_enc"]
+            b_enc = b_enc - (shift if r_mag is None else r_mag.exp() * shift)
+            b_gate = None if b_gate is None else b_gate - shift
         return cls(
             folder.architecture,
             weights["W_enc"],
@@ -241,6 +246,8 @@ class SparseAutoencoder:
             threshold=weights.get("threshold"),
             k=folder.k,
             release=folder.release,
+            b_gate=b_gate,
+            r_mag=r_mag,
             details=folder.legato or {},
         )
 

@@ -1,9 +1,10 @@
+import dataclasses
 import json
 
 import pytest
 import torch
 
-from legato.activations import ActivationBatch
+from legato.activations import ActivationBatch, Normaliser
 from legato.errors import LegatoError, UsageError
 from legato.sae import SparseAutoencoder
 
@@ -82,3 +83,60 @@ def test_a_sequence_longer_than_int16_holds_too():
     acts_LD = torch.full((40_000, 2), 1.5)
     acts_LD[0] = 2.5
     assert hysteresis_sae().encode(acts_LD).min() == 1.5
+
+
+def gated_sae(seed: int = 0) -> SparseAutoencoder:
+    generator = torch.Generator().manual_seed(seed)
+    W_dec = torch.nn.functional.normalize(torch.randn(24, 6, generator=generator), dim=-1)
+    b_dec = 3 * torch.randn(6, generator=generator)
+    return SparseAutoencoder(
+        "gated",
+        W_dec.T.contiguous(),
+        0.3 * torch.randn(24, generator=generator) - W_dec @ b_dec,
+        W_dec,
+        b_dec,
+        b_gate=-1 - W_dec @ b_dec,
+        r_mag=0.3 * torch.randn(24, generator=generator),
+    )
+
+
+def test_gated_codes_by_hand():
+    # Gates: 3 - 2 > 0 and 1 - 2 < 0. Codes: 2 * 3 - 1 = 5, and nothing; with b_enc -7 an open gate passes nothing.
+    sae = SparseAutoencoder(
+        "gated",
+        torch.eye(2),
+        torch.tensor([-1.0, 5.0]),
+        torch.eye(2),
+        torch.zeros(2),
+        b_gate=torch.full((2,), -2.0),
+        r_mag=torch.full((2,), 2.0).log(),
+    )
+    assert sae.encode(torch.tensor([[3.0, 1.0]]))[0].tolist() == pytest.approx([5.0, 0.0])
+    shut = dataclasses.replace(sae, b_enc=torch.full((2,), -7.0))
+    assert shut.encode(torch.tensor([[3.0, 1.0]]))[0].tolist() == [0.0, 0.0]
+
+
+def test_sparse_codes_of_a_gated_sae_are_the_dense_ones(tmp_path):
+    sae = gated_sae()
+    acts_BLD = sae.b_dec + 2 * torch.randn(3, 20, 6, generator=torch.Generator().manual_seed(1))
+    mask_BL = torch.ones(3, 20, dtype=torch.bool)
+    mask_BL[:, 0] = False
+    batch = ActivationBatch(acts_BLD, mask_BL, torch.zeros(3, 20), torch.zeros(3, 20, dtype=torch.long))
+    codes_BLF = sae.encode(acts_BLD, mask_BL)
+    assert 0.02 < (codes_BLF > 0).float().mean() < 0.5
+    torch.testing.assert_close(sae.encode_sparse(batch).dense(), codes_BLF, atol=1e-4, rtol=1e-4)
+    opened = SparseAutoencoder.load(sae.save(tmp_path / "sae"))
+    assert opened.architecture == "gated"
+    assert torch.equal(opened.encode(acts_BLD, mask_BL), codes_BLF)
+    open_gates = dataclasses.replace(sae, b_gate=sae.b_gate + 1.5)  # no threshold is positive: all codes are computed
+    torch.testing.assert_close(open_gates.encode_sparse(batch).dense(), open_gates.encode(acts_BLD, mask_BL))
+
+
+def test_a_gated_sae_for_raw_activations_sees_what_it_was_trained_on():
+    sae = gated_sae()
+    acts_LD = torch.randn(50, 6, generator=torch.Generator().manual_seed(2)) + sae.b_dec
+    normaliser = Normaliser(mean_D=torch.linspace(-500, 900, 6), scale=0.02)
+    raw_LD = acts_LD / normaliser.scale + normaliser.mean_D
+    on_raw = sae.on_raw(normaliser)
+    torch.testing.assert_close(on_raw.encode(raw_LD) * normaliser.scale, sae.encode(acts_LD), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close((on_raw(raw_LD) - normaliser.mean_D) * normaliser.scale, sae(acts_LD), atol=1e-3, rtol=0)

@@ -111,6 +111,19 @@ def test_saelens_opens_it_and_computes_the_same(tmp_path, architecture, apply_b_
     assert torch.equal(codes_NF > 0, expected_NF > 0)
 
 
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_legato_opens_it_and_computes_the_same(tmp_path, architecture, apply_b_dec_to_input):
+    weights = random_weights(architecture)
+    path = write_saelens_folder(
+        tmp_path / "sae", architecture=architecture, apply_b_dec_to_input=apply_b_dec_to_input, **weights
+    )
+    sae = SparseAutoencoder.load(SparseAutoencoder.load(path).save(tmp_path / "again"))
+    acts_ND = raw_activations()
+    expected_NF = reference_encode(acts_ND, architecture, weights, apply_b_dec_to_input)
+    torch.testing.assert_close(sae.encode(acts_ND), expected_NF, rtol=1e-4, atol=1e-4 * float(expected_NF.max()))
+
+
 @pytest.mark.filterwarnings("default")
 def test_hysteresis_opens_in_saelens_and_holds_along_each_sequence(tmp_path):
     SAE = pytest.importorskip("sae_lens", reason="sae-lens is not installed", exc_type=ImportError).SAE

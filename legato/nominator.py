@@ -1,0 +1,64 @@
+"""Active pairs of a trained SAE with positive thresholds, without computing every code exactly.
+
+Shape legend: B rows, L positions, N flat tokens, D width, F latents, P pairs in token order.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from legato.hardware import fast_matmul_dtype
+from legato.sequences import SequenceLayout
+from legato.sparsity import Preactivations
+
+_NOMINATED_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Nominator:
+    """A matmul in the machine's fast dtype nominates pairs within a tenth of their threshold, and only those are
+    computed exactly, in float32.
+
+    pre = (acts - b_dec) @ W_enc + bias_F, on above threshold_F > 0 (with a release: a Schmitt trigger, see
+    sparsity.Hysteresis). Code of what is on: pre, or relu(gain_F * pre + offset_F).
+    """
+
+    W_enc_FD: Tensor
+    b_dec: Tensor
+    bias_F: Tensor
+    threshold_F: Tensor
+    gain_F: Tensor | None = None
+    offset_F: Tensor | None = None
+    release: float | None = None
+
+    @cached_property
+    def _low_W_enc_FD(self) -> Tensor:
+        return self.W_enc_FD.to(fast_matmul_dtype())
+
+    def codes(self, acts_BLD: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor]:
+        """(token_P, latent_P, code_P) of the active pairs."""
+        x_ND = acts_BLD.flatten(0, 1) - self.b_dec
+        low_W_enc_FD = self._low_W_enc_FD
+        dtype = low_W_enc_FD.dtype
+        pre = Preactivations(
+            torch.addmm(self.bias_F.to(dtype), x_ND.to(dtype), low_W_enc_FD.T),
+            x_ND.numpy(),
+            self.W_enc_FD.numpy(),
+            self.bias_F.numpy(),
+            layout,
+        )
+        threshold_F = self.threshold_F.numpy()
+        floor_F = np.float32(_NOMINATED_SHARE * (self.release or 1)) * threshold_F
+        token_P, latent_P, value_P = pre.scan_latents(floor_F, 64 * len(x_ND))
+        if self.release is not None:
+            on_P = pre.critical(token_P, latent_P, value_P / threshold_F[latent_P], self.release) >= 1
+        else:
+            on_P = value_P > threshold_F[latent_P]
+        if self.gain_F is not None and self.offset_F is not None:
+            value_P = self.gain_F.numpy()[latent_P] * value_P + self.offset_F.numpy()[latent_P]
+            on_P &= value_P > 0
+        token, latent, value = (torch.from_numpy(column[on_P]) for column in (token_P, latent_P, value_P))
+        return token.long(), latent.long(), value
