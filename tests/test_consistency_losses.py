@@ -29,8 +29,9 @@ SCALE_FREE = [
     FusedLasso(coefficient=1.0, slow_fraction=0.5),
     PositionPenalty(coefficient=1.0),
     PositionPenalty(coefficient=1.0, slow_fraction=0.5),
-    Contrastive(coefficient=1.0, lag=1, anchors=12),
-    Contrastive(coefficient=1.0, lag=3, anchors=7, slow_fraction=0.5),
+    Contrastive(coefficient=1.0, anchors=12),
+    Contrastive(coefficient=1.0, lags=(3,), anchors=7, slow_fraction=0.5),
+    Contrastive(coefficient=1.0, lags=(1, 2, 8), anchors=200),
 ]
 TERMS = [
     *SCALE_FREE,
@@ -274,6 +275,26 @@ def test_contrastive_with_a_silent_token_is_finite():
     result = sparse(Contrastive(coefficient=1.0), codes_BLF, mask_BL, doc_BL)
     assert result.value == pytest.approx(np.log(2))
     assert result.gradient_Q.tolist() == [0.0]
+
+
+def test_contrastive_pairs_tokens_at_every_lag():
+    # Each document holds latent 0 or 1 on its tokens 0 and 2, and 2 or 3 on token 1: at lag 1 the codes of a pair are
+    # orthogonal to each other and to the other document's, at lag 2 equal. With both lags all 2 * (2 + 1) pairs are
+    # drawn. Logits over the pairs a of the two documents, tau 1: those at lag 1 see 0 everywhere, so log(1 + 3) against
+    # the other document's three; the lag-2 pair log(1 + 3 / e).
+    codes_BLF = torch.zeros(2, 3, 4)
+    codes_BLF[0, [0, 2], 0] = codes_BLF[0, 1, 2] = codes_BLF[1, [0, 2], 1] = codes_BLF[1, 1, 3] = 2.0
+    mask_BL, doc_BL = torch.ones(2, 3, dtype=torch.bool), torch.tensor([[0] * 3, [1] * 3])
+    term = Contrastive(coefficient=1.0, temperature=1.0, lags=(1, 2))
+    expected = (2 * np.log(4) + np.log1p(3 / np.e)) / 3
+    assert float(term.loss(codes_BLF, mask_BL, doc_BL)) == pytest.approx(expected)
+    assert term.window == 3
+
+
+@pytest.mark.parametrize("lags", [(), (0,), (1, -2)])
+def test_lags_that_compare_nothing_are_refused(lags):
+    with pytest.raises(ValueError, match="each 1 or more"):
+        Contrastive(1.0, lags=lags)
 
 
 @pytest.mark.parametrize("make", [lambda: WindowVariance(1, 1.0), lambda: Slowness(1, 1.0)])
