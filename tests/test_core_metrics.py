@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,10 +17,18 @@ from legato.codes import SparseCodes
 from legato.errors import LegatoError, UsageError
 from legato.evaluation import splice
 from legato.evaluation.accumulators import CodeSums, LatentOrder, PairLayout
-from legato.evaluation.core import InputSums, ReconstructionSums, TokenErrors, sparsity_metrics
+from legato.evaluation.core import (
+    InputSums,
+    ReconstructionSums,
+    SpliceSums,
+    TokenErrors,
+    sparsity_metrics,
+    splice_metrics,
+)
 from legato.evaluation.evaluate import evaluate
 from legato.evaluation.features import read_features, write_features
-from legato.evaluation.splice import splice_losses
+from legato.evaluation.judge import Judge
+from legato.evaluation.splice import TokenLosses, splice_losses
 from legato.sae import SparseAutoencoder
 
 D, F, L, VOCABULARY = 16, 24, 12, 50
@@ -38,8 +48,10 @@ def test_fvu_by_hand():
     result = metrics.reconstruction(acts_BLD, torch.tensor([[[0.0], [2.0], [2.0]]]), full(acts_BLD))
     assert result["fvu"] == pytest.approx(0.5)
     assert result["explained_variance"] == pytest.approx(0.5)
-    # norms out 0 2 2 over in 0 2 4: mean ratio over all tokens (1 + 1/2) / 3; bias 8 / (4 + 8); cosine of the two
-    # non-zero assert result["l2_norm_in"] == pytest.approx(2)
+    # norms out 0 2 2 over in 0 2 4: mean ratio over all tokens (1 + 1/2) / 3; bias 8 / (4 + 8); cosine 1 of the two
+    # tokens that are not zero
+    assert result["l2_norm_in"] == pytest.approx(2)
+    assert result["l2_norm_out"] == pytest.approx(4 / 3)
     assert result["l2_ratio"] == pytest.approx(0.5)
     assert result["relative_reconstruction_bias"] == pytest.approx(2 / 3)
     assert result["cossim"] == pytest.approx(1)
@@ -333,6 +345,7 @@ def test_arrays_have_the_shapes_they_are_documented_with():
     assert arrays["position_matrix"].shape == (L, L)
     assert arrays["rate_FL"].shape == (F, L)
     assert np.isnan(arrays["rate_FL"][:, 0]).all()  # BOS
+    assert arrays["tokens_L"].tolist() == [0, *[12] * (L - 1)]
 
 
 def test_the_bootstrap_gives_intervals_around_the_means():
@@ -355,6 +368,99 @@ def test_ranks_reduce_to_the_whole():
         for key, value in whole[part].items():
             if isinstance(value, float) and not key.startswith("document_eta2"):
                 assert doubled[part][key] == pytest.approx(value, rel=1e-9), key
+
+
+def on_two_ranks(run):
+    """[run(rank, all_reduce) of ranks 0 and 1], in threads that take turns and wait for each other in every sum."""
+    turn, meeting, sent = threading.Lock(), threading.Barrier(2, timeout=60), {}
+
+    def on_rank(rank):
+        def all_reduce(tensor):
+            sent[rank] = tensor.clone()
+            turn.release()
+            try:
+                meeting.wait()
+                total = sent[0] + sent[1]
+                meeting.wait()
+            finally:
+                turn.acquire()
+            tensor.copy_(total)
+
+        with turn:
+            try:
+                return run(rank, all_reduce)
+            except Exception:
+                meeting.abort()
+                raise
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(on_rank, range(2)))
+
+
+def test_two_ranks_with_rows_of_their_own_give_what_one_gives():
+    parts = list(batches(n=4, outlier=True))
+
+    def run(rows, **options):
+        return evaluate(sae(), rows, language_model=TinyModel(), layer=0, ce_rows=999, lags=(1, 2, 4), **options)
+
+    whole = run(parts)
+    for ranks in on_two_ranks(lambda rank, all_reduce: run(parts[rank::2], all_reduce=all_reduce)):
+        for part in ("core", "consistency", "position"):
+            for (path, value), (_, expected) in zip(leaves(ranks[part]), leaves(whole[part]), strict=True):
+                near = expected if expected is None else pytest.approx(expected, rel=1e-9, abs=1e-12)
+                assert value == near, path
+        assert ranks["features"].keys() == whole["features"].keys()
+        for name, expected_F in whole["features"].items():
+            np.testing.assert_allclose(ranks["features"][name], expected_F, rtol=1e-9, atol=1e-12, err_msg=name)
+        np.testing.assert_array_equal(ranks["arrays"]["rate_FL"], whole["arrays"]["rate_FL"])
+
+
+def leaves(tree, path=""):
+    if isinstance(tree, dict):
+        return [leaf for key, entry in tree.items() for leaf in leaves(entry, f"{path}.{key}")]
+    if isinstance(tree, list):
+        return [leaf for n, entry in enumerate(tree) for leaf in leaves(entry, f"{path}[{n}]")]
+    return [(path, tree)]
+
+
+def test_the_sums_about_a_wide_sae_are_small():
+    # 65,536 latents, 128 positions, 7 lags, float64: two signals of (2 + 128 + 4 * 7) numbers a latent, and 11 more.
+    # Codes, tokens and rows come in batches, so this does not grow with the text, but for 16 bytes a (latent, token).
+    judge = Judge.zero(65_536, 128, (1, 2, 4, 8, 16, 32, 64))
+    n_bytes = sum(values.nbytes for values in arrays_of(judge))
+    assert n_bytes == pytest.approx(65_536 * 8 * (2 * (2 + 128 + 28) + 11), rel=1e-3)
+    assert n_bytes < 0.17 * 2**30
+
+
+def arrays_of(sums):
+    for value in vars(sums).values():
+        if isinstance(value, np.ndarray):
+            yield value
+        elif hasattr(value, "__dict__"):
+            yield from arrays_of(value)
+
+
+def test_splice_scores_by_hand():
+    # Clean loss 2, spliced 3, ablated 6: (6 - 3) / (6 - 2). KL .5 of 2: (2 - .5) / 2. Two tokens count for the loss,
+    # the first one alone for the divergence.
+    losses = [TokenLosses(np.full(2, ce), np.array([kl, 99.0])) for ce, kl in ((2.0, 0.0), (3.0, 0.5), (6.0, 2.0))]
+    sums = SpliceSums()
+    sums.add(*losses, np.array([True, True]), np.array([True, False]))
+    result = splice_metrics(sums)
+    assert (result["ce_loss_without_sae"], result["ce_loss_with_sae"], result["ce_loss_with_ablation"]) == (2, 3, 6)
+    assert result["ce_loss_score"] == pytest.approx(3 / 4)
+    assert result["kl_div_score"] == pytest.approx(3 / 4)
+    assert result["ce_tokens"] == 2
+
+
+def test_splice_scores_without_a_gap_or_a_token_are_no_numbers():
+    same = TokenLosses(np.full(1, 2.0), np.zeros(1))
+    sums = SpliceSums()
+    sums.add(same, same, same, np.array([True]), np.array([True]))
+    assert splice_metrics(sums)["ce_loss_score"] is None
+    assert splice_metrics(sums)["kl_div_score"] is None
+    with pytest.raises(LegatoError, match="no token"):
+        splice_metrics(SpliceSums())
 
 
 class Broken:

@@ -60,15 +60,15 @@ def evaluate(
     kept_rows: rows whose codes are kept for the position x position matrix and the bootstrap.
     bootstrap: replicates of a bootstrap over documents: `consistency.interval95` gives the interval of each mean excess
         at lag 1, "arrays" the replicates by name, paired across SAEs and runs on the same rows.
-    all_reduce: sums a float64 tensor over the ranks in place, where each rank has its own rows. The matrix stays that
-        of the rank's rows.
+    all_reduce: sums a float64 tensor over the ranks in place, where each rank has its own rows. The matrix and the
+        bootstrap stay those of the rank's rows.
     failures: for a bank, receives {name: reason} of the SAEs that cannot be judged, and the others are; without it, and
         always with several ranks, the first such SAE raises.
     progress: called with the number of rows judged so far.
 
     Returns per SAE {"core", "consistency", "position"}, plain numbers and lists as in metrics.json, and beside them
-    "features" (columns of the feature table, see features.py) and "arrays" ("position_matrix" (L, L) and "rate_FL", the
-    firing rate by position; NaN where undefined), both numpy.
+    "features" (columns of the feature table, see features.py) and "arrays" ("position_matrix" (L, L), "rate_FL", the
+    firing rate by position, NaN where undefined, and "tokens_L", the valid tokens it is a share of), all numpy.
     Raises LegatoError where there is nothing to measure: no valid position, no latent that fires, values not finite.
     """
     bank = dict(sae) if isinstance(sae, Mapping) else {_SINGLE: sae}
@@ -162,6 +162,7 @@ def _result(sae: Judged, judge: Judge, kept: KeptCodes, shared: _Shared, bootstr
     arrays = {
         "position_matrix": position_matrix(layout, kept.order(layout)),
         "rate_FL": position_profile(judge.codes)[0].astype(np.float32),
+        "tokens_L": shared.counts.tokens_L.astype(np.int64),
     }
     consistency = consistency_metrics(judge.codes)
     consistency["raw_stream"] = raw_stream_metrics(shared.counts, shared.raw)
