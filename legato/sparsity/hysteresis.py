@@ -36,12 +36,9 @@ class Hysteresis(Sparsity):
         if not 0 < self.release <= 1:
             raise ValueError(f"release {self.release} must lie in (0, 1]: 1 holds nothing, less holds longer")
 
-    def release_at(self, progress: float) -> float:
-        return 1 - (1 - self.release) * min(1.0, progress / max(self.anneal, 1e-9))
-
     def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
         N, F = pre.pre_NF.shape
-        count, release = self.k * pre.n_valid, self.release_at(progress)
+        count, release = self.k * pre.n_valid, release_at(self.release, self.anneal, progress)
         if floor <= 0:
             floor = quantile_floor(pre, self.k)
         while True:
@@ -66,3 +63,8 @@ class Hysteresis(Sparsity):
     def frozen(self, calibration: Sequence[Preactivations]) -> dict[str, Any]:
         threshold_F = torch.full(calibration[0].b_enc_F.shape, budget_threshold(calibration, self.k, self.release))
         return {"architecture": self.architecture, "threshold": threshold_F, "release": self.release}
+
+
+def release_at(release: float, anneal: float, progress: float) -> float:
+    """The release after a share `progress` of the training steps: it falls from 1 over the first `anneal` of them."""
+    return 1 - (1 - release) * min(1.0, progress / max(anneal, 1e-9))

@@ -1,0 +1,72 @@
+"""The k largest of each token where what is held counts more: one pass along every run of a document.
+
+Shape legend: N flat tokens, F latents, P pairs in token order, R runs.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import njit, prange
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+def held_top(
+    start_N: Array,
+    end_N: Array,
+    token_P: Array,
+    latent_P: Array,
+    value_P: Array,
+    *,
+    n_latents: int,
+    k: int,
+    release: float,
+    margin: float = 1.0,
+) -> Array:
+    """Mask of each token's k best positive pairs; ties at the cut go to the pairs that come first.
+
+    A pair counts its value, and 1 / release times that where its latent was on at the token before, of the same run
+    [start_N, end_N). margin: with less than 1 also those pairs that count at least this share of the k-th.
+    """
+    tokens = np.arange(len(start_N))
+    ptr_N = np.searchsorted(token_P, np.arange(len(start_N) + 1))
+    first_R = np.flatnonzero(start_N == tokens)
+    keep_P = np.zeros(len(value_P), np.bool_)
+    number = value_P.dtype.type
+    _all_runs(
+        first_R, end_N[first_R], ptr_N, latent_P, value_P, n_latents, k, number(1 / release), number(margin), keep_P
+    )
+    return keep_P
+
+
+@njit(parallel=True, cache=True)
+def _all_runs(first_R, end_R, ptr_N, latent_P, value_P, n_latents, k, bonus, margin, keep_P):  # type: ignore[no-untyped-def]
+    for r in prange(first_R.shape[0]):
+        _one_run(first_R[r], end_R[r], ptr_N, latent_P, value_P, n_latents, k, bonus, margin, keep_P)
+
+
+@njit(cache=True)
+def _one_run(first, end, ptr_N, latent_P, value_P, n_latents, k, bonus, margin, keep_P):  # type: ignore[no-untyped-def]
+    held_since = np.full(n_latents, -2, np.int64)  # the last token at which a latent was on
+    for t in range(first, end):
+        lo, hi = ptr_N[t], ptr_N[t + 1]
+        score = value_P[lo:hi].copy()
+        for p in range(lo, hi):
+            if held_since[latent_P[p]] == t - 1:
+                score[p - lo] *= bonus
+        cut = score.dtype.type(0)
+        room = hi - lo
+        if hi - lo > k:
+            cut = np.partition(score, hi - lo - k)[hi - lo - k]
+            room = k
+            for p in range(lo, hi):
+                room -= score[p - lo] > cut
+        for p in range(lo, hi):
+            on = score[p - lo] > cut
+            if score[p - lo] == cut and cut > 0 and room > 0:
+                on = True
+                room -= 1
+            if on:
+                held_since[latent_P[p]] = t
+            keep_P[p] = value_P[p] > 0 and (on or (score[p - lo] >= margin * cut and margin < 1))
