@@ -64,9 +64,9 @@ class RunDir:
                 raise UsageError(f"--out_dir {root} is not empty and holds no run: choose a new folder")
             if run.final_info.is_file():
                 raise UsageError(f"--out_dir {root} holds a finished run: choose a new folder, or delete it first")
-            changes = _changes(_read_config(run.config), config.to_dict())
-            if changes:
-                raise UsageError(f"--out_dir {root} holds a run with {changes}: use its options or a new folder")
+            difference = changes(_read_config(run.config), config.to_dict())
+            if difference:
+                raise UsageError(f"--out_dir {root} holds a run with {difference}: use its options or a new folder")
         probe = run.root
         while not probe.exists():
             probe = probe.parent
@@ -169,7 +169,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     return content.get("config", {}) if isinstance(content, dict) else {}
 
 
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Where two configurations differ, in words; empty where they do not."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
     changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     return ", ".join(f"{name} {before.get(name)} instead of {after.get(name)}" for name in changed)

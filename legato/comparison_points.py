@@ -1,0 +1,124 @@
+"""What a saved SAE contributes to a matched comparison, and interpolation along a sweep.
+
+Shape legend: F latents, R bootstrap replicates.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+
+from legato.consistency_losses import leading_count
+from legato.evaluation.accumulators import Floats
+from legato.evaluation.consistency import DENSE_RATE, RATE_BINS
+from legato.results import Arm, SavedRun
+
+MEASURES = ("kappa1_excess_within", "ac1_excess_within", "kappa1_excess_cross", "ac1_excess_cross")
+COSTS = ("l0", "fvu", "ce_loss_score", "frac_alive")
+ALL = "all latents"
+BINS = (*RATE_BINS, (DENSE_RATE, 1.0))
+
+
+@dataclass(frozen=True)
+class Point:
+    """The numbers of one SAE, or of a place between two SAEs of a sweep.
+
+    values: by COSTS; `shuffled/<measure>` on position-shuffled activations; `<population>/<measure>` and
+        `<population>/<low>-<high>/<measure>` (and `/latents`) for all latents and for each group, by firing-rate bin.
+    replicates: [R] by measure, over all latents; paired between SAEs judged on the same rows.
+    """
+
+    values: Mapping[str, float]
+    replicates: Mapping[str, Floats] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One seed of a method: the SAE at the run's own budget, and those at other budgets."""
+
+    main: Point
+    others: tuple[Point, ...] = ()
+
+
+def bin_key(edges: Sequence[float]) -> str:
+    return f"{edges[0]:g}-{edges[1]:g}"
+
+
+def point_of(run: SavedRun, arm: Arm, *, without: Sequence[str] = ()) -> Point:
+    """What the comparison reads of an arm, all costs but those `without`; a number that was not saved is absent."""
+    keys = {cost: f"core.{cost}" for cost in COSTS if cost not in without}
+    keys |= {f"{ALL}/{measure}": f"consistency.{measure}" for measure in MEASURES}
+    keys |= {f"shuffled/{measure}": f"consistency.position_shuffled.{measure}" for measure in MEASURES}
+    keys[f"{ALL}/latents"] = "consistency.latents"
+    values = {name: value for name, key in keys.items() if (value := arm.value(key)) is not None}
+    for row in (arm.metrics.get("consistency") or {}).get("by_rate_bin") or ():
+        prefix = f"{ALL}/{bin_key(row['bin'])}"
+        values |= {f"{prefix}/{name}": row[name] for name in (*MEASURES, "latents") if row.get(name) is not None}
+    for name, latents in groups_of(arm).items():
+        values |= _group_values(run, arm, name, latents)
+    arrays = run.arrays(arm.name)
+    names = {measure: f"bootstrap_{measure}" for measure in MEASURES}
+    return Point(values, {measure: arrays[name] for measure, name in names.items() if name in arrays})
+
+
+def groups_of(arm: Arm) -> dict[str, slice]:
+    """The parts of the dictionary that the arm's objective treats differently; empty for an ordinary SAE."""
+    recipe = (arm.metrics.get("training") or {}).get("recipe") or {}
+    width = recipe.get("d_sae")
+    if width is None:
+        return {}
+    shares = {float(share) for share, _ in recipe.get("groups") or ()}
+    shares |= {float(term["slow_fraction"]) for term in recipe.get("terms") or () if "slow_fraction" in term}
+    ends = sorted({0, width, *(leading_count(width, share) for share in shares)})
+    parts = {f"latents {start} to {end - 1}": slice(start, end) for start, end in pairwise(ends)}
+    return parts if len(parts) > 1 else {}
+
+
+def _group_values(run: SavedRun, arm: Arm, name: str, latents: slice) -> dict[str, float]:
+    rate_F = run.latent_column(arm.name, "density")
+    if rate_F is None:
+        return {}
+    rate_F = rate_F[latents]
+    chosen = {name: rate_F > 0}
+    for low, high in BINS:  # the edge to dense latents belongs to the bin below it, as in consistency.by_rate_bin
+        above = rate_F > low if low == DENSE_RATE else rate_F >= low
+        below = rate_F <= high if high >= DENSE_RATE else rate_F < high
+        chosen[f"{name}/{bin_key((low, high))}"] = above & below
+    values = {f"{prefix}/latents": float(in_F.sum()) for prefix, in_F in chosen.items()}
+    for measure in MEASURES:
+        column_F = run.latent_column(arm.name, measure)
+        if column_F is None:
+            continue
+        column_F = column_F[latents]
+        for prefix, in_F in chosen.items():
+            use_F = in_F & np.isfinite(column_F)
+            if use_F.any():
+                values[f"{prefix}/{measure}"] = float(column_F[use_F].mean())
+    return values
+
+
+def along(points: Iterable[Point], axis: str, target: float) -> Point | None:
+    """The place on a sweep where `axis` has the value `target`: piecewise linear in it between neighbours.
+
+    None where the target lies outside of the sweep: nothing is extrapolated.
+    """
+    ordered = sorted((point for point in points if axis in point.values), key=lambda point: point.values[axis])
+    for low, high in pairwise(ordered):
+        start, end = low.values[axis], high.values[axis]
+        if start <= target <= end:
+            return mixed(low, high, (target - start) / (end - start) if end > start else 0.0)
+    return None
+
+
+def mixed(low: Point, high: Point, share: float) -> Point:
+    """(1 - share) * low + share * high in everything that both have."""
+    values = {
+        key: (1 - share) * value + share * high.values[key] for key, value in low.values.items() if key in high.values
+    }
+    replicates = {
+        key: (1 - share) * values_R + share * high.replicates[key]
+        for key, values_R in low.replicates.items()
+        if key in high.replicates and high.replicates[key].shape == values_R.shape
+    }
+    return Point(values, replicates)
