@@ -8,7 +8,7 @@ legato/evaluation that each of these calls.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,10 +17,18 @@ from torch import Tensor
 from legato.codes import SparseCodes
 from legato.evaluation import consistency, position
 from legato.evaluation.accumulators import DEFAULT_LAGS, CodeSums, LatentOrder, PairLayout
-from legato.evaluation.core import InputSums, ReconstructionSums, TokenErrors, reconstruction_metrics
+from legato.evaluation.core import (
+    InputSums,
+    ReconstructionSums,
+    TokenErrors,
+    reconstruction_metrics,
+    sparsity_metrics,
+)
+from legato.evaluation.offset import Agreement
 
 __all__ = [
     "Correlations",
+    "agreement",
     "autocorrelation",
     "document_eta2",
     "eta2",
@@ -35,6 +43,7 @@ __all__ = [
     "run_length_ratio",
     "sequence_l0",
     "smoothness",
+    "sparsity",
     "switching_ratio",
 ]
 
@@ -140,6 +149,19 @@ def position_matrix(codes_BLF: Tensor, mask_BL: Tensor, doc_BL: Tensor | None = 
     """Mean over latents of the correlation over rows of f_t and f_t', [L, L]."""
     layout = PairLayout.of(mask_BL, doc_BL, (1,))
     return torch.from_numpy(position.position_matrix(layout, LatentOrder.of(_sparse(codes_BLF, mask_BL), layout)))
+
+
+def agreement(codes_BLF: Tensor, other_BLF: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How two readings of the same tokens agree, as in the offset test: (Jaccard index of each token's two supports
+    [B, L], cosine of its two codes [B, L], Jaccard index of the tokens on which a latent fires [F])."""
+    found = Agreement.of(_sparse(codes_BLF, mask_BL), _sparse(other_BLF, mask_BL))
+    by_token = [torch.from_numpy(values_N).view(mask_BL.shape) for values_N in (found.jaccard_N, found.cosine_N)]
+    return by_token[0], by_token[1], torch.from_numpy(found.jaccard_F)
+
+
+def sparsity(codes_BLF: Tensor, mask_BL: Tensor) -> dict[str, Any]:
+    """l0, l1, frac_alive, dense, density_histogram; keys as in `core` of metrics.json."""
+    return sparsity_metrics(_sums(codes_BLF, mask_BL))
 
 
 def reconstruction(acts_BLD: Tensor, reconstruction_BLD: Tensor, mask_BL: Tensor) -> dict[str, float | None]:

@@ -52,6 +52,20 @@ def test_the_cross_null_takes_each_positions_mean():
     assert correlations.cross_null.item() == pytest.approx(-1)
 
 
+def test_both_nulls_at_a_longer_lag_by_hand():
+    # 3 0 0 3 in one document: mean 3/2, variance 9/4. Lag 3 has the one pair (3, 3): deviations 9/4, so real = 1.
+    # Within: E f f' = (S^2 - Q) / (n (n - 1)) = (36 - 18) / 12 = 3/2, E (f + f') = 2 * 6 / 4 = 3:
+    # (3/2 - 3/2 * 3 + 9/4) / (9/4) = -1/3. A second row 0 3 3 0 makes the means by position 3/2 throughout: cross 0,
+    # real (9/4 + 9/4) / 2 / (9/4) = 1, within unchanged.
+    correlations = metrics.autocorrelation(*one_latent([3, 0, 0, 3]), lags=(1, 3))
+    assert correlations.real[0, 1].item() == pytest.approx(1)
+    assert correlations.within_null[0, 1].item() == pytest.approx(-1 / 3)
+    correlations = metrics.autocorrelation(*one_latent([3, 0, 0, 3], [0, 3, 3, 0]), lags=(3,))
+    assert correlations.real.item() == pytest.approx(1)
+    assert correlations.within_null.item() == pytest.approx(-1 / 3)
+    assert correlations.cross_null.item() == pytest.approx(0)
+
+
 def test_kappa_is_the_conditional_firing_rate_over_chance():
     # 1 1 0 0 / 0 0 1 1: p = 1/2; three on positions have a successor, two of those are on: P(on | on) = 2/3;
     # kappa = (2/3 - 1/2) / (1 - 1/2) = 1/3. Magnitudes do not matter.
@@ -138,6 +152,40 @@ def test_a_latent_that_never_fires_or_never_stops_is_undefined_not_wrong():
     assert aggregates["kappa1"] is None
     assert aggregates["half_life_median"] is None
     assert aggregates["by_rate_bin"][-1]["latents"] == 1
+
+
+def test_what_a_silent_latent_has_no_number_for_is_nan():
+    codes_BLF, mask_BL = one_latent([0, 0, 0], [0, 0, 0])
+    for measured in (metrics.run_length_ratio, metrics.switching_ratio, metrics.document_eta2):
+        assert torch.isnan(measured(codes_BLF, mask_BL)).all()
+    half_life_F, censored_F = metrics.half_life(codes_BLF, mask_BL)
+    assert torch.isnan(half_life_F).all()
+    assert not censored_F.any()
+    assert metrics.jaccard(codes_BLF, mask_BL) == (None, None)
+    assert metrics.sequence_l0(codes_BLF, mask_BL) == 0
+
+
+def test_documents_of_one_token_say_nothing_about_documents():
+    codes_BLF, mask_BL = one_latent([1, 2], [3, 4])
+    doc_BL = torch.arange(4).view(2, 2)
+    assert torch.isnan(metrics.document_eta2(codes_BLF, mask_BL, doc_BL)).all()
+    assert torch.isnan(metrics.autocorrelation(codes_BLF, mask_BL, doc_BL, lags=(1,)).real).all()  # no pair
+
+
+def test_smoothness_without_movement_is_zero_not_infinite():
+    codes_BLF, mask_BL = one_latent([0, 2, 0])
+    assert metrics.smoothness(codes_BLF, torch.zeros(1, 3, 1), mask_BL) == 0
+    assert consistency_metrics(sums_of(codes_BLF, mask_BL))["smoothness"] is None  # no activations were given
+
+
+def test_a_raw_dimension_that_does_not_vary_is_left_out():
+    # dimension 0 as f = 1 1 0 0 above (AC 1/3), dimension 1 constant
+    acts_BLD = torch.tensor([[[1.0, 7], [1, 7], [0, 7], [0, 7]]])
+    layout = PairLayout.of(torch.ones(1, 4, dtype=torch.bool), None, (1,))
+    counts, sums = PairCounts.zero(4, (1,)), PairSums.zero(2, 4, 1)
+    counts.add(layout)
+    sums.add_dense(acts_BLD, layout)
+    assert raw_stream_metrics(counts, sums)["ac"]["mean"] == pytest.approx([1 / 3])
 
 
 def test_rows_too_short_for_a_lag_give_none_for_that_lag():

@@ -16,13 +16,11 @@ from legato.activations import ActivationBatch
 from legato.codes import SparseCodes
 from legato.errors import LegatoError, UsageError
 from legato.evaluation import splice
-from legato.evaluation.accumulators import CodeSums, LatentOrder, PairLayout
 from legato.evaluation.core import (
     InputSums,
     ReconstructionSums,
     SpliceSums,
     TokenErrors,
-    sparsity_metrics,
     splice_metrics,
 )
 from legato.evaluation.evaluate import evaluate
@@ -113,10 +111,7 @@ def test_sums_over_two_ranks_are_the_sums_over_one():
 def test_sparsity_by_hand():
     # 4 tokens: latent 0 always on with 2, latent 1 once with 6, latent 2 never: l0 5/4, l1 14/4, dense: both alive ones
     codes_BLF = torch.tensor([[[2.0, 6, 0], [2, 0, 0], [2, 0, 0], [2, 0, 0]]])
-    layout = PairLayout.of(torch.ones(1, 4, dtype=torch.bool), None, (1,))
-    sums = CodeSums.zero(3, 4, (1,))
-    sums.add(layout, LatentOrder.of(SparseCodes.from_dense(codes_BLF), layout))
-    result = sparsity_metrics(sums)
+    result = metrics.sparsity(codes_BLF, torch.ones(1, 4, dtype=torch.bool))
     assert (result["l0"], result["l1"]) == (1.25, 3.5)
     assert result["frac_alive"] == pytest.approx(2 / 3)
     assert result["alive_judged_on_tokens"] == 4

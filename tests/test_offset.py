@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, tiny_network, tiny_tokenizer, tiny_tokens
 
+from legato import metrics
 from legato.codes import SparseCodes
 from legato.errors import UsageError
 from legato.evaluation.features import read_features
@@ -63,6 +64,12 @@ def test_agreement_by_hand():
     np.testing.assert_allclose(agreement.jaccard_N, [1 / 3, 1, np.nan, 0])
     np.testing.assert_allclose(agreement.cosine_N, [0.48, 1, np.nan, np.nan])
     np.testing.assert_allclose(agreement.jaccard_F, [1 / 2, 0, 1 / 2, np.nan])
+    # Without token 0: latents 0 and 1 are left with a firing or none, latent 2 with token 1 alone.
+    mask_BL = torch.tensor([[False, True, True, True]])
+    jaccard_BL, cosine_BL, jaccard_F = metrics.agreement(first, second, mask_BL)
+    np.testing.assert_allclose(jaccard_BL, [[np.nan, 1, np.nan, 0]])
+    np.testing.assert_allclose(cosine_BL, [[np.nan, 1, np.nan, np.nan]])
+    np.testing.assert_allclose(jaccard_F, [0, np.nan, 1, np.nan])
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt_neox"])

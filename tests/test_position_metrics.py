@@ -39,6 +39,21 @@ def test_eta2_of_codes_that_do_not_depend_on_position_is_zero_on_average():
     assert eta2_F.mean().item() == pytest.approx(0, abs=0.003)
 
 
+def test_eta2_is_undefined_without_variance_or_with_one_token_a_position():
+    assert math.isnan(metrics.eta2(*one_latent([2, 2], [2, 2])).item())
+    assert math.isnan(metrics.eta2(*one_latent([1, 3])).item())
+
+
+def test_rescaling_a_latent_changes_no_position_metric():
+    codes_BLF = torch.relu(torch.randn(20, 6, 3, generator=torch.Generator().manual_seed(0)))
+    mask_BL = torch.rand(20, 6, generator=torch.Generator().manual_seed(1)) < 0.9
+    codes_BLF = codes_BLF * mask_BL[..., None]
+    scaled_BLF = codes_BLF * torch.tensor([0.25, 8.0, 64.0])  # powers of two: no rounding
+    assert position_metrics(sums_of(codes_BLF, mask_BL)) == position_metrics(sums_of(scaled_BLF, mask_BL))
+    before, after = (metrics.position_matrix(codes, mask_BL) for codes in (codes_BLF, scaled_BLF))
+    assert torch.equal(before, after)
+
+
 def test_mutual_information_by_hand():
     # on at position 0 always, at 1 never: ln 2, and Miller-Madow adds (2 - 1 + 2 - 1 - (2 - 1)) / (2 * 4) = 1/8
     assert metrics.mutual_information(*one_latent([5, 0], [1, 0])).item() == pytest.approx(math.log(2) + 1 / 8)
