@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -18,6 +19,8 @@ from legato.evaluation.evaluate import evaluate
 from legato.evaluation.features import write_features
 from legato.evaluation.judge import Judged
 from legato.evaluation.offset import SHIFTS, OffsetResult, offset_test
+from legato.evaluation.redundancy import coded, redundancy
+from legato.evaluation.redundancy_table import write_redundancy
 from legato.hardware import fast_matmul_dtype
 from legato.interop.saebench import write_core_file
 from legato.language_model import LanguageModel
@@ -262,6 +265,12 @@ def evaluate_arms(
     for name, offset in _offsets(compared, activations, model, config.model.site).items():
         results[name]["offset"] = offset.section
         results[name]["features"]["offset_jaccard"] = offset.jaccard_F
+    for name in sorted(compared.keys() & bank.trained.keys()):
+        sae = bank.trained[name].sae
+        held_out = activations.held_out.batches(CONTROL_ROWS, seed=None)
+        redundant = redundancy(coded(sae, held_out), sae.W_dec, decode=partial(_token_strings, model))
+        results[name]["redundancy"] = redundant.metrics
+        write_redundancy(run.redundancy, name, redundant)
     metrics = {}
     for name, result in results.items():
         if "saebench" in result["core"] and name in bank.trained:
@@ -282,6 +291,10 @@ def evaluate_arms(
         training = controls[name].training if name in controls else bank.trained[name].training
         metrics[name] = {**result, "training": training}
     run.write_metrics(metrics)
+
+
+def _token_strings(model: LanguageModel, ids: Sequence[int]) -> list[str]:
+    return [model.tokenizer.decode([number]) for number in ids]
 
 
 def _offsets(

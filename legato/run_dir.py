@@ -37,6 +37,7 @@ class RunDir:
         self.eval_results = self.root / "eval_results"
         self.features = self.root / "features"
         self.arrays = self.root / "arrays"
+        self.redundancy = self.root / "redundancy"
         self.tensorboard = self.root / "tensorboard"
         self.final_info = self.root / "final_info.json"
 
@@ -80,7 +81,7 @@ class RunDir:
     def begin(self, config: ExperimentConfig, resolved: Mapping[str, Any]) -> None:
         """Write config.yaml and start the log; drops what an unfinished run left behind."""
         self.root.mkdir(parents=True, exist_ok=True)
-        for folder in ("saes", "failed", "eval_results", "features", "arrays", "tensorboard", "figures"):
+        for folder in ("saes", "failed", "eval_results", "features", "arrays", "redundancy", "tensorboard", "figures"):
             shutil.rmtree(self.root / folder, ignore_errors=True)
         csv = self.ablation.with_suffix(".csv")
         for file in (

@@ -101,7 +101,7 @@ def redundancy(
             f"redundancy needs a window of at least 1 and the decoder of all {kept.n_latents} latents, "
             f"not {limits.window} and {len(W_dec)}"
         )
-    window = min(limits.window, tokens_BL.shape[1] - 1)
+    window = max(1, min(limits.window, tokens_BL.shape[1] - 1))
     layout = kept.layout(tuple(range(1, window + 1)))
     order = kept.order(layout)
     sums = LatentSums.zero(kept.n_latents, layout.shape[1], window)
