@@ -1,0 +1,48 @@
+"""Ground truth: activations whose sources are known, and what SAEs and metrics make of them.
+
+    legato synthetic --out_dir synth_1                              # python -m legato.synthetic does the same
+    legato synthetic --out_dir synth_2 --arms hysteresis,hysteresis:shuffled --sources persistent:128,iid:128 --seeds 5
+
+A bed holds sources with a planted rate, persistence (correlation of on/off between adjacent tokens), position profile,
+topic and magnitude, more of them than dimensions, under dense noise. Arms of `--arms` are those of `experiment.py`;
+NAME:shuffled trains NAME on the same activations with each document's tokens in another order, so that what is left of
+its advantage has nothing to do with time.
+
+To test an idea of your own, give `study` any sparsity or temporal term as an arm beside the baseline:
+
+    from legato.sparsity import BatchTopK
+    from legato.synthetic import FAMILIES, BedConfig, StudyConfig, study
+    from legato.train import ArmConfig
+
+    bed = BedConfig(families=((FAMILIES["persistent"], 256),), noise=0.35)
+    arms = [ArmConfig("baseline", BatchTopK(6), 256), ArmConfig("mine", MySparsity(6), 256)]
+    results = study(bed, arms, StudyConfig(seeds=(0, 1, 2)))
+    results["arms"]["mine"]["advantage"]["decoder"]["persistent"]   # MCC over the baseline's, with its 95 % interval
+
+A new source is a `Family` of ranges. A new metric: `Bed.build(bed).held_out` holds the true codes (`codes.dense()`), to
+be compared with `.sources.planted(length)`. An SAE from elsewhere: `Judgement.of(sae, bed)`. Each side of a bed is an
+activation source like a store, so `train_bank` and `legato.evaluate` take it as it is.
+"""
+
+from legato.synthetic.bed import Bed, BedConfig
+from legato.synthetic.command import add_arguments, main
+from legato.synthetic.recovery import Match, code_correlation, decoder_cosine
+from legato.synthetic.sources import FAMILIES, Family, Sources
+from legato.synthetic.study import Judgement, StudyConfig, study, train_on
+
+__all__ = [
+    "FAMILIES",
+    "Bed",
+    "BedConfig",
+    "Family",
+    "Judgement",
+    "Match",
+    "Sources",
+    "StudyConfig",
+    "add_arguments",
+    "code_correlation",
+    "decoder_cosine",
+    "main",
+    "study",
+    "train_on",
+]

@@ -32,8 +32,8 @@ class BedConfig:
     """
 
     families: tuple[tuple[Family, int], ...] = ((FAMILIES["mixed"], 256),)
-    d_in: int = 64
-    noise: float = 0.3
+    d_in: int = 128
+    noise: float = 0.35
     noise_persistence: float = 0.0
     length: int = 128
     document_length: float = 512.0
@@ -49,6 +49,11 @@ class BedConfig:
             raise UsageError("synthetic bed: there must be at least one source of each family")
         if not (self.noise >= 0 and 0 <= self.noise_persistence < 1):
             raise UsageError("synthetic bed: noise must be 0 or more, noise_persistence from 0 to less than 1")
+
+    @property
+    def l0(self) -> float:
+        """Sources that are on at a token, on average."""
+        return Sources.draw(self.families, np.random.default_rng(0)).l0
 
 
 @dataclass(frozen=True)
@@ -147,8 +152,8 @@ def _rows(
         doc_RL[start : start + B] = torch.from_numpy(doc_BL.astype(np.int32))
         token_P, source_P = code_BLF.reshape(B * L, -1).nonzero()
         pairs.append((token_P + start * L, source_P, code_BLF.reshape(B * L, -1)[token_P, source_P]))
-    columns = [torch.from_numpy(np.concatenate(part)) for part in zip(*pairs, strict=True)]
-    return Rows(acts_RLD, mask_RL, doc_RL, SparseCodes(*columns, (n_rows, L, sources.count)))
+    token, source, code = (torch.from_numpy(np.concatenate(part)) for part in zip(*pairs, strict=True))
+    return Rows(acts_RLD, mask_RL, doc_RL, SparseCodes(token, source, code, (n_rows, L, sources.count)))
 
 
 def _noise(config: BedConfig, B: int, rng: np.random.Generator) -> np.ndarray:

@@ -19,9 +19,10 @@ from legato.synthetic.bed import Rows
 
 Floats = NDArray[np.float64]
 
-# What each metric is meant to measure; the first of PLANTED that is not is what may mislead it.
+# What each metric is meant to measure, or is often read as.
 METRICS = {
     "kappa1_excess_within": "persistence",
+    "kappa1_order_share": "persistence",
     "kappa1": "persistence",
     "ac1_excess_within": "persistence",
     "ac1": "persistence",
@@ -43,7 +44,8 @@ LEAST = 10  # sources that a rank correlation is taken over
 def metric_columns(codes: SparseCodes, rows: Rows) -> dict[str, Floats]:
     """METRICS of each latent, NaN where undefined.
 
-    kappa1 ... document_eta2 as in the feature table (evaluation/features.py). mean_run_length, in tokens, and
+    kappa1_order_share: (real - null) / (1 - null) with the within-document null, the share of the order that could be
+    there. kappa1 ... document_eta2 as in the feature table (evaluation/features.py). mean_run_length, in tokens, and
     switching_rate, switches a token, are the two ratios without their division by chance. smoothness: the latent's
     share in T-SAE's S over the rows in which it fires.
     """
@@ -57,6 +59,9 @@ def metric_columns(codes: SparseCodes, rows: Rows) -> dict[str, Floats]:
         columns["mean_run_length"] = columns["run_length_ratio"] / (1 - rate_F)
         columns["switching_rate"] = columns["switching_ratio"] * 2 * rate_F * (1 - rate_F)
         columns["smoothness"] = sums.steepest_F / sums.rows_F
+    columns["kappa1_order_share"] = (columns["kappa1"] - columns["kappa1_within_null"]) / (
+        1 - columns["kappa1_within_null"]
+    )
     return {name: columns[name] for name in METRICS}
 
 
@@ -68,13 +73,16 @@ def _steps(acts_BLD: Tensor) -> Tensor:
 
 
 def rank_correlations(
-    columns: Sequence[Mapping[str, Floats]], planted: Sequence[Mapping[str, Floats]], *, replicates: int = 200
+    columns: Sequence[Mapping[str, Floats]], planted: Sequence[Mapping[str, Floats]], *, replicates: int = 100
 ) -> dict[str, Any]:
     """How each metric ranks each planted property; columns and planted: one mapping per seed, values per source.
 
-    {"sources": how many, "spearman": {metric: {property: mean over seeds}}, "interval95": {metric: {property: bounds}}}
-    over the sources for which every metric is defined. Properties that do not vary, and all with fewer than LEAST
-    sources in a seed, are left out. The interval is of a bootstrap over seeds and the sources inside each.
+    "sources": how many there are with every metric defined; only they count, and properties that do not vary are left
+        out. Fewer than LEAST in a seed give no numbers.
+    "spearman": {metric: {property: rank correlation}}, "interval95" its bounds, by a bootstrap over seeds and sources.
+    "weight": the standardised coefficients of the regression of the metric's ranks on the ranks of all properties:
+        Spearman's correlation without what two properties share by chance. What should be 0 and is not misleads.
+    All are means over seeds.
     """
     properties = [name for name in PLANTED if min(np.ptp(each[name]) for each in planted) > 0]
     seeds = []
@@ -83,35 +91,39 @@ def rank_correlations(
         seeds.append(table[:, np.isfinite(table).all(0)])
     counts = [table.shape[1] for table in seeds]
     if min(counts) < LEAST or not properties:
-        return {"sources": sum(counts), "spearman": {}, "interval95": {}}
+        return {"sources": sum(counts), "spearman": {}, "interval95": {}, "weight": {}}
     rng = np.random.default_rng(0)
     drawn = []
     for _ in range(replicates):
         tables = [seeds[i] for i in rng.integers(len(seeds), size=len(seeds))]
         drawn.append(
-            np.mean([_ranked(table[:, rng.integers(table.shape[1], size=table.shape[1])]) for table in tables], 0)
+            np.mean([_ranked(table[:, rng.integers(table.shape[1], size=table.shape[1])])[0] for table in tables], 0)
         )
     low, high = np.nanquantile(drawn, [0.025, 0.975], axis=0)
-    mean = np.mean([_ranked(table) for table in seeds], 0)
+    spearman, weight = np.mean([_ranked(table) for table in seeds], 0)
 
     def named(pick: Callable[[int, int], Any]) -> dict[str, dict[str, Any]]:
         return {
             metric: {name: pick(i, j) for j, name in enumerate(properties)}
             for i, metric in enumerate(METRICS)
-            if np.isfinite(mean[i]).all()
+            if np.isfinite(spearman[i]).all()
         }
 
     return {
         "sources": sum(counts),
-        "spearman": named(lambda i, j: float(mean[i, j])),
+        "spearman": named(lambda i, j: float(spearman[i, j])),
         "interval95": named(lambda i, j: [float(low[i, j]), float(high[i, j])]),
+        "weight": named(lambda i, j: float(weight[i, j])),
     }
 
 
 def _ranked(table: Floats) -> Floats:
-    """Spearman of every metric (the first rows) and every property (the others); NaN where a row does not vary."""
+    """[2, metrics, properties]: Spearman's correlations of every metric (the first rows of the table) and every
+    property (the others), and the regression weights; NaN where a row does not vary."""
     ranks = rankdata(table, axis=1)
     ranks -= ranks.mean(1, keepdims=True)
     norm = np.sqrt((ranks**2).sum(1))
     ranks /= np.where(norm > 0, norm, np.nan)[:, None]
-    return ranks[: len(METRICS)] @ ranks[len(METRICS) :].T
+    metric, planted = ranks[: len(METRICS)], ranks[len(METRICS) :]
+    spearman = metric @ planted.T
+    return np.stack([spearman, spearman @ np.linalg.pinv(planted @ planted.T)])

@@ -66,7 +66,7 @@ FAMILIES = {
     "mixed": Family(
         persistence=(0.0, 0.9),
         position=(0.0, 1.0),
-        topic=(0.3, 1.0),
+        topic=(0.1, 1.0),
         magnitude=(0.7, 1.4),
         magnitude_persistence=(0.0, 0.9),
     ),
