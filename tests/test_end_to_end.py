@@ -40,6 +40,8 @@ def test_a_run_leaves_everything_behind_and_repeats_to_the_last_digit(small):
         assert (run / "features" / f"{name}.parquet").is_file()
         assert (run / "eval_results" / f"legato_{run.name}_{name}_eval_results.json").is_file()
         assert ("position_shuffled" in groups["consistency"]) == (name not in GRID_ARMS)
+        assert ("redundancy" in groups) == (name not in GRID_ARMS)
+        assert (run / "redundancy" / f"{name}.parquet").is_file() == (name not in GRID_ARMS)
     with (run / "ablation.csv").open() as table:
         assert {row["arm"] for row in csv.DictReader(table)} == set(metrics)
 

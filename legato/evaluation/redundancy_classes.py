@@ -25,7 +25,7 @@ from legato.evaluation.redundancy_sums import (
 DUPLICATE, POSITION_SPLIT, LEAD_LAG, ANTIPODAL = CLASSES = ("duplicate", "position_split", "lead_lag", "antipodal")
 MIN_STRETCHES = 16
 MAX_PAIRS = 200_000  # strongest kept, by decoder cosine and by excess; a collapsed SAE has millions
-COSINE_BLOCK = 2048
+COSINE_BLOCK = 512
 
 
 @dataclass(frozen=True)
