@@ -21,6 +21,7 @@ from legato.evaluation.judge import Judged
 from legato.evaluation.offset import SHIFTS, OffsetResult, offset_test
 from legato.evaluation.redundancy import coded, redundancy
 from legato.evaluation.redundancy_table import write_redundancy
+from legato.evaluation.specialisation import specialise
 from legato.hardware import fast_matmul_dtype
 from legato.interop.saebench import write_core_file
 from legato.language_model import LanguageModel
@@ -271,6 +272,7 @@ def evaluate_arms(
         redundant = redundancy(coded(sae, held_out), sae.W_dec, decode=partial(_token_strings, model))
         results[name]["redundancy"] = redundant.metrics
         write_redundancy(run.redundancy, name, redundant)
+    _add_specialisation({name: results[name] for name in compared if name in bank.trained}, model)
     metrics = {}
     for name, result in results.items():
         if "saebench" in result["core"] and name in bank.trained:
@@ -307,6 +309,24 @@ def _offsets(
     if not shifts or not bool(first.mask_BL.any()):
         return {}
     return offset_test(compared, model, tokens, layer=activations.layer, site=site, shifts=shifts, rows=OFFSET_ROWS)
+
+
+def _add_specialisation(results: Mapping[str, dict[str, Any]], model: LanguageModel) -> None:
+    """The kinds of latents of the trained arms, in clusters that they share."""
+    if not results:
+        return
+    recipes: dict[str, list[str]] = {}
+    for name in results:
+        recipes.setdefault(name.split("_seed")[0], []).append(name)
+    specialised = specialise(
+        {name: result["features"] for name, result in results.items()},
+        next(iter(results.values()))["core"]["tokens"],
+        same_recipe=list(recipes.values()),
+        decode=lambda token: str(model.tokenizer.decode([token])),
+    )
+    for name, one in specialised.items():
+        results[name]["specialisation"] = one.section
+        results[name]["features"] |= one.columns
 
 
 def _controls(config: ExperimentConfig, bank: Bank, activations: Activations) -> dict[str, Control]:

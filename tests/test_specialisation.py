@@ -234,7 +234,7 @@ def test_a_lag_longer_than_the_context_is_left_out_of_the_descriptors():
     assert adjusted_rand_score(truth_F, result.columns["cluster"].astype(int)) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("case", ["few", "silent", "alike", "one of two"])
+@pytest.mark.parametrize("case", ["few", "silent", "alike", "unmeasured"])
 def test_too_few_latents_give_a_note_and_no_clusters(case):
     table, _ = planted(per_kind=6 if case == "few" else 20)
     tables = {"sae": table}
@@ -245,8 +245,9 @@ def test_too_few_latents_give_a_note_and_no_clusters(case):
     if case == "alike":
         for name in COLUMNS:
             table[name][:] = table[name][0]
-    if case == "one of two":
-        tables["other"] = planted(per_kind=2)[0]
+    if case == "unmeasured":
+        table["density"][:60] = 0
+        del table["kappa16"]
     for name, result in specialise(tables, N_TOKENS).items():
         assert "judge on more text" in result.section["note"]
         assert result.section["clusters"] == []
@@ -254,6 +255,14 @@ def test_too_few_latents_give_a_note_and_no_clusters(case):
         assert np.isnan(result.columns["cluster"]).all()
         assert result.columns["map_x"].shape == tables[name]["density"].shape
         json.dumps(result.section, allow_nan=False)
+
+
+def test_an_sae_with_too_few_latents_does_not_keep_the_others_from_clusters():
+    tables = {"sae": planted()[0], "collapsed": planted(per_kind=2)[0]}
+    results = specialise(tables, N_TOKENS, same_recipe=[list(tables)])
+    alone = specialise({"sae": tables["sae"]}, N_TOKENS)["sae"]
+    assert results["sae"].section == alone.section
+    assert results["collapsed"].section["note"].startswith("no clusters: 10 latents fire 20 times")
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
@@ -284,3 +293,13 @@ def test_the_section_in_words():
     assert "groups apart" in third
     assert "between SAEs of different seeds" in third
     assert all(not isinstance(leaf, float) or math.isfinite(leaf) for leaf in leaves(section))
+
+
+def test_a_run_saves_the_kinds_of_its_latents(small):
+    assert small.run("--eval_rows=64", "--k=8", "--held_out=0.5") == 0
+    section = json.loads((small.out_dir / "metrics.json").read_text())["baseline"]["specialisation"]
+    table = read_features(small.out_dir / "features" / "baseline.parquet")
+    assert section["note"] is None
+    assert section["latents"] == np.isfinite(table["cluster"]).sum() >= 50
+    assert section["undefined_descriptors"] == ["kappa16"]  # contexts of 16 tokens
+    assert all(len(one["tokens"]) == 3 for kind in section["clusters"] for one in kind["examples"])

@@ -47,10 +47,11 @@ DESCRIPTORS = (
 
 
 def describe(table: Mapping[str, NDArray[Any]], used: Sequence[Descriptor]) -> Floats:
-    """[F, X], NaN where undefined."""
+    """[F, X], NaN where undefined, as a lag is that was not measured."""
+    unmeasured_F = np.full(len(table["density"]), np.nan)
     columns = []
     for descriptor in used:
-        values_F = np.asarray(table[descriptor.column], np.float64)
+        values_F = np.asarray(table.get(descriptor.column, unmeasured_F), np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):
             values_F = np.asarray(descriptor.scale(values_F), np.float64)
         if descriptor.undefined_is is not None:

@@ -47,21 +47,18 @@ def specialise(
 
     same_recipe: groups of names that differ in the training seed only, between which the agreement is measured.
     decode: token id -> text, for the examples. Latents that fire fewer than 20 times are left out.
-    Where fewer than 50 latents of some SAE remain there are no clusters: `note` says so, columns are null.
+    An SAE of which fewer than 50 remain has no clusters: `note` says so, its columns are null.
     """
-    chosen = {name: _clusterable(table, n_tokens) for name, table in tables.items()}
-    used = _defined_descriptors(tables, chosen)
+    chosen = {name: _fires_enough(table, n_tokens) for name, table in tables.items()}
+    used = _defined_descriptors(tables, {name: in_F for name, in_F in chosen.items() if in_F.sum() >= MIN_LATENTS})
     values = {name: describe(table, used) for name, table in tables.items()}
     for name, values_FX in values.items():
         chosen[name] &= np.isfinite(values_FX).all(1)
-    fitted_MX = _sample([values_FX[chosen[name]] for name, values_FX in values.items()], seed)
-    fewest = min(int(chosen_F.sum()) for chosen_F in chosen.values())
-    if fewest < MIN_LATENTS or len(np.unique(fitted_MX, axis=0)) < MIN_LATENTS:
-        note = (
-            f"no clusters: of some SAE {fewest} latents fire {MIN_FIRINGS} times or more and can be described, "
-            f"{MIN_LATENTS} different ones are needed; judge on more text"
-        )
-        return {name: _without_clusters(table, note) for name, table in tables.items()}
+    enough = {name: in_F for name, in_F in chosen.items() if len(np.unique(values[name][in_F], axis=0)) >= MIN_LATENTS}
+    results = {name: _without_clusters(tables[name], int(in_F.sum())) for name, in_F in chosen.items()}
+    if not enough:
+        return results
+    fitted_MX = _sample([values[name][in_F] for name, in_F in enough.items()], seed)
     clustering = cluster(fitted_MX, seed=seed)
     label_M = clustering.predict(fitted_MX)
     names = [name_of(medians(fitted_MX[label_M == number], used)) for number in range(clustering.k)]
@@ -69,21 +66,20 @@ def specialise(
     seeds = [
         agreement(values[one][chosen[one]], values[other][chosen[other]], clustering.k, seed=seed)
         for group in same_recipe
-        for one, other in combinations([name for name in group if name in values], 2)
+        for one, other in combinations([name for name in group if name in enough], 2)
     ]
     shared = {
         **_trust(clustering),
         "map_variance_explained": [float(share) for share in plane.explained_variance_ratio_],
         "descriptors": [one.name for one in used],
         "undefined_descriptors": [one.name for one in DESCRIPTORS if one not in used],
-        "fitted_on": {"saes": list(tables), "latents": len(fitted_MX)},
+        "fitted_on": {"saes": list(enough), "latents": len(fitted_MX)},
         "note": None,
     }
     shared["ari"]["sae_seeds"] = float(np.mean(seeds)) if seeds else None
-    results = {}
-    for name, table in tables.items():
-        columns = _columns(values[name], chosen[name], clustering, names, plane)
-        section = {**_shares(table, values[name], used, columns, clustering, names, decode), **shared}
+    for name, in_F in enough.items():
+        columns = _columns(values[name], in_F, clustering, names, plane)
+        section = {**_shares(tables[name], values[name], used, columns, clustering, names, decode), **shared}
         results[name] = Specialisation(section, columns)
     return results
 
@@ -113,7 +109,7 @@ def specialisation_lines(section: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _clusterable(table: Table, n_tokens: int) -> NDArray[np.bool_]:
+def _fires_enough(table: Table, n_tokens: int) -> NDArray[np.bool_]:
     return np.round(np.asarray(table["density"], np.float64) * n_tokens) >= MIN_FIRINGS
 
 
@@ -126,9 +122,8 @@ def _defined_descriptors(
         if descriptor.undefined_is is not None:
             return True
         return all(
-            descriptor.column in table and np.isfinite(table[descriptor.column][chosen[name]]).mean() >= 0.5
-            for name, table in tables.items()
-            if chosen[name].any()
+            descriptor.column in tables[name] and np.isfinite(tables[name][descriptor.column][chosen_F]).mean() >= 0.5
+            for name, chosen_F in chosen.items()
         )
 
     return tuple(descriptor for descriptor in DESCRIPTORS if is_defined(descriptor))
@@ -234,6 +229,10 @@ def _example(table: Table, latent: int, decode: Callable[[int], str]) -> dict[st
     }
 
 
-def _without_clusters(table: Table, note: str) -> Specialisation:
+def _without_clusters(table: Table, described: int) -> Specialisation:
+    note = (
+        f"no clusters: {described} latents fire {MIN_FIRINGS} times or more and can be described, {MIN_LATENTS} that "
+        "differ are needed; judge on more text"
+    )
     section = {"note": note, "k": 0, "latents": 0, "clusters": [], "min_firings": MIN_FIRINGS}
     return Specialisation(section, _null_columns(len(table["density"])))
