@@ -2,6 +2,7 @@
 
 import sys
 
+from legato.comparison import write_matched
 from legato.config import parse
 from legato.errors import LegatoError, UsageError
 from legato.experiment import ExperimentConfig, evaluate_arms, harvest_activations, load_model, read_text, train_arms
@@ -23,6 +24,7 @@ def run_experiment(config: ExperimentConfig, out_dir: str) -> None:
     bank = train_arms(config, activations, run)
     evaluate_arms(config, bank, activations, model, run)
     write_ablation(run.root)
+    write_matched(run.root)
     write_figures(run.root)
     notes = write_notes(run.root)
     report = write_report(run.root)

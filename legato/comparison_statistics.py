@@ -14,6 +14,7 @@ from legato.comparison_points import ALL, Point
 from legato.evaluation.accumulators import Floats
 
 LEVEL = 0.95
+LEAST_GAIN = 0.1  # relative; what a share of less would be a share of is noise
 
 
 def estimate(points: Sequence[Point], key: str) -> dict[str, float | None]:
@@ -27,8 +28,8 @@ def between(ours: Sequence[Point], theirs: Sequence[Point], key: str, their_key:
 
     interval95_documents: percentiles over bootstrap replicates, in which both drew the same documents (for these very
     SAEs), recentred on the ratio: a replicate leaves out latents that fire in no drawn document, rare ones above all,
-    which shifts its means. interval95_seeds: over the seeds (for these very documents). None where a seed lacks the number; no ratio to
-    a baseline that is not positive.
+    which shifts its means. interval95_seeds: over the seeds (for these very documents). None where a seed lacks the
+    number; no ratio to a baseline that is not positive.
     """
     if not all(key in point.values for point in ours) or not all(their_key in point.values for point in theirs):
         return None
@@ -47,12 +48,13 @@ def between(ours: Sequence[Point], theirs: Sequence[Point], key: str, their_key:
 
 def absent(ours: Sequence[Point], theirs: Sequence[Point], key: str, shuffled_key: str) -> dict[str, Any] | None:
     """What is left on shuffled activations, and the share of the gain over the baseline that is gone there:
-    1 - (gain there) / (gain), None where nothing is gained. None where a seed lacks the number."""
+    1 - (gain there) / (gain), None where the gain is below a tenth of the baseline's value. None where a seed lacks
+    the number."""
     if not all(name in point.values for point in (*ours, *theirs) for name in (key, shuffled_key)):
         return None
     left_S, base_S = _values(ours, shuffled_key), _values(theirs, shuffled_key)
     gain_S = _values(ours, key) - _values(theirs, key)
-    gained = float(gain_S.mean()) > 0
+    gained = float(gain_S.mean()) > LEAST_GAIN * abs(float(_values(theirs, key).mean()))
     interval = ratio_interval(left_S - base_S, gain_S) if gained else None
     return {
         "value": float(left_S.mean()),

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from legato.cache import write_atomically
+from legato.comparison_table import legend, tables, verdicts
 from legato.results import Arm, SavedRun
 
 KAPPA_EXCESS = "consistency.kappa1_excess_within"
@@ -311,6 +312,7 @@ def notes(run: SavedRun) -> str:
     sections = [
         ("What was run", _paragraph(described(run))),
         ("Results on held-out text", results_table(run)),
+        ("At the baseline's sparsity and reconstruction", matched_tables(run)),
         ("What the comparison says", "\n\n".join(_comparisons(run))),
         ("What the ablation says", _paragraph(ablation_in_words(run))),
         ("What it does not say", _list(scope(run))),
@@ -381,6 +383,15 @@ def results_table(run: SavedRun) -> str:
         "the held-out text at all."
     )
     return "\n".join([*lines, "", legend, *([raw] if raw else [])])
+
+
+def matched_tables(run: SavedRun) -> str:
+    """The matched comparison with its legend and what it says of the targets; empty where none was saved."""
+    if run.matched is None:
+        return ""
+    shown = [table.without(("kappa", "AC")) for table in tables(run.matched)]
+    text = [f"{table.title}:\n{table.text()}" for table in shown]
+    return "\n\n".join([*text, _list([*legend(run.matched), *verdicts(run.matched)])])
 
 
 def write_notes(run_dir: str | Path) -> Path:

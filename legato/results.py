@@ -159,6 +159,12 @@ class SavedRun:
         path = RunDir(self.path).log
         return read_log(path) if path.is_file() else {}
 
+    @cached_property
+    def matched(self) -> dict[str, Any] | None:
+        """The matched comparison; None where none was saved."""
+        path = RunDir(self.path).matched
+        return _read_json(path) if path.is_file() else None
+
     def arrays(self, arm: str) -> dict[str, np.ndarray]:
         """The arrays saved for an arm (`position_matrix` (L, L), ...); empty where none were saved."""
         path = RunDir(self.path).arrays / f"{arm}.npz"

@@ -1,0 +1,134 @@
+"""The command `legato`: what is done with finished runs.  legato compare run_1
+
+A subcommand is a function that adds its arguments to a parser, and one that takes the parsed arguments.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+from legato import synthetic
+from legato.comparison import compare_runs, write_json, write_matched
+from legato.comparison_table import legend, tables, verdicts
+from legato.errors import LegatoError, UsageError
+from legato.notes import write_final_info, write_notes
+from legato.report.ablation_table import write_ablation
+from legato.report.comparison import write_comparison
+from legato.report.figures import write_figures
+from legato.report.html import write_report
+from legato.results import SavedRun
+
+
+@dataclass(frozen=True)
+class Command:
+    text: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand; 0 where it went well, 1 where it failed, 2 where it was called wrongly."""
+    try:
+        options = _parser().parse_args(arguments)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        COMMANDS[options.command].run(options)
+    except LegatoError as error:
+        if options.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}: see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="legato", description="Compare and report finished runs of experiment.py.")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        command.add_arguments(commands.add_parser(name, help=command.text, description=command.text))
+    return parser
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folders made with the same settings")
+    parser.add_argument(
+        "--out", type=Path, help="file for the numbers (default: matched.json in the run, none for several runs)"
+    )
+
+
+def _compare(options: argparse.Namespace) -> None:
+    runs = [SavedRun.open(path) for path in options.runs]
+    matched = compare_runs(runs)
+    if not matched["methods"]:
+        raise UsageError(f"{', '.join(matched['runs'])}: only the baseline was trained, there is nothing to compare")
+    console = Console()
+    for found in tables(matched):
+        table = Table(title=found.title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+        for number, heading in enumerate(found.headings):
+            table.add_column(heading, justify="right" if number else "left", no_wrap=number > 0)
+        for row in found.rows:
+            table.add_row(*row)
+        console.print(table)
+        console.print()
+    for sentence in (*legend(matched), *verdicts(matched)):
+        console.print(f"- {sentence}", highlight=False, markup=False)
+    out = options.out or (runs[0].path / "matched.json" if len(runs) == 1 else None)
+    if out is not None:
+        with _writing(out):
+            write_json(out, matched)
+        console.print(f"\nnumbers: {out}", highlight=False, markup=False)
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folders with a metrics.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path("figures"), help="folder for the figures that compare several runs"
+    )
+
+
+def _report(options: argparse.Namespace) -> None:
+    runs = {path: SavedRun.open(path) for path in options.runs}
+    for path in runs:
+        with _writing(path):
+            for build in (write_ablation, write_matched, write_figures, write_notes, write_final_info, write_report):
+                build(path)
+        print(path / "report.html")
+    if len(runs) > 1:
+        names = [path.name for path in runs]
+        labels = {path.name if names.count(path.name) == 1 else str(path): run for path, run in runs.items()}
+        with _writing(options.out):
+            for figure in write_comparison(labels, options.out).values():
+                print(figure)
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{target} cannot be written ({error.strerror}): choose another place") from error
+
+
+COMMANDS = {
+    "compare": Command("Set methods side by side at the baseline's L0 and FVU.", _compare_arguments, _compare),
+    "report": Command("Build a run's tables, figures, notes and report again.", _report_arguments, _report),
+    "synthetic": Command("Train and judge SAEs where the truth is known.", synthetic.add_arguments, synthetic.main),
+}
