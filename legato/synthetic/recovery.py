@@ -15,7 +15,7 @@ from torch import Tensor
 
 from legato.codes import SparseCodes
 from legato.evaluation.judge import Judged
-from legato.sae import held
+from legato.stateful import held
 from legato.synthetic.bed import Bed, Rows
 
 Floats = NDArray[np.float64]

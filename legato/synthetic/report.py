@@ -1,13 +1,14 @@
 """The study's results as text and as one figure, drawn from what synthetic.json holds and nothing else."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -111,43 +112,53 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 
 
 def _draw_recovery(ax: Axes, results: Mapping[str, Any]) -> None:
-    names = list(results["arms"])
-    for place, (name, style) in enumerate(run_styles(names).items()):
-        scores = results["arms"][name]["mcc"]
-        bins = [i for i, section in enumerate(SECTIONS) if section in scores]
-        means = np.array([scores[SECTIONS[i]]["mean"] for i in bins])
-        bounds = np.array([scores[SECTIONS[i]]["interval95"] for i in bins]).T
-        at = np.array(bins) + 0.12 * (place - (len(names) - 1) / 2)
-        error = np.abs(bounds - means)
-        ax.errorbar(at, means, error, color=style.colour, marker=style.marker, linestyle="none", label=name, capsize=2)
-    ax.set_xticks(range(len(SECTIONS)), SECTIONS)
-    ax.set_xlabel("planted persistence")
-    ax.set_ylabel("MCC of decoder directions")
-    ax.set_title("Recovery of the planted sources")
-    ax.legend(fontsize=8, loc="best")
+    arms = results["arms"]
+    sections = [name for name in SECTIONS if name in arms[BASELINE]["mcc"]]
+    others = [name for name in arms if name != BASELINE]
+    for place, name in enumerate(others):
+        scores = [arms[name]["advantage"]["decoder"][section] for section in sections]
+        at = np.arange(len(sections)) + 0.15 * (place - (len(others) - 1) / 2)
+        _points(ax, arms, name, at, scores, "y")
+    ax.axhline(0, color=INK, linewidth=0.8)
+    labels = [f"{section}\n({arms[BASELINE]['mcc'][section]['mean']:.2f})" for section in sections]
+    ax.set_xticks(range(len(sections)), labels)
+    ax.set_xlabel("planted persistence (baseline’s MCC)")
+    ax.set_ylabel("MCC gained over the baseline")
+    ax.set_title("Sources of all kinds")
+    if others:
+        ax.get_figure(root=True).legend(loc="outside upper left", ncols=len(others), fontsize=8.5)  # type: ignore[union-attr]
+
+
+def _points(
+    ax: Axes, arms: Mapping[str, Any], name: str, at: NDArray[Any], scores: Sequence[Mapping[str, Any]], along: str
+) -> None:
+    """Means with their intervals, `along` y or x."""
+    style = run_styles(list(arms))[name]
+    means = np.array([score["mean"] for score in scores])
+    error = np.abs(np.array([score["interval95"] for score in scores]).T - means)
+    x, y = (at, means) if along == "y" else (means, at)
+    bars: dict[str, Any] = {f"{along}err": error}
+    label = name if along == "y" else None
+    ax.errorbar(x, y, **bars, color=style.colour, marker=style.marker, linestyle="none", capsize=2, label=label)
 
 
 def _draw_sweep(ax: Axes, results: Mapping[str, Any]) -> None:
     points = results["sweep"]
     others = [name for name in points[0]["arms"] if name != BASELINE]
-    styles = run_styles([BASELINE, *others])
     for place, name in enumerate(others):
         scores = [point["arms"][name]["advantage"]["decoder"] for point in points]
-        means = np.array([score["mean"] for score in scores])
-        error = np.abs(np.array([score["interval95"] for score in scores]).T - means)
         at = np.arange(len(points)) + 0.18 * (place - (len(others) - 1) / 2)
-        style = styles[name]
-        ax.errorbar(means, at, xerr=error, color=style.colour, marker=style.marker, linestyle="none", capsize=2)
+        _points(ax, results["arms"], name, at, scores, "x")
     ax.axvline(0, color=INK, linewidth=0.8)
     labels = [
-        f"ρ {point['persistence']:g}, noise {point['noise']:.2g}" + (" (persistent)" * bool(point["noise_persistence"]))
+        f"ρ {point['persistence']:g}, noise {point['noise']:.2g}" + ("*" * bool(point["noise_persistence"]))
         for point in points
     ]
     ax.set_yticks(range(len(points)), labels)
     ax.invert_yaxis()
     ax.grid(axis="x")
-    ax.set_xlabel("MCC gained over the baseline")
-    ax.set_title("All sources alike")
+    ax.set_xlabel("MCC gained (*: persistent noise)")
+    ax.set_title("Sources all alike")
 
 
 def _draw_weights(ax: Axes, results: Mapping[str, Any]) -> None:
@@ -163,12 +174,13 @@ def _draw_weights(ax: Axes, results: Mapping[str, Any]) -> None:
         for j, name in enumerate(properties):
             value = table[i, j]
             weight = "bold" if METRICS[metric] == name else "normal"
-            colour = "white" if abs(value) > 0.6 else INK if abs(value) >= MISLED else MUTED
+            colour = "white" if abs(value) > 0.55 else INK if abs(value) >= MISLED else MUTED
             ax.text(j, i, f"{value:+.2f}", ha="center", va="center", color=colour, fontsize=8, fontweight=weight)
     ax.set_xticks(range(len(properties)), [name.replace("_", "\n") for name in properties])
     ax.set_yticks(range(len(metrics)), metrics)
     ax.grid(False)
-    ax.set_title("What moves a metric on the true codes: rank regression weights, what it is read as in bold")
+    ax.set_xlabel("weight of each planted property in the metric’s ranks (bold: what the metric is read as)")
+    ax.set_title("What moves each metric on the true codes")
 
 
 def _table(title: str) -> Table:
