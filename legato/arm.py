@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from legato import kernels
-from legato.consistency_losses import TemporalTerm, leading_count
+from legato.consistency_losses import TemporalTerm, WindowGroupLasso, leading_count
 from legato.errors import LegatoError
-from legato.sparsity import Sparsity
+from legato.sparsity import ReLU, Sparsity
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class ArmConfig:
         shares = [share for share, _ in self.groups]
         if shares != sorted(set(shares)) or shares[0] <= 0 or shares[-1] != 1:
             raise ValueError(f"groups {self.groups} must be growing shares of the latents that end at 1")
+        unpaid = isinstance(self.sparsity, ReLU) and self.sparsity.l1 <= 0
+        if unpaid and not any(isinstance(term, WindowGroupLasso) for term in self.terms):
+            raise ValueError(f"{self.name}: nothing makes ReLU codes sparse at l1 0: add it or WindowGroupLasso")
 
     def nested(self) -> kernels.Groups:
         ends = [leading_count(self.d_sae, share) for share, _ in self.groups]

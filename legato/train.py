@@ -122,7 +122,10 @@ class SAETrainer:
         found = group_diagnostics(order, n_valid, share, self.dead_F.numpy())
         if self.steps_done >= self.config.warmup * self.config.steps and self.arm.terms:
             self._at_start = self._at_start or found
-            if reason := collapse(self._at_start, found):
+            start = self._at_start
+            if not self.arm.sparsity.holds_l0:
+                start = {**start, "group_l0": found["group_l0"]}
+            if reason := collapse(start, found):
                 raise LegatoError(f"{self.arm.name}: {reason} at step {self.steps_done}: lower the coefficient")
         return found
 
@@ -134,7 +137,8 @@ class SAETrainer:
             if name == "W_dec_FD" and self.arm.freeze_decoder:
                 continue
             rows = [tensor.view(-1, tensor.shape[-1]).numpy() for _, tensor in entries]
-            kernels.adam(*rows, clip=clip, lr=lr, step=self.steps_done + 1, unit_rows=name == "W_dec_FD")
+            rate = lr * self.arm.sparsity.own_rate if name in self.parameters.own else lr
+            kernels.adam(*rows, clip=clip, lr=rate, step=self.steps_done + 1, unit_rows=name == "W_dec_FD")
         self.low_W_enc_FD.copy_(self.parameters.W_enc_FD)
 
     def finish(self, normaliser: Normaliser, calibration: Sequence[TrainBatch]) -> SparseAutoencoder:

@@ -115,11 +115,14 @@ class Sparsity(ABC):
     """Which latents of a token are active and what their codes are, in training and afterwards.
 
     architecture: what it is at inference (see SparseAutoencoder). own_parameters: names of what it learns per latent
-    besides the weights; `Preactivations.own` holds their values.
+    besides the weights; `Preactivations.own` holds their values. own_rate: their learning rate over the weights'.
+    holds_l0: whether L0 is near its target from the start; where it is not, its fall is the penalty at work.
     """
 
     architecture: ClassVar[str]
     own_parameters: ClassVar[tuple[str, ...]] = ()
+    own_rate: ClassVar[float] = 1.0
+    holds_l0: ClassVar[bool] = True
 
     @abstractmethod
     def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:

@@ -16,7 +16,9 @@ from legato.kernels import Array, Pairs
 from legato.sparsity.base import Decoding, Forward, Sparsity
 from legato.sparsity.preactivations import Preactivations, budget_threshold
 
-_STEER = 0.1  # relative change of the coefficient a step where L0 is twice the target
+# The logarithm of the coefficient follows the relative excess of L0, cut to -1..1: its sum over the steps (integral),
+# and at once (proportional), without which L0 swings.
+_INTEGRAL, _PROPORTIONAL = 0.05, 2.0
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Gated(Sparsity):
     k: int | None = None
     architecture: ClassVar[str] = "gated"
     own_parameters: ClassVar[tuple[str, ...]] = ("b_gate_F", "r_mag_F")
+    own_rate: ClassVar[float] = 3.0
 
     def initial(self, pre: Preactivations) -> dict[str, Tensor]:
         threshold = budget_threshold([pre], self.k or 32)
@@ -41,7 +44,7 @@ class Gated(Sparsity):
         return {"b_gate_F": b_enc_F - threshold, "r_mag_F": torch.zeros_like(b_enc_F)}
 
     def forward(self, pre: Preactivations, memory: float, progress: float) -> Forward:
-        """memory: logarithm of the coefficient over l1."""
+        """memory: logarithm of the steered coefficient over l1."""
         b_gate_F, gain_F = pre.own["b_gate_F"], np.exp(pre.own["r_mag_F"])
         N = pre.pre_NF.shape[0]
         token, latent, value = pre.above(pre.b_enc_F - b_gate_F, 4 * (self.k or 32) * pre.n_valid)
@@ -51,8 +54,9 @@ class Gated(Sparsity):
         gates = kernels.keep(N, token, latent, product + b_gate_F[latent], everywhere)
         pairs = kernels.keep(N, token, latent, code, code > 0)
         excess = 0.0 if self.k is None else len(pairs.value_P) / pre.n_valid / self.k - 1
-        steered = memory + _STEER * float(np.clip(excess, -1, 1))
-        return _Gates(pairs, steered, gates, code > 0, gain_F, pre.b_enc_F, self.l1 * float(np.exp(memory)))
+        excess = float(np.clip(excess, -1, 1))
+        l1 = self.l1 * float(np.exp(memory + _PROPORTIONAL * excess))
+        return _Gates(pairs, memory + _INTEGRAL * excess, gates, code > 0, gain_F, pre.b_enc_F, l1)
 
     def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
         forward = self.forward(pre, floor, progress)

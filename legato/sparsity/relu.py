@@ -15,10 +15,14 @@ from legato.sparsity.preactivations import Preactivations
 @dataclass(frozen=True)
 class ReLU(Sparsity):
     """Every positive pre-activation, with an L1 penalty: l1 / D * mean over tokens of sum_i f_i (codes with unit
-    decoder rows). Dividing by D puts l1 on the scale of a loss ||x - xhat||^2 summed over D, as SAELens has it."""
+    decoder rows). Dividing by D puts l1 on the scale of a loss ||x - xhat||^2 summed over D, as SAELens has it.
+
+    l1 = 0 leaves sparsity to a temporal term that pays for it, WindowGroupLasso.
+    """
 
     l1: float
     architecture: ClassVar[str] = "standard"
+    holds_l0: ClassVar[bool] = False
 
     def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
         N, F = pre.pre_NF.shape
