@@ -30,6 +30,7 @@ __all__ = [
     "Correlations",
     "agreement",
     "autocorrelation",
+    "burstiness",
     "document_eta2",
     "eta2",
     "firing_rate",
@@ -45,6 +46,7 @@ __all__ = [
     "smoothness",
     "sparsity",
     "switching_ratio",
+    "token_information",
 ]
 
 
@@ -137,6 +139,25 @@ def eta2(codes_BLF: Tensor, mask_BL: Tensor) -> Tensor:
 def mutual_information(codes_BLF: Tensor, mask_BL: Tensor) -> Tensor:
     """Mutual information of firing and position in nats, Miller-Madow corrected, [F]."""
     return torch.from_numpy(position.mutual_information(_sums(codes_BLF, mask_BL)))
+
+
+def token_information(codes_BLF: Tensor, tokens_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """(mutual information of firing and the token's id in nats, Miller-Madow corrected [F]; share of the entropy of
+    firing that the token tells beyond chance [F])."""
+    layout = PairLayout.of(mask_BL, None, (1,))
+    counts = TokenCounts.zero(codes_BLF.shape[2])
+    counts.add(tokens_BL, layout, LatentOrder.of(_sparse(codes_BLF, mask_BL), layout))
+    information = information_of(counts)
+    return torch.from_numpy(information.miller_madow_F), torch.from_numpy(information.adjusted_F)
+
+
+def burstiness(codes_BLF: Tensor, mask_BL: Tensor, doc_BL: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(burstiness of the gaps between firings inside a document [F], that of firings shuffled there [F])."""
+    layout = PairLayout.of(mask_BL, doc_BL, (1,))
+    sums = GapSums.zero(codes_BLF.shape[2])
+    sums.add(layout, LatentOrder.of(_sparse(codes_BLF, mask_BL), layout))
+    real_F, null_F = gap_burstiness(sums)
+    return torch.from_numpy(real_F), torch.from_numpy(null_F)
 
 
 def position_profile(codes_BLF: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:

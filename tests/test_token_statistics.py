@@ -10,6 +10,7 @@ import torch
 from sklearn.metrics import mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix, expected_mutual_information
 
+from legato import metrics
 from legato.codes import SparseCodes
 from legato.evaluation import token_statistics
 from legato.evaluation.accumulators import LatentOrder, PairLayout
@@ -253,3 +254,13 @@ def test_fewer_than_two_gaps_have_no_burstiness():
         real_F, null_F = burstiness(gap_sums(one_row(values)))
         assert np.isnan(real_F).all()
         assert np.isnan(null_F).all()
+
+
+def test_both_are_there_as_functions_of_dense_codes():
+    codes_BLF, tokens_BL, mask_BL = random_batch()
+    information = token_information(token_counts(codes_BLF, tokens_BL, mask_BL))
+    corrected_F, adjusted_F = metrics.token_information(codes_BLF, tokens_BL, mask_BL)
+    np.testing.assert_array_equal(corrected_F.numpy(), information.miller_madow_F)
+    np.testing.assert_array_equal(adjusted_F.numpy(), information.adjusted_F)
+    real_F, null_F = metrics.burstiness(one_row([1, 1, 1, 0, 0, 0, 1]), torch.ones(1, 7, dtype=torch.bool))
+    assert (real_F.item(), null_F.item()) == pytest.approx(((math.sqrt(2) - 2) / (math.sqrt(2) + 2), -1 / 3))
