@@ -131,7 +131,7 @@ def test_runs_switches_documents_and_positions(judged):
     assert documents[NAMES.index("always on in its document")] == pytest.approx(1)
     assert documents[NAMES.index("topic")] == pytest.approx(9 / 19, abs=TOLERANCE)
     assert np.abs(documents[[0, 1, 5]]).max() < 0.01
-    # position: 1/12 of the ramp's variance, nothing elsewhere. Information of p_t = .4 u, u uniform: H(.2) - mean H(p_t)
+    # position: 1/12 of the ramp's variance, nothing elsewhere. Information for p_t = .4 u: H(.2) - mean H(p_t)
     eta2 = columns["eta2"]
     assert eta2[-1] == pytest.approx(1 / 12, abs=0.01)
     assert np.abs(eta2[:-1]).max() < 0.01

@@ -3,7 +3,7 @@
 Shape legend: F sources or latents.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,53 +77,63 @@ def rank_correlations(
 ) -> dict[str, Any]:
     """How each metric ranks each planted property; columns and planted: one mapping per seed, values per source.
 
-    "sources": how many there are with every metric defined; only they count, and properties that do not vary are left
-        out. Fewer than LEAST in a seed give no numbers.
+    "sources": how many there are with every metric defined; only they count, and metrics and properties that do not
+        vary among them are left out. Fewer than LEAST in a seed give no numbers.
     "spearman": {metric: {property: rank correlation}}, "interval95" its bounds, by a bootstrap over seeds and sources.
     "weight": the standardised coefficients of the regression of the metric's ranks on the ranks of all properties:
         Spearman's correlation without what two properties share by chance. What should be 0 and is not misleads.
     All are means over seeds.
     """
-    properties = [name for name in PLANTED if min(np.ptp(each[name]) for each in planted) > 0]
     seeds = []
     for metric, value in zip(columns, planted, strict=True):
-        table = np.stack([metric[name] for name in METRICS] + [value[name] for name in properties])
+        table = np.stack([metric[name] for name in METRICS] + [value[name] for name in PLANTED])
         seeds.append(table[:, np.isfinite(table).all(0)])
     counts = [table.shape[1] for table in seeds]
-    if min(counts) < LEAST or not properties:
+    varies = np.all([np.ptp(table, axis=1) > 0 for table in seeds], 0) if min(counts) >= LEAST else np.array([])
+    metrics = [name for name, is_free in zip(METRICS, varies[: len(METRICS)], strict=False) if is_free]
+    properties = [name for name, is_free in zip(PLANTED, varies[len(METRICS) :], strict=False) if is_free]
+    if not metrics or not properties:
         return {"sources": sum(counts), "spearman": {}, "interval95": {}, "weight": {}}
+    seeds = [table[varies] for table in seeds]
+    n = len(metrics)
+    spearman, weight = np.mean([_rank_weights(table, n) for table in seeds], 0)
     rng = np.random.default_rng(0)
-    drawn = []
-    for _ in range(replicates):
+    drawn = np.empty((replicates, *spearman.shape))
+    for r in range(replicates):
         tables = [seeds[i] for i in rng.integers(len(seeds), size=len(seeds))]
-        drawn.append(
-            np.mean([_ranked(table[:, rng.integers(table.shape[1], size=table.shape[1])])[0] for table in tables], 0)
-        )
-    low, high = np.nanquantile(drawn, [0.025, 0.975], axis=0)
-    spearman, weight = np.mean([_ranked(table) for table in seeds], 0)
+        drawn[r] = np.mean([_spearman(t[:, rng.integers(t.shape[1], size=t.shape[1])], n) for t in tables], 0)
+    bounds = np.quantile(drawn, [0.025, 0.975], axis=0)
 
-    def named(pick: Callable[[int, int], Any]) -> dict[str, dict[str, Any]]:
+    def named(values: Floats) -> dict[str, dict[str, Any]]:
         return {
-            metric: {name: pick(i, j) for j, name in enumerate(properties)}
-            for i, metric in enumerate(METRICS)
-            if np.isfinite(spearman[i]).all()
+            metric: {name: values[..., i, j].tolist() for j, name in enumerate(properties)}
+            for i, metric in enumerate(metrics)
         }
 
     return {
         "sources": sum(counts),
-        "spearman": named(lambda i, j: float(spearman[i, j])),
-        "interval95": named(lambda i, j: [float(low[i, j]), float(high[i, j])]),
-        "weight": named(lambda i, j: float(weight[i, j])),
+        "spearman": named(spearman),
+        "interval95": named(bounds),
+        "weight": named(weight),
     }
 
 
-def _ranked(table: Floats) -> Floats:
-    """[2, metrics, properties]: Spearman's correlations of every metric (the first rows of the table) and every
-    property (the others), and the regression weights; NaN where a row does not vary."""
+def _spearman(table: Floats, n_metrics: int) -> Floats:
+    """Rank correlations of every metric (the first rows of the table) and every property (the others); 0 where a row
+    does not vary."""
+    ranks = _ranks(table)
+    return ranks[:n_metrics] @ ranks[n_metrics:].T
+
+
+def _rank_weights(table: Floats, n_metrics: int) -> Floats:
+    """[2, metrics, properties]: rank correlations, and the weights of the regression on all properties."""
+    planted = _ranks(table)[n_metrics:]
+    spearman = _spearman(table, n_metrics)
+    return np.stack([spearman, spearman @ np.linalg.pinv(planted @ planted.T)])
+
+
+def _ranks(table: Floats) -> Floats:
+    """Each row's ranks, centred and of unit length."""
     ranks = rankdata(table, axis=1)
     ranks -= ranks.mean(1, keepdims=True)
-    norm = np.sqrt((ranks**2).sum(1))
-    ranks /= np.where(norm > 0, norm, np.nan)[:, None]
-    metric, planted = ranks[: len(METRICS)], ranks[len(METRICS) :]
-    spearman = metric @ planted.T
-    return np.stack([spearman, spearman @ np.linalg.pinv(planted @ planted.T)])
+    return ranks / np.maximum(np.sqrt((ranks**2).sum(1, keepdims=True)), 1e-12)
