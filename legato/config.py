@@ -14,10 +14,11 @@ from typing import Any, NoReturn
 from legato.errors import UsageError
 
 # What an arm may differ in from the baseline; `A+B` combines several, with at most one of each of the first two.
-SPARSITY_ARMS = ("hysteresis", "topk")
+SPARSITY_ARMS = ("hysteresis", "topk", "jumprelu", "gated", "relu", "window_group_lasso")
 GROUP_ARMS = ("matryoshka", "tsae")
 TERM_ARMS = ("contrastive", "window_variance", "slowness", "fused_lasso", "position_penalty")
-NAMED_ARMS = (*SPARSITY_ARMS, *GROUP_ARMS, *TERM_ARMS)
+TRAINING_CONTROLS = ("shuffled", "frozen_decoder")
+NAMED_ARMS = (*SPARSITY_ARMS, *GROUP_ARMS, *TERM_ARMS, *TRAINING_CONTROLS)
 CONTROLS = ("ema", "chunk_mean", "hysteresis")
 
 
@@ -97,6 +98,7 @@ class ArmsConfig:
     coefficient: float | None = option(
         None, "weight of the named temporal terms beside the reconstruction loss, an FVU (default: each term's own)"
     )
+    l1: float = option(5.0, "relu, window_group_lasso: weight of the penalty that makes them sparse")
     release: float = option(0.5, "hysteresis: a latent that is on stays on above this share of the threshold")
     grid: str = option("2,4,8,16,32x0.1,0.3,1", "ablation: windows x coefficients of window_variance")
     ablation: bool = option(True, "train the grid: --no-ablation leaves it out")
@@ -111,6 +113,8 @@ class ArmsConfig:
             _choice("sweep_arms", name, self.temporal)
         if self.sweep_arms and not self.sweep_k:
             raise UsageError("--sweep_arms needs the k to train them at: add --sweep_k")
+        if not self.l1 > 0:
+            raise UsageError(f"--l1 {self.l1} makes nothing sparse: use more than 0")
         if not 0 < self.release <= 1:
             raise UsageError(f"--release {self.release} must lie above 0 and at most at 1")
         for k in self.sweep_k:

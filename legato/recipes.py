@@ -11,10 +11,11 @@ from legato.consistency_losses import (
     Slowness,
     TemporalTerm,
     TsaeContrastive,
+    WindowGroupLasso,
     WindowVariance,
 )
 from legato.errors import UsageError
-from legato.sparsity import BatchTopK, Hysteresis, TopK
+from legato.sparsity import BatchTopK, Gated, Hysteresis, JumpReLU, ReLU, TopK
 from legato.train import ArmConfig
 
 MATRYOSHKA = ((0.2, 0.2), (1.0, 0.8))  # share of the latents, weight: the groups of temporal-saes
@@ -63,6 +64,8 @@ def recipe(arm: ArmConfig) -> dict[str, Any]:
         "sparsity": {"type": type(arm.sparsity).__name__, **vars(arm.sparsity)},
         "terms": [vars(each) for each in arm.terms],
         "groups": [list(group) for group in arm.groups],
+        "freeze_decoder": arm.freeze_decoder,
+        "shuffle_positions": arm.shuffle_positions,
     }
 
 
@@ -88,6 +91,18 @@ def _difference(part: str, arm: ArmConfig, config: ExperimentConfig, d_in: int) 
         return {"sparsity": Hysteresis(k, release=options.release)}
     if part == "topk":
         return {"sparsity": TopK(k)}
+    if part == "jumprelu":
+        return {"sparsity": JumpReLU(k)}
+    if part == "gated":
+        return {"sparsity": Gated(k=k)}
+    if part == "relu":
+        return {"sparsity": ReLU(options.l1)}
+    if part == "window_group_lasso":
+        return {"sparsity": ReLU(0.0), **with_term(WindowGroupLasso(options.window, options.l1 / d_in))}
+    if part == "shuffled":
+        return {"shuffle_positions": True}
+    if part == "frozen_decoder":
+        return {"freeze_decoder": True}
     if part == "matryoshka":
         return {"groups": MATRYOSHKA}
     if part == "tsae":
