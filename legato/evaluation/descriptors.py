@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from legato.evaluation.accumulators import Floats
 from legato.evaluation.consistency import DENSE_RATE
 
-# A cluster's name follows from the medians of its members: the first that reaches its value. The values are set by hand,
-# with the demo model's baseline and hysteresis SAEs in view: shares compare between SAEs, and mean little by themselves.
+# A cluster's name follows from the medians of its members: the first that reaches its value. The values are set by
+# hand, with the demo model's baseline and hysteresis SAEs in view: shares compare between SAEs, and mean little alone.
 POSITIONAL_ETA2 = 0.1
 PASSAGE_KAPPA16 = 0.05
 PHRASE_KAPPA1 = 0.2
