@@ -385,6 +385,12 @@ def by_latent(pairs: Pairs, n_latents: int) -> LatentOrder:
     return LatentOrder(*_by_latent(pairs.token_P, pairs.latent_P, pairs.value_P, n_latents))
 
 
+def by_token(token_Q: Array, latent_Q: Array, value_Q: Array, N: int) -> Pairs:
+    """Pairs in latent order as pairs in token order; latents stay ascending inside a token."""
+    ptr_N, latent_P, value_P, source_P = _by_latent(latent_Q, token_Q, value_Q, N)
+    return Pairs(ptr_N, token_Q[source_P], latent_P, value_P)
+
+
 def decode(
     pairs: Pairs, groups: Groups, W_dec_FD: Array, b_dec_D: Array, x_ND: Array, valid_N: Array
 ) -> tuple[Array, Array]:

@@ -1,0 +1,81 @@
+"""Persistent: every latent leaks its past into its present.
+
+Shape legend: N flat tokens, F latents, P / Q selected pairs by token / by latent, H pairs with a code by latent.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from legato import kernels, pair_kernels
+from legato.kernels import Array, LatentOrder, Pairs
+from legato.persistence import Carried, carry, carry_back
+from legato.sparsity.base import Decoding, Forward, Sparsity
+from legato.sparsity.batchtopk import BatchTopK
+from legato.sparsity.preactivations import Preactivations
+
+
+@dataclass(frozen=True)
+class Persistent(Sparsity):
+    """h_t = l h_{t-1} + (1 - l) a_t along the tokens of one document, and h is the code that is decoded; a is
+    BatchTopK's code with k, the leak l of each latent is learned (arXiv 2607.17117).
+
+    A stretch ends where nothing is selected and h falls below `tail` of the stretch's peak, so that codes stay sparse.
+    L0 is an outcome: about k * (1 + log(tail) / log(l)). The cut passes no gradient. start: the leak before training.
+    """
+
+    k: int
+    tail: float = 0.05
+    start: float = 0.3
+    architecture: ClassVar[str] = "persistent"
+    own_parameters: ClassVar[tuple[str, ...]] = ("leak_logit_F",)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tail < 1 or not 0 < self.start < 1:
+            raise ValueError(f"tail {self.tail} and start {self.start} must lie between 0 and 1")
+
+    def initial(self, pre: Preactivations) -> dict[str, Tensor]:
+        logit = float(np.log(self.start / (1 - self.start)))
+        return {"leak_logit_F": torch.full(pre.b_enc_F.shape, logit)}
+
+    def forward(self, pre: Preactivations, memory: float, progress: float) -> Forward:
+        selected, floor = BatchTopK(self.k).select(pre, memory, progress)
+        leak_F = _leak(pre.own["leak_logit_F"])
+        order = kernels.by_latent(selected, len(leak_F))
+        carried = carry(order, leak_F, self.tail, pre.layout)
+        return _Leaky(carried.pairs(pre.pre_NF.shape[0]), floor, selected, order, carried, leak_F)
+
+    def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
+        forward = self.forward(pre, floor, progress)
+        return forward.pairs, forward.memory
+
+    def frozen(self, calibration: Sequence[Preactivations]) -> dict[str, Any]:
+        leak_F = torch.from_numpy(_leak(calibration[0].own["leak_logit_F"]))
+        fields = BatchTopK(self.k).frozen(calibration)
+        return {**fields, "architecture": self.architecture, "leak": leak_F, "tail": self.tail}
+
+
+def _leak(logit_F: Array) -> Array:
+    return 1 / (1 + np.exp(-logit_F))
+
+
+@dataclass(frozen=True)
+class _Leaky(Forward):
+    selected: Pairs
+    selected_order: LatentOrder
+    carried: Carried
+    leak_F: Array
+
+    def backward(self, decoding: Decoding) -> tuple[dict[str, float], float]:
+        carried, F = self.carried, len(self.leak_F)
+        by_code_H = decoding.slope_Q + decoding.code_gradient(carried.token_H, carried.latent_H)
+        by_selected_Q, by_leak_F = carry_back(carried, by_code_H, self.selected_order, self.leak_F)
+        decoding.gradients["leak_logit_F"][:] = by_leak_F * self.leak_F * (1 - self.leak_F)
+        by_selected_P = np.empty_like(by_selected_Q)
+        by_selected_P[self.selected_order.source_Q] = by_selected_Q
+        bias_F = pair_kernels.sum_by_latent(self.selected.latent_P, by_selected_P, F)
+        return {}, decoding.apart(self.selected._replace(value_P=by_selected_P), bias_F)
