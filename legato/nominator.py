@@ -1,4 +1,4 @@
-"""Active pairs of a trained SAE with positive thresholds, without computing every code exactly.
+"""Active pairs of a trained SAE with positive thresholds or a budget, without computing every code exactly.
 
 Shape legend: B rows, L positions, N flat tokens, D width, F latents, P pairs in token order.
 """
@@ -13,26 +13,29 @@ from torch import Tensor
 from legato.hardware import fast_matmul_dtype
 from legato.sequences import SequenceLayout
 from legato.sparsity import Preactivations
+from legato.sparsity.hysteresis_topk import held_top_pairs
+from legato.sparsity.preactivations import Array
 
 _NOMINATED_SHARE = 0.9
 
 
 @dataclass(frozen=True)
 class Nominator:
-    """A matmul in the machine's fast dtype nominates pairs within a tenth of their threshold, and only those are
-    computed exactly, in float32.
+    """A matmul in the machine's fast dtype nominates pairs within a tenth of their threshold, or of their token's
+    budget, and only those are computed exactly, in float32.
 
-    pre = (acts - b_dec) @ W_enc + bias_F, on above threshold_F > 0 (with a release: a Schmitt trigger, see
-    sparsity.Hysteresis). Code of what is on: pre, or relu(gain_F * pre + offset_F).
+    pre = (acts - b_dec) @ W_enc + bias_F, on above threshold_F > 0, or where it is one of the token's k largest (with a
+    release: see sparsity.Hysteresis and HysteresisTopK). Code of what is on: pre, or relu(gain_F * pre + offset_F).
     """
 
     W_enc_FD: Tensor
     b_dec: Tensor
     bias_F: Tensor
-    threshold_F: Tensor
+    threshold_F: Tensor | None
     gain_F: Tensor | None = None
     offset_F: Tensor | None = None
     release: float | None = None
+    k: int | None = None
 
     @cached_property
     def _low_W_enc_FD(self) -> Tensor:
@@ -50,6 +53,9 @@ class Nominator:
             self.bias_F.numpy(),
             layout,
         )
+        if self.k is not None:
+            return _tensors(*held_top_pairs(pre, self.k, self.release or 1.0, _NOMINATED_SHARE)[1:])
+        assert self.threshold_F is not None
         threshold_F = self.threshold_F.numpy()
         floor_F = np.float32(_NOMINATED_SHARE * (self.release or 1)) * threshold_F
         token_P, latent_P, value_P = pre.scan_latents(floor_F, 64 * len(x_ND))
@@ -60,5 +66,8 @@ class Nominator:
         if self.gain_F is not None and self.offset_F is not None:
             value_P = self.gain_F.numpy()[latent_P] * value_P + self.offset_F.numpy()[latent_P]
             on_P &= value_P > 0
-        token, latent, value = (torch.from_numpy(column[on_P]) for column in (token_P, latent_P, value_P))
-        return token.long(), latent.long(), value
+        return _tensors(token_P[on_P], latent_P[on_P], value_P[on_P])
+
+
+def _tensors(token_P: Array, latent_P: Array, value_P: Array) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.from_numpy(token_P).long(), torch.from_numpy(latent_P).long(), torch.from_numpy(value_P)

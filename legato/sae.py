@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from legato import kernels
+from legato import kernels, stateful
 from legato.activations import ActivationBatch, Normaliser
 from legato.codes import SparseCodes
 from legato.errors import LegatoError, UsageError
@@ -26,9 +26,12 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "topk": ("k",),
     "jumprelu": ("threshold",),
     "hysteresis": ("threshold", "release"),
+    "hysteresis_topk": ("k", "release"),
+    "window_topk": ("threshold", "window"),
     "gated": ("b_gate", "r_mag"),
 }
 ARCHITECTURES = tuple(_FIELDS)
+_STATEFUL = ("hysteresis", "hysteresis_topk", "window_topk")
 
 _TOKENS_AT_ONCE = 4096
 
@@ -38,10 +41,12 @@ class SparseAutoencoder:
     """codes = activation(acts @ W_enc + b_enc), reconstruction = codes @ W_dec + b_dec, all in raw activation units.
 
     W_enc (D, F), b_enc (F), W_dec (F, D) with unit rows where Legato trained it, b_dec (D): float32.
-    architecture: "standard" (ReLU), "topk" (k), "jumprelu" (threshold (F); a latent fires strictly above it),
-        "hysteresis" (threshold, release: a latent switches on at its threshold and stays on, token after token, down to
-        release times it; see sparsity.Hysteresis) or "gated" (b_gate (F), r_mag (F): a latent fires where
-        acts @ W_enc + b_gate > 0, with the code relu(exp(r_mag) * (acts @ W_enc) + b_enc)).
+    architecture: "standard" (ReLU), "topk" (k), "jumprelu" (threshold (F); a latent fires strictly above it), "gated"
+        (b_gate (F), r_mag (F): a latent fires where acts @ W_enc + b_gate > 0, with the code
+        relu(exp(r_mag) * (acts @ W_enc) + b_enc)), or one with state along the sequence: "hysteresis" (threshold,
+        release: a latent switches on at its threshold and stays on, token after token, down to release times it),
+        "hysteresis_topk" (k, release: the k largest, where what was on counts 1 / release times) and "window_topk"
+        (threshold, window: on in the windows whose norm reaches it); see sparsity.
     details: what made it (objective, model, layer, normaliser, versions); saved as legato.json.
     """
 
@@ -53,6 +58,7 @@ class SparseAutoencoder:
     threshold: Tensor | None = None
     k: int | None = None
     release: float | None = None
+    window: int | None = None
     b_gate: Tensor | None = None
     r_mag: Tensor | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
@@ -60,7 +66,7 @@ class SparseAutoencoder:
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
             raise UsageError(f"architecture {self.architecture!r} is unknown: choose one of {', '.join(ARCHITECTURES)}")
-        for name in ("k", "threshold", "release", "b_gate", "r_mag"):
+        for name in ("k", "threshold", "release", "window", "b_gate", "r_mag"):
             value = getattr(self, name)
             if (name in _FIELDS[self.architecture]) != (value is not None):
                 raise UsageError(f"{name} = {value} does not fit architecture {self.architecture!r}")
@@ -87,12 +93,22 @@ class SparseAutoencoder:
             codes = torch.relu(self.r_mag.exp() * pre + self.b_enc) * (pre + self.b_gate > 0)
             return codes if mask is None else codes * mask.unsqueeze(-1)
         pre = pre + self.b_enc
-        if self.architecture == "hysteresis":
-            assert self.threshold is not None
-            assert self.release is not None
-            return pre * held(pre, self.threshold, self.release, mask, doc)
+        if self.architecture in _STATEFUL:
+            return pre * self._on_along_sequence(pre, mask, doc)
         codes = self._activate(pre)
         return codes if mask is None else codes * mask.unsqueeze(-1)
+
+    def _on_along_sequence(self, pre: Tensor, mask: Tensor | None, doc: Tensor | None) -> Tensor:
+        if self.architecture == "hysteresis_topk":
+            assert self.k is not None
+            assert self.release is not None
+            return stateful.held_top(pre, self.k, self.release, mask, doc)
+        assert self.threshold is not None
+        if self.architecture == "window_topk":
+            assert self.window is not None
+            return stateful.held_windows(pre, self.threshold, self.window, mask, doc)
+        assert self.release is not None
+        return stateful.held(pre, self.threshold, self.release, mask, doc)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Reconstruction [..., L, D] of codes [..., L, F], in raw activation units."""
@@ -104,8 +120,8 @@ class SparseAutoencoder:
     def encode_sparse(self, batch: ActivationBatch) -> SparseCodes:
         """The active pairs of a batch's valid positions; codes are rescaled by their decoder norm.
 
-        Where thresholds are positive, a matmul in the machine's fast dtype nominates pairs within a tenth of their
-        threshold and only those are computed exactly, in float32.
+        Where there is a budget, or thresholds are positive, a matmul in the machine's fast dtype nominates pairs and
+        only those are computed exactly, in float32.
         """
         B, L, _ = batch.acts_BLD.shape
         self._check(batch.acts_BLD)
@@ -125,20 +141,21 @@ class SparseAutoencoder:
         return SparseCodes(tokens, latents, values, (B, L, self.d_sae))
 
     def _nominator(self) -> Nominator | None:
-        """None where a threshold is not positive, or there is none."""
+        """None where a threshold is not positive, or whole windows decide."""
         centre_F = self.b_dec @ self.W_enc  # activations less b_dec have smaller numbers, which round less
         gain_F = offset_F = None
         if self.b_gate is not None and self.r_mag is not None:
-            bias_F, threshold_F, gain_F = torch.zeros_like(centre_F), -centre_F - self.b_gate, self.r_mag.exp()
+            bias_F, gain_F = torch.zeros_like(centre_F), self.r_mag.exp()
+            threshold_F: Tensor | None = -centre_F - self.b_gate
             offset_F = gain_F * centre_F + self.b_enc
-        elif self.threshold is not None:
-            bias_F, threshold_F = centre_F + self.b_enc, self.threshold
-        else:
+        elif self.architecture in ("standard", "window_topk"):
             return None
-        if not bool((threshold_F > 0).all()):
+        else:
+            bias_F, threshold_F = centre_F + self.b_enc, self.threshold
+        if threshold_F is not None and not bool((threshold_F > 0).all()):
             return None
         W_enc_FD = self.W_enc.T.contiguous()
-        return Nominator(W_enc_FD, self.b_dec, bias_F, threshold_F, gain_F, offset_F, self.release)
+        return Nominator(W_enc_FD, self.b_dec, bias_F, threshold_F, gain_F, offset_F, self.release, self.k)
 
     def decode_sparse(self, codes: SparseCodes) -> Tensor:
         """Reconstruction [B, L, D] of sparse codes; positions without any code decode to b_dec."""
@@ -153,8 +170,8 @@ class SparseAutoencoder:
     def on_raw(self, normaliser: Normaliser) -> "SparseAutoencoder":
         """The same SAE for raw activations, where this one takes normalised ones, scale * (x - mean).
 
-        Codes and biases are lengths and shrink by the scale, thresholds with them; k, release, r_mag and the weights
-        have no unit. A bias also takes up the mean.
+        Codes and biases are lengths and shrink by the scale, thresholds with them; k, release, window, r_mag and the
+        weights have no unit. A bias also takes up the mean.
         """
         mean_D, scale = normaliser.mean_D, normaliser.scale
         gain = 1.0 if self.r_mag is None else self.r_mag.exp()
@@ -167,29 +184,33 @@ class SparseAutoencoder:
         )
 
     def stateless(self, batch: ActivationBatch) -> "SparseAutoencoder":
-        """A jumprelu SAE with the weights of this hysteresis SAE, for tools that keep no order of tokens.
+        """A SAE with the weights of this one and no state along the sequence, for tools that keep no order of tokens.
 
-        One factor on all thresholds gives it the L0 that this SAE has on the batch's valid tokens. How far it is from
-        this one there is saved with it, as details["stateless"]: the L0, `same_pairs` (token-latent pairs active in
-        both / in either) and the FVU of both.
+        topk for hysteresis_topk; else jumprelu, with one factor on all thresholds that gives it the L0 that this SAE
+        has on the batch's valid tokens. How far it is from this one there is saved with it, as details["stateless"]:
+        the L0, `same_pairs` (token-latent pairs active in both / in either) and the FVU of both.
         Raises UsageError for a SAE without state, LegatoError where thresholds are not positive or nothing fires.
         """
-        if self.architecture != "hysteresis":
+        if self.architecture not in _STATEFUL:
             raise UsageError(f"a {self.architecture} SAE keeps no state: save it as it is")
-        assert self.threshold is not None
         codes_NF = self.encode(batch.acts_BLD, batch.mask_BL, batch.doc_BL)[batch.mask_BL]
         on_NF = codes_NF > 0
         count = int(on_NF.sum())
-        if count == 0 or not bool((self.threshold > 0).all()):
-            raise LegatoError("no latent fires on the batch, or a threshold is not positive: was the SAE trained?")
+        if count == 0:
+            raise LegatoError("no latent fires on the batch: was the SAE trained?")
         x_ND = batch.acts_BLD[batch.mask_BL].to(self.W_enc.dtype)
-        share_NF = (x_ND @ self.W_enc + self.b_enc) / self.threshold
-        factor = share_NF.flatten().topk(count + 1).values[-1].clamp_min(0)
-        plain = replace(self, architecture="jumprelu", threshold=factor * self.threshold, release=None)
+        if self.threshold is None:
+            plain = replace(self, architecture="topk", release=None)
+        elif bool((self.threshold > 0).all()):
+            share_NF = (x_ND @ self.W_enc + self.b_enc) / self.threshold
+            factor = share_NF.flatten().topk(count + 1).values[-1].clamp_min(0)
+            plain = replace(self, architecture="jumprelu", threshold=factor * self.threshold, release=None, window=None)
+        else:
+            raise LegatoError("a threshold is not positive: was the SAE trained?")
         plain_NF = plain.encode(x_ND)
         power = (x_ND - x_ND.mean(0)).square().sum()
         difference = {
-            "release": self.release,
+            "of": {"architecture": self.architecture, "release": self.release, "window": self.window},
             "tokens": len(x_ND),
             "l0": count / len(x_ND),
             "same_pairs": float((on_NF & (plain_NF > 0)).sum() / (on_NF | (plain_NF > 0)).sum()),
@@ -211,6 +232,7 @@ class SparseAutoencoder:
             threshold=self.threshold,
             k=self.k,
             release=self.release,
+            window=self.window,
             b_gate=self.b_gate,
             b_mag=self.b_enc if gated else None,
             r_mag=self.r_mag,
@@ -246,6 +268,7 @@ class SparseAutoencoder:
             threshold=weights.get("threshold"),
             k=folder.k,
             release=folder.release,
+            window=folder.window,
             b_gate=b_gate,
             r_mag=r_mag,
             details=folder.legato or {},
@@ -276,27 +299,3 @@ def _positive(codes_NF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     token_P, latent_P = kernels.scan(codes_NF.numpy(), np.ones(N, np.bool_), np.zeros(N, np.float32), 64 * N)
     token, latent = torch.from_numpy(token_P).long(), torch.from_numpy(latent_P).long()
     return token, latent, codes_NF[token, latent]
-
-
-def held(
-    pre: Tensor, threshold: Tensor, release: float, mask: Tensor | None = None, doc: Tensor | None = None
-) -> Tensor:
-    """on[..., L, F] of pre-activations pre[..., L, F]: a latent switches on where pre >= threshold (F) and stays on
-    while pre >= release * threshold, through the positions L of one document. mask, doc: [..., L].
-
-    On where the last set is at least as recent as the last reset, found with two running maxima. A reset lies before
-    the token's own set where a document starts or masked tokens end.
-    """
-    valid = torch.ones(pre.shape[:-1], dtype=torch.bool, device=pre.device) if mask is None else mask
-    opens = torch.ones_like(valid)
-    opens[..., 1:] = ~valid[..., :-1]
-    if doc is not None:
-        opens[..., 1:] |= doc[..., 1:] != doc[..., :-1]
-    set_on = (pre >= threshold) & valid.unsqueeze(-1)
-    reset = (pre < release * threshold) | (opens | ~valid).unsqueeze(-1)
-    small = pre.shape[-2] <= torch.iinfo(torch.int16).max
-    at = torch.arange(pre.shape[-2], dtype=torch.int16 if small else torch.int32, device=pre.device).unsqueeze(-1)
-    never = at.new_tensor(-1)
-    last_set = torch.where(set_on, at, never).cummax(-2).values
-    last_reset = torch.where(reset, at, never).cummax(-2).values
-    return (last_set >= last_reset) & valid.unsqueeze(-1) & (last_set >= 0) & (pre > 0)

@@ -8,6 +8,7 @@ Shape legend: N tokens, D width, V outputs.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def split_matmul(x_ND: Tensor, weight_VD: Tensor, out: Tensor | None = None) -> 
 @contextmanager
 def _bfloat16_products() -> Iterator[None]:
     """Within it float32 matmuls round their inputs to bfloat16 and nothing else."""
-    matmul = torch.backends.mkldnn.matmul
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:

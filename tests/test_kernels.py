@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from legato import kernels
+from legato import kernels, stateful
 from legato.arm import ArmConfig, TrainConfig
 from legato.consistency_losses import (
     Contrastive,
@@ -19,7 +19,19 @@ from legato.consistency_losses import (
 )
 from legato.sae import SparseAutoencoder
 from legato.sequences import SequenceLayout
-from legato.sparsity import BatchTopK, Gated, Hysteresis, JumpReLU, Preactivations, ReLU, Sparsity, TopK
+from legato.sparsity import (
+    BatchTopK,
+    Gated,
+    Hysteresis,
+    HysteresisTopK,
+    JumpReLU,
+    Persistent,
+    Preactivations,
+    ReLU,
+    Sparsity,
+    TopK,
+    WindowTopK,
+)
 from legato.step import Parameters, TrainBatch, Workspace, auxiliary_loss, forward_backward
 
 B, L, D, F = 6, 20, 24, 64
@@ -108,6 +120,12 @@ def dense_codes(parameters: Parameters, batch: TrainBatch, mask_BL: torch.Tensor
     if isinstance(sparsity, Hysteresis):
         on_BLF, _ = highest_budget(pre_NF.detach().view(B, L, F), batch.layout, sparsity)
         return pre_NF * on_BLF.view(-1, F), pre_NF * on_BLF.view(-1, F), 0.0
+    if isinstance(sparsity, HysteresisTopK):
+        on_BLF = incumbents(pre_NF.detach().view(B, L, F), batch.layout, sparsity)
+        return pre_NF * on_BLF.view(-1, F), pre_NF * on_BLF.view(-1, F), 0.0
+    if isinstance(sparsity, WindowTopK):
+        on_BLF = best_windows(pre_NF.detach().view(B, L, F), batch.layout, sparsity)
+        return pre_NF * on_BLF.view(-1, F), pre_NF * on_BLF.view(-1, F), 0.0
     if isinstance(sparsity, JumpReLU):
         log_threshold_F, width = own["log_threshold_F"], sparsity.bandwidth
         excess = Jumps.apply(pre_NF, log_threshold_F, width).sum() / batch.n_valid / sparsity.k - 1
@@ -121,14 +139,33 @@ def dense_codes(parameters: Parameters, batch: TrainBatch, mask_BL: torch.Tensor
         codes_NF = (product_NF * own["r_mag_F"].exp() + p.b_enc_F).relu() * (gate_NF > 0)
         error, _ = nested_error(gate_NF, p.W_dec_FD.detach(), p.b_dec_D.detach(), batch, groups)
         return codes_NF, codes_NF, error + sparsity.l1 / D * gate_NF.sum() / batch.n_valid
+    if isinstance(sparsity, Persistent):
+        selected_NF, _, _ = dense_codes(parameters, batch, mask_BL, BatchTopK(sparsity.k), groups)
+        codes_NF = leaky_loop(selected_NF, batch.layout, own["leak_logit_F"].sigmoid(), sparsity.tail)
+        return codes_NF, codes_NF, 0.0
     assert isinstance(sparsity, ReLU)
     return pre_NF, pre_NF, sparsity.l1 / D * pre_NF.sum() / batch.n_valid
 
 
+def leaky_loop(selected_NF: torch.Tensor, layout: SequenceLayout, leak_F: torch.Tensor, tail: float) -> torch.Tensor:
+    """h = l h + (1 - l) a, token by token; a stretch ends without input below `tail` of its peak."""
+    state_F = peak_F = torch.zeros(F, dtype=torch.float64)
+    codes = []
+    for n, selected_F in enumerate(selected_NF):
+        if layout.start_N[n] in (-1, n):  # invalid, or the first token of a run
+            state_F = peak_F = torch.zeros(F, dtype=torch.float64)
+        state_F = leak_F * state_F + (1 - leak_F) * selected_F
+        ends_F = (selected_F == 0) & (state_F < tail * peak_F)
+        state_F = state_F * ~ends_F
+        peak_F = torch.maximum(peak_F, state_F.detach()) * ~ends_F
+        codes.append(state_F)
+    return torch.stack(codes)
+
+
 def with_own(parameters: Parameters, sparsity: Sparsity) -> Parameters:
-    """The sparsity's own parameters, scattered: thresholds about .8, gates about -.8, gains about 1."""
+    """The sparsity's own parameters, scattered: thresholds about .8, gates about -.8, gains about 1, leaks about .4."""
     noise = torch.Generator().manual_seed(7)
-    centre = {"log_threshold_F": -0.2, "b_gate_F": -0.8, "r_mag_F": 0.0}
+    centre = {"log_threshold_F": -0.2, "b_gate_F": -0.8, "r_mag_F": 0.0, "leak_logit_F": -0.4}
     own = {
         name: centre[name] + 0.2 * torch.randn(F, generator=noise, dtype=torch.float64)
         for name in sparsity.own_parameters
@@ -161,6 +198,80 @@ def highest_budget(pre_BLF: torch.Tensor, layout: SequenceLayout, sparsity: Hyst
         else:
             high = middle
     return schmitt(pre_BLF, layout, low, sparsity.release), low
+
+
+def incumbents(pre_BLF: torch.Tensor, layout: SequenceLayout, sparsity: HysteresisTopK) -> torch.Tensor:
+    """Each token's k best, where what was on before counts 1 / release times, as a plain loop."""
+    starts = torch.from_numpy(layout.start_N).view(B, L)
+    on_BLF = torch.zeros(pre_BLF.shape, dtype=torch.bool)
+    for b in range(B):
+        for t in range(L):
+            if starts[b, t] < 0:
+                continue
+            score_F = pre_BLF[b, t].clone()
+            if starts[b, t] != b * L + t:
+                score_F[on_BLF[b, t - 1]] /= sparsity.release
+            on_BLF[b, t, score_F.topk(sparsity.k).indices] = True
+            on_BLF[b, t] &= pre_BLF[b, t] > 0
+    return on_BLF
+
+
+def best_windows(pre_BLF: torch.Tensor, layout: SequenceLayout, sparsity: WindowTopK) -> torch.Tensor:
+    """The windows of largest norm, one after the other until the budget is spent, as a plain loop."""
+    pre_NF, starts, ends = pre_BLF.relu().reshape(-1, F), layout.start_N, layout.end_N
+    firsts = [n for n in range(B * L) if starts[n] >= 0 and (n - starts[n]) % sparsity.window == 0]
+    cells = [
+        (float(pre_NF[n : min(n + sparsity.window, ends[n]), f].norm()), n, f) for n in firsts for f in range(F)
+    ]
+    on_NF = torch.zeros(B * L, F, dtype=torch.bool)
+    for _, n, f in sorted(cells, reverse=True):
+        if on_NF.sum() >= sparsity.k * int(layout.valid_N.sum()):
+            break
+        part = slice(n, min(n + sparsity.window, ends[n]))
+        on_NF[part, f] = pre_NF[part, f] > 0
+    return on_NF.view(pre_BLF.shape)
+
+
+@pytest.mark.parametrize("sparsity", [HysteresisTopK(5, release=0.4), WindowTopK(5, window=4)])
+def test_choices_along_the_sequence_equal_the_plain_loop_in_training_and_inference(sparsity):
+    batch, mask_BL, doc_BL = make_batch()
+    parameters = make_parameters()
+    pre_NF = batch.x_ND @ parameters.W_enc_FD.T + parameters.b_enc_F
+    loop = incumbents if isinstance(sparsity, HysteresisTopK) else best_windows
+    on_BLF = loop(pre_NF.view(B, L, F), batch.layout, sparsity)
+    arrays = [tensor.numpy() for tensor in (batch.x_ND, parameters.W_enc_FD, parameters.b_enc_F)]
+    pre = Preactivations(pre_NF, *arrays, batch.layout)
+    pairs, _ = sparsity.select(pre, 0.0, 1.0)
+    found_NF = torch.zeros(B * L, F, dtype=torch.bool)
+    found_NF[pairs.token_P, pairs.latent_P] = True
+    assert torch.equal(found_NF.view(B, L, F), on_BLF)
+    assert 4.9 * batch.n_valid <= on_BLF.sum() <= 5.1 * batch.n_valid
+    plain_NF = pre_NF >= pre_NF.topk(5).values[:, -1:]
+    assert (on_BLF.view(-1, F) != plain_NF)[mask_BL.view(-1)].any()  # spent on other pairs
+
+    p = parameters
+    sae = SparseAutoencoder(
+        W_enc=p.W_enc_FD.T.contiguous(), b_enc=p.b_enc_F, W_dec=p.W_dec_FD, b_dec=p.b_dec_D, **sparsity.frozen([pre])
+    )
+    codes_BLF = sae.encode(batch.x_ND.view(B, L, D), mask_BL, doc_BL)
+    assert torch.equal(codes_BLF > 0, on_BLF)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_held_top_from_rounded_values_is_exact(dtype):
+    # The state of the rounded pass may differ from the exact one; what it nominates must still hold the exact choice.
+    generator = torch.Generator().manual_seed(0)
+    tokens, width, latents, k = 256, 24, 128, 8
+    x_ND = torch.randn(tokens, width, generator=generator).cumsum(0) / 4
+    W_FD = torch.randn(latents, width, generator=generator)
+    layout = SequenceLayout.of(torch.ones(2, tokens // 2, dtype=torch.bool), torch.zeros(2, tokens // 2))
+    exact_NF = x_ND @ W_FD.T
+    expected = stateful.held_top(exact_NF.view(2, -1, latents), k, 0.4).view(tokens, latents)
+    pre = Preactivations(exact_NF.to(dtype), x_ND.numpy(), W_FD.numpy(), np.zeros(latents, np.float32), layout)
+    pairs, _ = HysteresisTopK(k, release=0.4).select(pre, 0.0, 1.0)
+    found_NF = torch.zeros(tokens, latents, dtype=torch.bool)
+    found_NF[pairs.token_P, pairs.latent_P] = True
+    assert torch.equal(found_NF, expected)
 
 
 def test_hysteresis_budget_and_inference_equal_the_plain_loop():
@@ -208,7 +319,17 @@ def test_release_one_is_batch_top_k():
     assert set(zip(held.token_P, held.latent_P, strict=True)) == set(zip(plain.token_P, plain.latent_P, strict=True))
 
 
-SPARSITIES = [BatchTopK(4), TopK(4), ReLU(0.3), Hysteresis(4, release=0.4), JumpReLU(5), Gated(0.3)]
+SPARSITIES = [
+    BatchTopK(4),
+    TopK(4),
+    ReLU(0.3),
+    Hysteresis(4, release=0.4),
+    HysteresisTopK(4, release=0.4),
+    WindowTopK(4, window=3),
+    JumpReLU(5),
+    Gated(0.3),
+    Persistent(3),
+]
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES, ids=lambda sparsity: type(sparsity).__name__)

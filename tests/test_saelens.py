@@ -7,13 +7,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from legato.activations import ActivationBatch
 from legato.errors import LegatoError, UsageError
 from legato.interop.saelens_folder import read_saelens_folder, write_saelens_folder
 from legato.sae import SparseAutoencoder
 
 ROOT = Path(__file__).resolve().parents[1]
 D, F, K, RELEASE = 24, 80, 6, 0.4
-ARCHITECTURES = ("standard", "topk", "jumprelu", "hysteresis", "batchtopk", "gated")
+WINDOW = 4
+ARCHITECTURES = ("standard", "topk", "jumprelu", "hysteresis", "hysteresis_topk", "window_topk", "batchtopk", "gated")
 
 
 def random_weights(architecture: str) -> dict:
@@ -28,12 +30,14 @@ def random_weights(architecture: str) -> dict:
     if architecture == "gated":
         return weights | {"b_gate": 100 * randn(F), "b_mag": 100 * randn(F), "r_mag": 0.1 * randn(F)}
     weights["b_enc"] = 100 * randn(F)
-    if architecture == "topk":
+    if architecture in ("topk", "hysteresis_topk"):
         weights["k"] = K
-    if architecture in ("jumprelu", "hysteresis"):
+    if architecture in ("jumprelu", "hysteresis", "window_topk"):
         weights["threshold"] = 800 + 100 * randn(F)
-    if architecture == "hysteresis":
+    if architecture in ("hysteresis", "hysteresis_topk"):
         weights["release"] = RELEASE
+    if architecture == "window_topk":
+        weights["window"] = WINDOW
     if architecture == "batchtopk":
         weights["threshold"] = 900.0
     return weights
@@ -50,6 +54,19 @@ def reference_encode(acts_ND, architecture, weights, apply_b_dec_to_input=True):
         return torch.where(pre_NF >= kth_N1, pre_NF, 0.0).relu()
     if architecture in ("jumprelu", "batchtopk"):
         return torch.where(pre_NF > weights["threshold"], pre_NF, 0.0).relu()
+    if architecture == "hysteresis_topk":  # the rows are one sequence
+        codes_NF, on_F = torch.zeros_like(pre_NF), torch.zeros(F, dtype=torch.bool)
+        for code_F, pre_F in zip(codes_NF, pre_NF, strict=True):
+            score_F = torch.where(on_F, pre_F / RELEASE, pre_F)
+            on_F = (score_F >= score_F.sort(descending=True).values[K - 1]) & (pre_F > 0)
+            code_F[on_F] = pre_F[on_F]
+        return codes_NF
+    if architecture == "window_topk":
+        codes_NF = pre_NF.relu()
+        for start in range(0, len(codes_NF), WINDOW):
+            norm_F = codes_NF[start : start + WINDOW].norm(dim=0)
+            codes_NF[start : start + WINDOW, norm_F < weights["threshold"]] = 0
+        return codes_NF
     if architecture == "hysteresis":  # the rows are one sequence
         codes_NF, on_F = torch.zeros_like(pre_NF), torch.zeros(F, dtype=torch.bool)
         for code_F, pre_F in zip(codes_NF, pre_NF, strict=True):
@@ -77,6 +94,7 @@ def test_what_is_written_is_read_back(tmp_path, architecture):
     assert folder.architecture == {"batchtopk": "jumprelu"}.get(architecture, architecture)
     assert folder.k == weights.pop("k", None)
     assert folder.release == weights.pop("release", None)
+    assert folder.window == weights.pop("window", None)
     assert folder.apply_b_dec_to_input is True
     assert folder.metadata["hook_name"] == "model.layers.9"
     assert folder.legato == {"objective": {"temporal": "contrastive"}}
@@ -121,7 +139,11 @@ def test_legato_opens_it_and_computes_the_same(tmp_path, architecture, apply_b_d
     sae = SparseAutoencoder.load(SparseAutoencoder.load(path).save(tmp_path / "again"))
     acts_ND = raw_activations()
     expected_NF = reference_encode(acts_ND, architecture, weights, apply_b_dec_to_input)
-    torch.testing.assert_close(sae.encode(acts_ND), expected_NF, rtol=1e-4, atol=1e-4 * float(expected_NF.max()))
+    atol = 1e-4 * float(expected_NF.max())
+    torch.testing.assert_close(sae.encode(acts_ND), expected_NF, rtol=1e-4, atol=atol)
+    one_row = [torch.ones(1, len(acts_ND), dtype=torch.bool), *[torch.zeros(1, len(acts_ND), dtype=torch.long)] * 2]
+    sparse_NF = sae.encode_sparse(ActivationBatch(acts_ND[None], *one_row)).dense()[0]
+    torch.testing.assert_close(sparse_NF, expected_NF, rtol=1e-4, atol=atol)
 
 
 @pytest.mark.filterwarnings("default")
@@ -156,7 +178,9 @@ def test_legato_does_not_import_saelens():
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "hysteresis", "gated"])
+@pytest.mark.parametrize(
+    "architecture", ["standard", "topk", "jumprelu", "hysteresis", "hysteresis_topk", "window_topk", "gated"]
+)
 @pytest.mark.filterwarnings("default")
 def test_folder_has_exactly_the_keys_saelens_saves(tmp_path, architecture):
     pytest.importorskip("sae_lens", reason="sae-lens is not installed", exc_type=ImportError)
@@ -166,7 +190,7 @@ def test_folder_has_exactly_the_keys_saelens_saves(tmp_path, architecture):
     import legato.interop.saelens  # noqa: F401
 
     sae_class, cfg_class = get_sae_class(architecture)
-    own_field = {"topk": {"k": K}, "hysteresis": {"release": RELEASE}}.get(architecture, {})
+    own_field = {name: value for name, value in random_weights(architecture).items() if not hasattr(value, "shape")}
     theirs = sae_class(cfg_class(d_in=D, d_sae=F, **own_field))
     theirs.save_model(tmp_path / "theirs")
     write_saelens_folder(tmp_path / "ours", architecture=architecture, **random_weights(architecture))
@@ -223,6 +247,9 @@ def test_a_foreign_folder_is_not_replaced(tmp_path):
         ("jumprelu", {"release": 0.5}, "takes no release"),
         ("hysteresis", {"release": None}, "needs release"),
         ("hysteresis", {"release": 1.5}, "above 0 and at most at 1"),
+        ("hysteresis_topk", {"k": None}, "needs k"),
+        ("hysteresis_topk", {"k": F + 1}, "without a usable k"),
+        ("window_topk", {"window": 0}, "whole number of tokens"),
         ("jumprelu", {"b_dec": torch.zeros(D + 1)}, "b_dec has shape"),
         ("jumprelu", {"threshold": float("nan")}, "not finite"),
         ("matching_pursuit", {}, "choose one of"),

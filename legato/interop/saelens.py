@@ -1,6 +1,6 @@
 """SAELens' side of Legato's folders: `import legato.interop.saelens`, and `SAE.load_from_disk` opens them all.
 
-Registers the architecture `hysteresis`, which has state along the sequence and so no class in SAELens. Needs sae-lens,
+Registers Legato's architectures with state along the sequence, for which SAELens has no class. Needs sae-lens,
 whose import takes seconds: Legato itself reads and writes these folders through saelens_folder.py, without it.
 
 Shape legend: B rows, L positions, D activation width, F latents.
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from legato.sae import held
+from legato.stateful import held, held_top, held_windows
 
 try:
-    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig
     from sae_lens.registry import register_sae_class
 except ImportError as error:
     raise ImportError(f"legato.interop.saelens needs SAELens (pip install sae-lens): {error}") from error
@@ -31,7 +31,7 @@ class HysteresisSAEConfig(JumpReLUSAEConfig):
 
 
 class HysteresisSAE(JumpReLUSAE):
-    """`legato.SparseAutoencoder` of architecture hysteresis, as SAELens sees it: see `legato.sae.held`.
+    """`legato.SparseAutoencoder` of architecture hysteresis, as SAELens sees it: see `legato.stateful.held`.
 
     The sequence is the dimension before the last: activations [B, L, D], or one sequence [L, D]. SAELens passes no
     mask, so BOS tokens take part; `SparseAutoencoder.encode` takes a mask and document numbers.
@@ -44,4 +44,49 @@ class HysteresisSAE(JumpReLUSAE):
         return self.hook_sae_acts_post(pre * held(pre, self.threshold, self.cfg.release))
 
 
+@dataclass
+class HysteresisTopKSAEConfig(StandardSAEConfig):
+    """k: active latents per token. release: what was on at the token before counts 1 / release times."""
+
+    k: int = 1
+    release: float = 1.0
+
+    @classmethod
+    def architecture(cls) -> str:
+        return "hysteresis_topk"
+
+
+class HysteresisTopKSAE(StandardSAE):
+    """`legato.SparseAutoencoder` of architecture hysteresis_topk: see `legato.stateful.held_top`, and HysteresisSAE."""
+
+    cfg: HysteresisTopKSAEConfig
+
+    def encode(self, x: Tensor) -> Tensor:
+        pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
+        return self.hook_sae_acts_post(pre * held_top(pre, self.cfg.k, self.cfg.release))
+
+
+@dataclass
+class WindowTopKSAEConfig(JumpReLUSAEConfig):
+    """window: tokens for which a latent is chosen at once."""
+
+    window: int = 1
+
+    @classmethod
+    def architecture(cls) -> str:
+        return "window_topk"
+
+
+class WindowTopKSAE(JumpReLUSAE):
+    """`legato.SparseAutoencoder` of architecture window_topk: see `legato.stateful.held_windows`, and HysteresisSAE."""
+
+    cfg: WindowTopKSAEConfig
+
+    def encode(self, x: Tensor) -> Tensor:
+        pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
+        return self.hook_sae_acts_post(pre * held_windows(pre, self.threshold, self.cfg.window))
+
+
 register_sae_class("hysteresis", HysteresisSAE, HysteresisSAEConfig)
+register_sae_class("hysteresis_topk", HysteresisTopKSAE, HysteresisTopKSAEConfig)
+register_sae_class("window_topk", WindowTopKSAE, WindowTopKSAEConfig)

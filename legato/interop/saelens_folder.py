@@ -34,7 +34,17 @@ _WEIGHT_SHAPES: dict[str, dict[str, str]] = {
     "topk": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D"},
     "jumprelu": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D", "threshold": "F"},
     "hysteresis": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D", "threshold": "F"},
+    "hysteresis_topk": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D"},
+    "window_topk": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D", "threshold": "F"},
     "gated": {"W_enc": "DF", "b_gate": "F", "b_mag": "F", "r_mag": "F", "W_dec": "FD", "b_dec": "D"},
+}
+
+# What each architecture has beside its tensors.
+_NUMBERS: dict[str, tuple[str, ...]] = {
+    "topk": ("k",),
+    "hysteresis": ("release",),
+    "hysteresis_topk": ("k", "release"),
+    "window_topk": ("window",),
 }
 
 # What SAELens' own trainer records; a key the caller does not know stays None, which SAELens reads as unset.
@@ -58,11 +68,12 @@ _METADATA_KEYS = (
 class SAELensFolder:
     """A SAE as read from a SAELens folder, decoder norms folded where the folder asked for it.
 
-    architecture: standard, topk, jumprelu, hysteresis or gated.
+    architecture: standard, topk, jumprelu, gated, or one of Legato's: hysteresis, hysteresis_topk, window_topk.
     weights: float32 tensors by SAELens' names: W_enc (D, F), W_dec (F, D), b_dec (D) and, by architecture,
         b_enc (F); threshold (F), a jumprelu latent fires strictly above it; b_gate, b_mag, r_mag (F).
-    k: latents per token (topk only).
-    release: share of the threshold down to which a latent that is on stays on (hysteresis only; see sae.held).
+    k: latents per token (topk, hysteresis_topk).
+    release: share of the threshold down to which a latent that is on stays on (hysteresis, hysteresis_topk).
+    window: tokens for which a latent is chosen at once (window_topk).
     apply_b_dec_to_input: whether b_dec is subtracted from the activation before encoding.
     metadata: the folder's metadata (model_name, hook_name, ...).
     legato: the content of legato.json beside it, None where there is none.
@@ -72,6 +83,7 @@ class SAELensFolder:
     weights: dict[str, Tensor]
     k: int | None
     release: float | None
+    window: int | None
     apply_b_dec_to_input: bool
     metadata: dict[str, Any]
     legato: dict[str, Any] | None
@@ -88,6 +100,7 @@ def write_saelens_folder(
     threshold: Tensor | float | None = None,
     k: int | None = None,
     release: float | None = None,
+    window: int | None = None,
     b_gate: Tensor | None = None,
     b_mag: Tensor | None = None,
     r_mag: Tensor | None = None,
@@ -98,8 +111,9 @@ def write_saelens_folder(
     """Save a SAE that maps raw activations to raw activations as a SAELens folder; return its path.
 
     architecture: `standard` (ReLU), `topk` (needs k), `jumprelu` (needs threshold), `hysteresis` (needs threshold and
-        release), `gated` (needs b_gate, b_mag, r_mag and no b_enc), or `batchtopk`, which SAELens saves for inference
-        as jumprelu, its one threshold for all latents.
+        release), `hysteresis_topk` (k and release), `window_topk` (threshold and window), `gated` (needs b_gate, b_mag,
+        r_mag and no b_enc), or `batchtopk`, which SAELens saves for inference as jumprelu, its one threshold for all
+        latents.
     W_enc (D, F), W_dec (F, D), b_dec (D), b_enc / b_gate / b_mag / r_mag (F); threshold (F) or one number.
     metadata: model_name, hook_name, context_size, prepend_bos, ...; unknown keys are kept.
     legato: what SAELens has no field for, written beside it as legato.json.
@@ -113,9 +127,11 @@ def write_saelens_folder(
     if stored_as not in _WEIGHT_SHAPES:
         known = ", ".join([*_WEIGHT_SHAPES, "batchtopk"])
         raise UsageError(f"architecture {architecture!r} cannot be saved as a SAELens folder; choose one of {known}")
-    for owner, name, value in (("topk", "k", k), ("hysteresis", "release", release)):
-        if (stored_as == owner) != (value is not None):
-            raise UsageError(f"architecture {architecture!r} {'needs' if stored_as == owner else 'takes no'} {name}")
+    own = _NUMBERS.get(stored_as, ())
+    numbers = {"k": k, "release": release, "window": window}
+    for name, value in numbers.items():
+        if (name in own) != (value is not None):
+            raise UsageError(f"architecture {architecture!r} {'needs' if name in own else 'takes no'} {name}")
 
     F = W_enc.shape[-1]
     if threshold is not None:
@@ -152,10 +168,9 @@ def write_saelens_folder(
             **(metadata or {}),
         },
     }
+    cfg |= _usable_numbers(stored_as, numbers, F, what=f"SAE to be saved in {path}")
     if stored_as == "topk":
-        cfg |= {"k": k, "rescale_acts_by_decoder_norm": False}
-    if stored_as == "hysteresis":
-        cfg["release"] = _usable_release(release, what=f"SAE to be saved in {path}")
+        cfg["rescale_acts_by_decoder_norm"] = False
     cfg["architecture"] = stored_as
 
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / CFG_FILENAME).is_file()):
@@ -197,22 +212,27 @@ def read_saelens_folder(path: str | Path) -> SAELensFolder:
         raise LegatoError(f"{path / WEIGHTS_FILENAME} is damaged: {error}") from error
     weights = {name: tensor.to(torch.float32) for name, tensor in stored.items()}
     _check_weights(architecture, weights, what=str(path))
-    k = cfg.get("k") if architecture == "topk" else None
-    if architecture == "topk":
-        if not isinstance(k, int) or not 0 < k <= weights["W_enc"].shape[1]:
-            raise LegatoError(f"{path} is a topk SAE without a usable k ({k!r})")
-        if cfg.get("rescale_acts_by_decoder_norm", False):
-            weights = _fold_decoder_norm(weights)
-    release = _usable_release(cfg.get("release"), what=str(path)) if architecture == "hysteresis" else None
+    numbers = _usable_numbers(architecture, cfg, weights["W_enc"].shape[1], what=str(path))
+    if architecture == "topk" and cfg.get("rescale_acts_by_decoder_norm", False):
+        weights = _fold_decoder_norm(weights)
     legato = _read_json(path / LEGATO_FILENAME) if (path / LEGATO_FILENAME).is_file() else None
     subtracts_b_dec = bool(cfg.get("apply_b_dec_to_input", True))
-    return SAELensFolder(architecture, weights, k, release, subtracts_b_dec, metadata, legato)
+    k, release, window = (numbers.get(name) for name in ("k", "release", "window"))
+    return SAELensFolder(architecture, weights, k, release, window, subtracts_b_dec, metadata, legato)
 
 
-def _usable_release(release: Any, *, what: str) -> float:
-    if not isinstance(release, int | float) or not 0 < release <= 1:
-        raise LegatoError(f"{what}: release must lie above 0 and at most at 1, not at {release!r}")
-    return float(release)
+def _usable_numbers(architecture: str, given: Mapping[str, Any], F: int, *, what: str) -> dict[str, Any]:
+    """The architecture's own numbers. LegatoError where one is missing or out of its range."""
+    numbers: dict[str, Any] = {name: given.get(name) for name in _NUMBERS.get(architecture, ())}
+    for name, value in numbers.items():
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if name == "k" and not (whole and 0 < value <= F):
+            raise LegatoError(f"{what}: a {architecture} SAE without a usable k ({value!r})")
+        if name == "release" and not (isinstance(value, int | float) and 0 < value <= 1):
+            raise LegatoError(f"{what}: release must lie above 0 and at most at 1, not at {value!r}")
+        if name == "window" and not (whole and value >= 1):
+            raise LegatoError(f"{what}: window must be a whole number of tokens, not {value!r}")
+    return numbers
 
 
 def _check_weights(architecture: str, weights: dict[str, Tensor], *, what: str) -> None:

@@ -6,9 +6,11 @@ from legato.sparsity.gated import Gated
 from legato.sparsity.hysteresis import Hysteresis
 from legato.sparsity.hysteresis_topk import HysteresisTopK
 from legato.sparsity.jumprelu import JumpReLU
+from legato.sparsity.persistent import Persistent
 from legato.sparsity.preactivations import Preactivations
 from legato.sparsity.relu import ReLU
 from legato.sparsity.topk import TopK
+from legato.sparsity.window_topk import WindowTopK
 
 __all__ = [
     "BatchTopK",
@@ -16,8 +18,10 @@ __all__ = [
     "Hysteresis",
     "HysteresisTopK",
     "JumpReLU",
+    "Persistent",
     "Preactivations",
     "ReLU",
     "Sparsity",
     "TopK",
+    "WindowTopK",
 ]

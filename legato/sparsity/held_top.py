@@ -27,7 +27,8 @@ def held_top(
     """Mask of each token's k best positive pairs; ties at the cut go to the pairs that come first.
 
     A pair counts its value, and 1 / release times that where its latent was on at the token before, of the same run
-    [start_N, end_N). margin: with less than 1 also those pairs that count at least this share of the k-th.
+    [start_N, end_N). margin: with less than 1 for values that are not exact, also those pairs that may be among the k:
+    that count at least this share of the k-th, or would if their latent was on where it may have been.
     """
     tokens = np.arange(len(start_N))
     ptr_N = np.searchsorted(token_P, np.arange(len(start_N) + 1))
@@ -48,12 +49,13 @@ def _all_runs(first_R, end_R, ptr_N, latent_P, value_P, n_latents, k, bonus, mar
 
 @njit(cache=True)
 def _one_run(first, end, ptr_N, latent_P, value_P, n_latents, k, bonus, margin, keep_P):  # type: ignore[no-untyped-def]
-    held_since = np.full(n_latents, -2, np.int64)  # the last token at which a latent was on
+    on_since = np.full(n_latents, -2, np.int64)  # the last token at which a latent was on
+    kept_since = np.full(n_latents, -2, np.int64)  # the last one at which it may have been, for all we know
     for t in range(first, end):
         lo, hi = ptr_N[t], ptr_N[t + 1]
         score = value_P[lo:hi].copy()
         for p in range(lo, hi):
-            if held_since[latent_P[p]] == t - 1:
+            if on_since[latent_P[p]] == t - 1:
                 score[p - lo] *= bonus
         cut = score.dtype.type(0)
         room = hi - lo
@@ -63,10 +65,17 @@ def _one_run(first, end, ptr_N, latent_P, value_P, n_latents, k, bonus, margin, 
             for p in range(lo, hi):
                 room -= score[p - lo] > cut
         for p in range(lo, hi):
+            latent = latent_P[p]
             on = score[p - lo] > cut
             if score[p - lo] == cut and cut > 0 and room > 0:
                 on = True
                 room -= 1
+            keep = on
+            if margin < 1:
+                most = value_P[p] * bonus if kept_since[latent] == t - 1 else score[p - lo]
+                keep = on or most >= margin * cut
+            keep_P[p] = keep and value_P[p] > 0
             if on:
-                held_since[latent_P[p]] = t
-            keep_P[p] = value_P[p] > 0 and (on or (score[p - lo] >= margin * cut and margin < 1))
+                on_since[latent] = t
+            if keep_P[p]:
+                kept_since[latent] = t

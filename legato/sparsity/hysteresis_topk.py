@@ -42,8 +42,9 @@ class HysteresisTopK(Sparsity):
         return {"architecture": self.architecture, "k": self.k, "release": self.release}
 
 
-def held_top_pairs(pre: Preactivations, k: int, release: float) -> Pairs:
-    """The pairs that are on, exact among those that the matmul's own values nominate."""
+def held_top_pairs(pre: Preactivations, k: int, release: float, rough_share: float = _ROUGH_SHARE) -> Pairs:
+    """The pairs that are on, exact among those that the matmul's own values nominate: what counts there at least
+    `rough_share` of the token's k-th."""
     N, F = pre.pre_NF.shape
     layout = pre.layout
 
@@ -52,9 +53,9 @@ def held_top_pairs(pre: Preactivations, k: int, release: float) -> Pairs:
             layout.start_N, layout.end_N, token_P, latent_P, value_P, n_latents=F, k=k, release=release, margin=margin
         )
 
-    floor_N = pre.lowered(kernels.row_floors(pre.ordered, layout.valid_N, k), release)
+    floor_N = pre.lowered(kernels.row_floors(pre.ordered, layout.valid_N, k), rough_share * release)
     token_P, latent_P = kernels.scan(pre.ordered, layout.valid_N, floor_N, 6 * k * N)
-    near_P = top(pre.rough(token_P, latent_P), _ROUGH_SHARE)
+    near_P = top(pre.rough(token_P, latent_P), rough_share)
     token_P, latent_P = token_P[near_P], latent_P[near_P]
     value_P = pre.exact(token_P, latent_P)
     return kernels.keep(N, token_P, latent_P, value_P, top(value_P, 1.0))

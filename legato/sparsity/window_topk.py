@@ -1,0 +1,114 @@
+"""The budget is spent on stretches: a latent is chosen for a whole window of tokens.
+
+Shape legend: N flat tokens, F latents, P pairs in token order, G windows, C candidate (window, latent) cells.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from legato import kernels
+from legato.kernels import Pairs
+from legato.sequences import SequenceLayout
+from legato.sparsity.base import Sparsity
+from legato.sparsity.preactivations import Preactivations
+
+Array = NDArray[Any]
+
+_SURPLUS = 1.1  # what the candidate cells hold over the budget, so that rounding cannot hide a cell that belongs to it
+
+
+@dataclass(frozen=True)
+class WindowTopK(Sparsity):
+    """BatchTopK over (window, latent) cells: all positive pre-activations of the cells of largest norm
+    sqrt(sum over the window of relu(pre)^2) are on, with as many cells as make k active latents a token.
+
+    Windows of `window` tokens do not overlap and start where a run of a document starts. The choice for a token looks
+    ahead to the end of its window, which makes this the non-causal relative of hysteresis. At inference the norm's
+    threshold is a constant. Ours.
+    """
+
+    k: int
+    window: int = 8
+    architecture: ClassVar[str] = "window_topk"
+
+    def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
+        cells = best_cells(pre, self.window, self.k * pre.n_valid)
+        threshold = _budget_norm(cells.norm_C, cells.positive_C, self.k * pre.n_valid)[0]
+        return cells.pairs(pre.pre_NF.shape[0], cells.norm_C >= threshold), 0.0
+
+    def frozen(self, calibration: Sequence[Preactivations]) -> dict[str, Any]:
+        cells = [best_cells(pre, self.window, self.k * pre.n_valid) for pre in calibration]
+        norm_C = np.concatenate([each.norm_C for each in cells])
+        positive_C = np.concatenate([each.positive_C for each in cells])
+        last_and_next = _budget_norm(norm_C, positive_C, self.k * sum(pre.n_valid for pre in calibration))
+        threshold_F = torch.full(calibration[0].b_enc_F.shape, sum(last_and_next) / 2)
+        return {"architecture": self.architecture, "threshold": threshold_F, "window": self.window}
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Candidate cells: exact norm_C, number of positive pre-activations positive_C; and their pairs: cell_P, token_P,
+    latent_P, exact value_P."""
+
+    norm_C: Array
+    positive_C: Array
+    cell_P: Array
+    token_P: Array
+    latent_P: Array
+    value_P: Array
+
+    def pairs(self, n_tokens: int, keep_C: Array) -> Pairs:
+        """The positive pairs of the kept cells."""
+        keep_P = keep_C[self.cell_P] & (self.value_P > 0)
+        return kernels.keep(n_tokens, self.token_P, self.latent_P, self.value_P, keep_P)
+
+
+def best_cells(pre: Preactivations, window: int, count: int) -> Cells:
+    """The cells of largest norm, enough of them for `count` positive pre-activations if there are that many."""
+    F = pre.pre_NF.shape[1]
+    window_N, first_G, end_G = windows_of(pre.layout, window)
+    valid = torch.from_numpy(np.flatnonzero(window_N >= 0))
+    squares_NF = pre.pre_NF[valid].relu().float().square_()
+    norm2_GF = torch.zeros(len(first_G), F).index_add_(0, torch.from_numpy(window_N)[valid], squares_NF)
+    n_cells = 2 * count // window + 1
+    while True:
+        n_cells = min(n_cells, norm2_GF.numel())
+        best = norm2_GF.flatten().topk(n_cells, sorted=False).indices.numpy()
+        cells = _exact_cells(pre, best // F, best % F, first_G, end_G)
+        if cells.positive_C.sum() >= _SURPLUS * count or n_cells == norm2_GF.numel():
+            return cells
+        n_cells *= 2
+
+
+def windows_of(layout: SequenceLayout, window: int) -> tuple[Array, Array, Array]:
+    """(window_N, first_G, end_G): each valid token's window, -1 for the others, and the tokens [first, end) of each."""
+    tokens = np.arange(len(layout.start_N))
+    opens_N = layout.valid_N & ((tokens - layout.start_N) % window == 0)
+    window_N = np.where(layout.valid_N, np.cumsum(opens_N) - 1, -1)
+    first_G = np.flatnonzero(opens_N)
+    return window_N, first_G, np.minimum(first_G + window, layout.end_N[first_G])
+
+
+def _exact_cells(pre: Preactivations, window_C: Array, latent_C: Array, first_G: Array, end_G: Array) -> Cells:
+    length_C = (end_G - first_G)[window_C]
+    cell_P = np.repeat(np.arange(len(window_C)), length_C)
+    step_P = np.arange(len(cell_P)) - np.repeat(np.cumsum(length_C) - length_C, length_C)
+    token_P, latent_P = first_G[window_C][cell_P] + step_P, latent_C[cell_P]
+    order = np.argsort(token_P * pre.pre_NF.shape[1] + latent_P)
+    cell_P, token_P, latent_P = cell_P[order], token_P[order].astype(np.int32), latent_P[order].astype(np.int32)
+    value_P = pre.exact(token_P, latent_P)
+    positive_P = np.maximum(value_P, 0)
+    norm_C = np.sqrt(np.bincount(cell_P, positive_P.astype(np.float64) ** 2, len(window_C)))
+    return Cells(norm_C, np.bincount(cell_P, value_P > 0, len(window_C)), cell_P, token_P, latent_P, value_P)
+
+
+def _budget_norm(norm_C: Array, positive_C: Array, count: int) -> tuple[float, float]:
+    """Norms of the last cell that `count` active pairs pay for, and of the one after it."""
+    order = np.argsort(-norm_C, kind="stable")
+    last = min(int(np.searchsorted(np.cumsum(positive_C[order]), count)), len(order) - 1)
+    return float(norm_C[order[last]]), float(norm_C[order[min(last + 1, len(order) - 1)]])
