@@ -16,7 +16,7 @@ from rich.table import Table
 
 from legato import synthetic
 from legato.comparison import compare_runs, write_json, write_matched
-from legato.comparison_table import legend, tables, verdicts
+from legato.comparison_table import legend, tables
 from legato.errors import LegatoError, UsageError
 from legato.notes import write_final_info, write_notes
 from legato.report.ablation_table import write_ablation
@@ -88,7 +88,7 @@ def _compare(options: argparse.Namespace) -> None:
             table.add_row(*row)
         console.print(table)
         console.print()
-    for sentence in (*legend(matched), *verdicts(matched)):
+    for sentence in legend(matched):
         console.print(f"- {sentence}", highlight=False, markup=False)
     out = options.out or (runs[0].path / "matched.json" if len(runs) == 1 else None)
     if out is not None:

@@ -8,16 +8,28 @@ method against the baseline of the same seed, and averaged afterwards.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from legato.cache import write_atomically
-from legato.comparison_points import ALL, BINS, COSTS, MEASURES, Point, Sweep, along, bin_key, groups_of, point_of
+from legato.comparison_points import (
+    ALL,
+    BINS,
+    COSTS,
+    MEASURES,
+    Method,
+    Point,
+    Sweep,
+    along,
+    bin_key,
+    methods_of,
+    unequal_ce,
+)
 from legato.comparison_statistics import absent, between, estimate
 from legato.errors import UsageError
-from legato.results import Arm, SavedRun
-from legato.run_dir import RunDir, changes
+from legato.results import SavedRun
+from legato.run_dir import RunDir
 
 EQUAL = 0.02  # L0 (FVU) this close, relative to the baseline's, counts as equal
 MIN_LATENTS_IN_BIN = 20  # fewer, on either side, say nothing about a bin
@@ -25,7 +37,7 @@ MIN_LATENTS_IN_BIN = 20  # fewer, on either side, say nothing about a bin
 # What the best method is meant to reach at the baseline's L0 (definitions: "Comparing methods").
 KAPPA_RATIO, AC_RATIO = 4.0, 3.0
 MOST_FVU, LEAST_CE = 0.02, -0.02  # relative to the baseline's
-ABSENT_WHEN_SHUFFLED = 0.75
+ABSENT_SHARE = 0.75
 
 _AXES = {"at_l0": "l0", "at_fvu": "fvu"}
 HOW = {
@@ -33,16 +45,6 @@ HOW = {
     "method": "along the method's sweep",
     "baseline": "along the baseline's sweep",
 }
-
-
-@dataclass(frozen=True)
-class Method:
-    """A recipe with its seeds; groups: the parts of the dictionary that are compared on their own."""
-
-    name: str
-    role: str
-    groups: tuple[str, ...]
-    sweeps: dict[int, Sweep] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def compare_runs(runs: Sequence[SavedRun]) -> dict[str, Any]:
     return {
         "runs": [run.name for run in runs],
         "equal_within": EQUAL,
-        "left_out": ["CE loss score: the runs measured it on different contexts"] if _unequal_ce(runs) else [],
+        "left_out": ["CE loss score: the runs measured it on different contexts"] if unequal_ce(runs) else [],
         "baseline": _as_trained(baseline),
         "methods": {
             name: {"role": method.role, **_as_trained(method), **_compared(method, baseline)}
@@ -88,66 +90,6 @@ def write_matched(run_dir: str | Path) -> Path | None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
-
-
-def methods_of(runs: Sequence[SavedRun]) -> dict[str, Method]:
-    """The methods of all runs by name. An SAE that several runs hold counts once; one name for different recipes is
-    told apart by the run."""
-    for run in runs[1:]:
-        if difference := changes(_settings(run), _settings(runs[0])):
-            raise UsageError(f"{run.name} differs from {runs[0].name} ({difference}): compare them one at a time")
-    recipes: dict[str, Any] = {}
-    found: dict[str, tuple[Arm, tuple[str, ...], dict[int, dict[tuple[str, float | None], Point]]]] = {}
-    for run in runs:
-        for arm in run.arms:
-            if arm.role == "grid":
-                continue
-            fingerprint, name = _fingerprint(arm), arm.method
-            if recipes.setdefault(name, fingerprint) != fingerprint:
-                name = f"{arm.method} ({run.name})"
-            _, _, seeds = found.setdefault(name, (arm, tuple(groups_of(arm)), {}))
-            place = ("sweep" if arm.role == "sweep" else "main", arm.k)
-            points = seeds.setdefault(arm.seed or 0, {})
-            if place not in points:
-                points[place] = point_of(run, arm, without=("ce_loss_score",) if _unequal_ce(runs) else ())
-    return {
-        name: Method(name, arm.role, groups, _sweeps(seeds))
-        for name, (arm, groups, seeds) in found.items()
-        if _sweeps(seeds)
-    }
-
-
-def _sweeps(seeds: Mapping[int, Mapping[tuple[str, float | None], Point]]) -> dict[int, Sweep]:
-    sweeps = {}
-    for seed, points in sorted(seeds.items()):
-        mains = [point for (place, _), point in points.items() if place == "main"]
-        if mains:
-            sweeps[seed] = Sweep(mains[0], tuple(point for (place, _), point in points.items() if place == "sweep"))
-    return sweeps
-
-
-def _settings(run: SavedRun) -> dict[str, Any]:
-    """What two runs must share so that their numbers may stand in one table."""
-    config = run.config.get("config") or {}
-    stages = {stage: dict(config.get(stage) or {}) for stage in ("model", "data", "training", "evaluation")}
-    stages["training"].pop("seeds", None)
-    for name in ("controls", "ce_rows"):
-        stages["evaluation"].pop(name, None)
-    return stages
-
-
-def _unequal_ce(runs: Sequence[SavedRun]) -> bool:
-    """Whether the runs measured the language model's loss on different contexts, so that it does not compare."""
-    return len({run.setting("evaluation", "ce_rows") for run in runs}) > 1
-
-
-def _fingerprint(arm: Arm) -> Any:
-    """An arm's recipe apart from its budget and its seed."""
-    training = arm.metrics.get("training") or {}
-    recipe = {key: value for key, value in (training.get("recipe") or {}).items() if key not in ("k", "seed", "role")}
-    recipe["sparsity"] = {key: value for key, value in (recipe.get("sparsity") or {}).items() if key != "k"}
-    post_hoc = {key: value for key, value in (training.get("post_hoc") or {}).items() if key != "of"}
-    return recipe, post_hoc
 
 
 def _as_trained(method: Method) -> dict[str, Any]:
@@ -253,36 +195,43 @@ def _population(matches: Mapping[int, Match], name: str) -> dict[str, Any]:
 
 
 def _verdict(at_l0: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Criterion by criterion, whether the method reaches what the best is meant to reach at the baseline's L0."""
-    everything = at_l0["populations"][ALL]
+    """Target by target, whether the method reaches what the best is meant to reach at the baseline's L0.
 
-    def ratio(entry: Mapping[str, Any] | None) -> float | None:
-        return None if entry is None else entry["ratio"]
-
-    def above(name: str, value: float | None, target: float, low: float | None = None) -> dict[str, Any]:
-        met = None if value is None else value >= target
-        certain = None if low is None else low >= target
-        return {"criterion": name, "target": target, "value": value, "met": met, "beyond_intervals": certain}
-
-    verdict = []
-    for name, measure, target in (
-        ("kappa ratio", "kappa1_excess_within", KAPPA_RATIO),
-        ("AC ratio", "ac1_excess_within", AC_RATIO),
-    ):
-        entry = everything.get(measure)
-        interval = widest(entry)
-        verdict.append(above(name, ratio(entry), target, None if interval is None else interval[0]))
-    fvu, ce, alive = (ratio(at_l0.get(cost)) for cost in ("fvu", "ce_loss_score", "frac_alive"))
-    met = None if fvu is None else fvu - 1 <= MOST_FVU
-    verdict.append({"criterion": "FVU", "target": MOST_FVU, "value": None if fvu is None else fvu - 1, "met": met})
-    verdict.append(above("CE score", None if ce is None else ce - 1, LEAST_CE))
-    verdict.append(above("alive latents", None if alive is None else alive - 1, 0.0))
+    value: a ratio to the baseline, a share, or for costs the change relative to the baseline. met: None where it was
+    not measured. beyond_intervals: whether the lower end of the ratio's interval reaches the target too.
+    """
+    everything, shuffled = at_l0["populations"][ALL], at_l0["shuffled"]
     ahead, bins = bins_ahead(everything)
-    verdict.append(above("bins ahead", ahead / bins if bins else None, 1.0))
-    shares = [at_l0["shuffled"].get(measure, {}).get("absent") for measure in MEASURES[:2]]
-    least = None if None in shares else min(shares)
-    verdict.append(above("absent when shuffled", least, ABSENT_WHEN_SHUFFLED))
+    shares = [found["absent"] for m in MEASURES[:2] if (found := shuffled.get(m)) and found["absent"] is not None]
+    verdict = [
+        _criterion("kappa", f">= {KAPPA_RATIO:g}x", _ratio(everything.get(MEASURES[0])), KAPPA_RATIO),
+        _criterion("AC", f">= {AC_RATIO:g}x", _ratio(everything.get(MEASURES[1])), AC_RATIO),
+        _criterion("FVU", f"<= {MOST_FVU:+.0%}", _ratio(at_l0.get("fvu"), less=1), MOST_FVU, below=True),
+        _criterion("CE", f">= {LEAST_CE:+.0%}", _ratio(at_l0.get("ce_loss_score"), less=1), LEAST_CE),
+        _criterion("alive", ">= 0%", _ratio(at_l0.get("frac_alive"), less=1), 0.0),
+        _criterion("bins", "all", ahead / bins if bins else None, 1.0),
+        _criterion("absent", f">= {ABSENT_SHARE:.0%}", min(shares) if len(shares) == 2 else None, ABSENT_SHARE),
+    ]
+    for row, measure in zip(verdict, MEASURES[:2], strict=False):
+        interval = widest(everything.get(measure))
+        row["beyond_intervals"] = None if interval is None else interval[0] >= row["target"]
     return verdict
+
+
+def _criterion(name: str, bound: str, value: float | None, target: float, below: bool = False) -> dict[str, Any]:
+    met = None if value is None else bool(value <= target if below else value >= target)
+    return {
+        "criterion": name,
+        "bound": bound,
+        "target": target,
+        "value": value,
+        "met": met,
+        "beyond_intervals": None,
+    }
+
+
+def _ratio(entry: Mapping[str, Any] | None, less: float = 0.0) -> float | None:
+    return None if entry is None or entry["ratio"] is None else entry["ratio"] - less
 
 
 def bins_ahead(population: Mapping[str, Any]) -> tuple[int, int]:

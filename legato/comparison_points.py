@@ -1,4 +1,4 @@
-"""What a saved SAE contributes to a matched comparison, and interpolation along a sweep.
+"""What saved SAEs contribute to a matched comparison, and interpolation along a sweep.
 
 Shape legend: F latents, R bootstrap replicates.
 """
@@ -6,13 +6,16 @@ Shape legend: F latents, R bootstrap replicates.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from legato.consistency_losses import leading_count
+from legato.errors import UsageError
 from legato.evaluation.accumulators import Floats
 from legato.evaluation.consistency import DENSE_RATE, RATE_BINS
 from legato.results import Arm, SavedRun
+from legato.run_dir import changes
 
 MEASURES = ("kappa1_excess_within", "ac1_excess_within", "kappa1_excess_cross", "ac1_excess_cross")
 COSTS = ("l0", "fvu", "ce_loss_score", "frac_alive")
@@ -39,6 +42,77 @@ class Sweep:
 
     main: Point
     others: tuple[Point, ...] = ()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A recipe with its seeds; groups: the parts of the dictionary that are compared on their own."""
+
+    name: str
+    role: str
+    groups: tuple[str, ...]
+    sweeps: dict[int, Sweep] = field(default_factory=dict)
+
+
+def methods_of(runs: Sequence[SavedRun]) -> dict[str, Method]:
+    """The methods of all runs by name. An SAE that several runs hold counts once; one name for different recipes is
+    told apart by the run."""
+    for run in runs[1:]:
+        if difference := changes(_settings(run), _settings(runs[0])):
+            raise UsageError(f"{run.name} differs from {runs[0].name} ({difference}): compare them one at a time")
+    recipes: dict[str, Any] = {}
+    found: dict[str, tuple[Arm, tuple[str, ...], dict[int, dict[tuple[str, float | None], Point]]]] = {}
+    for run in runs:
+        for arm in run.arms:
+            if arm.role == "grid":
+                continue
+            fingerprint, name = _fingerprint(arm), arm.method
+            if recipes.setdefault(name, fingerprint) != fingerprint:
+                name = f"{arm.method} ({run.name})"
+            _, _, seeds = found.setdefault(name, (arm, tuple(groups_of(arm)), {}))
+            place = ("sweep" if arm.role == "sweep" else "main", arm.k)
+            points = seeds.setdefault(arm.seed or 0, {})
+            if place not in points:
+                points[place] = point_of(run, arm, without=("ce_loss_score",) if unequal_ce(runs) else ())
+    return {
+        name: Method(name, arm.role, groups, _sweeps(seeds))
+        for name, (arm, groups, seeds) in found.items()
+        if _sweeps(seeds)
+    }
+
+
+def _sweeps(seeds: Mapping[int, Mapping[tuple[str, float | None], Point]]) -> dict[int, Sweep]:
+    sweeps = {}
+    for seed, points in sorted(seeds.items()):
+        mains = [point for (place, _), point in points.items() if place == "main"]
+        if mains:
+            sweeps[seed] = Sweep(mains[0], tuple(point for (place, _), point in points.items() if place == "sweep"))
+    return sweeps
+
+
+def _settings(run: SavedRun) -> dict[str, Any]:
+    """What two runs must share so that their numbers may stand in one table."""
+    config = run.config.get("config") or {}
+    stages = {stage: dict(config.get(stage) or {}) for stage in ("model", "data", "training", "evaluation")}
+    stages["training"].pop("seeds", None)
+    for name in ("controls", "ce_rows"):
+        stages["evaluation"].pop(name, None)
+    return stages
+
+
+def unequal_ce(runs: Sequence[SavedRun]) -> bool:
+    """Whether the runs measured the language model's loss on different contexts, so that it does not compare."""
+    return len({run.setting("evaluation", "ce_rows") for run in runs}) > 1
+
+
+def _fingerprint(arm: Arm) -> Any:
+    """An arm's recipe apart from its budget and its seed; what is absent equals what is off."""
+    training = arm.metrics.get("training") or {}
+    ignored = ("k", "seed", "role")
+    recipe = {key: value for key, value in (training.get("recipe") or {}).items() if value and key not in ignored}
+    recipe["sparsity"] = {key: value for key, value in (recipe.get("sparsity") or {}).items() if key != "k"}
+    post_hoc = {key: value for key, value in (training.get("post_hoc") or {}).items() if key != "of"}
+    return recipe, post_hoc
 
 
 def bin_key(edges: Sequence[float]) -> str:

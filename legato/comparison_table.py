@@ -37,8 +37,8 @@ class Table:
 
 
 def tables(matched: Mapping[str, Any]) -> list[Table]:
-    """At the baseline's L0, at its FVU, and, where an arm has groups of latents, group by group at its L0."""
-    found = [at_l0(matched), at_fvu(matched), by_group(matched)]
+    """At the baseline's L0, at its FVU, group by group where an arm has groups of latents, and the targets."""
+    found = [at_l0(matched), at_fvu(matched), by_group(matched), targets(matched)]
     return [table for table in found if table.rows]
 
 
@@ -48,6 +48,8 @@ def at_l0(matched: Mapping[str, Any]) -> Table:
     rows = [["baseline", *_as_trained(base), _GONE, _mean(base, AC, ".3f"), _GONE, _GONE, _GONE]]
     for name, method in matched["methods"].items():
         at = method["at_l0"]
+        missing = len(method["seeds"]) < len(matched["baseline"]["seeds"])
+        name += f", {len(method['seeds'])} seed{'s' * (len(method['seeds']) > 1)}" if missing else ""
         if not at["matched"]:
             plain = method["as_trained"]
             rows.append(
@@ -95,6 +97,23 @@ def by_group(matched: Mapping[str, Any]) -> Table:
     return Table("Groups of latents against all of the baseline's, at its L0", headings, rows)
 
 
+def targets(matched: Mapping[str, Any]) -> Table:
+    """Which of the targets each named method reaches."""
+    rows, headings = [], [""]
+    for name, method in matched["methods"].items():
+        if method["verdict"] is None or method["role"] != "named":
+            continue
+        headings = ["", *(f"{row['criterion']} {row['bound']}" for row in method["verdict"])]
+        rows.append([name, *(_reached(row) for row in method["verdict"])])
+    return Table("Targets at the baseline's L0 (*: the interval reaches below)", tuple(headings), rows)
+
+
+def _reached(row: Mapping[str, Any]) -> str:
+    if row["met"] is None:
+        return "?"
+    return ("yes" if row["beyond_intervals"] in (None, True) else "yes*") if row["met"] else "no"
+
+
 def legend(matched: Mapping[str, Any]) -> list[str]:
     """What the columns mean, how each method was matched and what was not, a sentence each."""
     seeds = matched["baseline"]["seeds"]
@@ -118,31 +137,6 @@ def legend(matched: Mapping[str, Any]) -> list[str]:
             ways.setdefault(way, []).append(name + some)
         found += [f"{what} {way}: {', '.join(names)}." for way, names in ways.items()]
     return found
-
-
-def verdicts(matched: Mapping[str, Any]) -> list[str]:
-    """For each named method that is matched in L0, which of the targets it reaches."""
-    sentences = []
-    for name, method in matched["methods"].items():
-        if method["verdict"] is None or method["role"] != "named":
-            continue
-        parts: dict[str, list[str]] = {"reached": [], "missed": [], "not measured": []}
-        for row in method["verdict"]:
-            kind = "not measured" if row["met"] is None else "reached" if row["met"] else "missed"
-            parts[kind].append(_criterion(row))
-        sentences.append(f"{name}: " + "; ".join(f"{kind}: {', '.join(p)}" for kind, p in parts.items() if p) + ".")
-    return sentences
-
-
-def _criterion(row: Mapping[str, Any]) -> str:
-    name, value, target = row["criterion"], row["value"], row["target"]
-    if value is None:
-        return name
-    if name.endswith("ratio"):
-        return f"{name} {value:.2f} (target {target:g})"
-    if name in ("FVU", "CE score", "alive latents"):
-        return f"{name} {value:+.1%} (target {target:+.0%})"
-    return f"{name} {value:.1%} (target {target:.0%})"
 
 
 def _as_trained(values: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from legato.cache import write_atomically
-from legato.comparison_table import legend, tables, verdicts
+from legato.comparison_table import legend, tables
 from legato.results import Arm, SavedRun
 
 KAPPA_EXCESS = "consistency.kappa1_excess_within"
@@ -386,12 +386,12 @@ def results_table(run: SavedRun) -> str:
 
 
 def matched_tables(run: SavedRun) -> str:
-    """The matched comparison with its legend and what it says of the targets; empty where none was saved."""
+    """The matched comparison with its legend; empty where none was saved."""
     if run.matched is None:
         return ""
     shown = [table.without(("kappa", "AC")) for table in tables(run.matched)]
     text = [f"{table.title}:\n{table.text()}" for table in shown]
-    return "\n\n".join([*text, _list([*legend(run.matched), *verdicts(run.matched)])])
+    return "\n\n".join([*text, _list(legend(run.matched))])
 
 
 def write_notes(run_dir: str | Path) -> Path:

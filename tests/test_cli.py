@@ -1,0 +1,94 @@
+"""The command `legato` as a person meets it: what it prints and writes, one line and an exit code where it fails."""
+
+import json
+
+import pytest
+from synthetic_run import write_synthetic_run
+
+from legato.cli import main
+from legato.errors import UsageError
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write_synthetic_run(tmp_path / "run_1", named=("contrastive",), sweep=True, seeds=2)
+
+
+def error(capsys, *arguments, code=2):
+    """The one line on stderr of a call that must fail with `code`."""
+    assert main([str(argument) for argument in arguments]) == code
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: ")
+    assert shown.err.count("\n") == 1
+    assert "Traceback" not in shown.err
+    return shown.err
+
+
+def test_compare_prints_the_tables_and_writes_the_numbers(run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    assert main(["compare", str(run)]) == 0
+    shown = capsys.readouterr().out
+    for text in ("At the baseline's L0", "At the baseline's FVU", "Targets", "contrastive", "2 seeds"):
+        assert text in shown
+    assert str(run / "matched.json") in shown
+    matched = json.loads((run / "matched.json").read_text())
+    assert matched["methods"]["contrastive"]["at_l0"]["matched"]
+    metrics = json.loads((run / "metrics.json").read_text())
+    kappa = [metrics[name]["consistency"]["kappa1_excess_within"] for name in ("contrastive", "contrastive_seed1")]
+    assert matched["methods"]["contrastive"]["as_trained"]["kappa1_excess_within"]["mean"] == pytest.approx(
+        sum(kappa) / 2
+    )
+
+
+def test_compare_of_several_runs_writes_only_where_it_is_told(run, capsys, tmp_path):
+    other = write_synthetic_run(tmp_path / "run_2", named=("window_variance",), seeds=2)
+    assert main(["compare", str(run), str(other)]) == 0
+    shown = capsys.readouterr().out
+    assert "contrastive" in shown
+    assert "window_variance" in shown
+    assert not list(tmp_path.rglob("matched.json"))
+    assert main(["compare", str(run), str(other), "--out", str(tmp_path / "both.json")]) == 0
+    assert set(json.loads((tmp_path / "both.json").read_text())["methods"]) == {"contrastive", "window_variance"}
+
+
+def test_report_builds_everything_of_a_run_again(run, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("legato.cli.write_figures", lambda run_dir: None)  # slow, and tested on their own
+    monkeypatch.setattr("legato.cli.write_report", lambda run_dir: (run_dir / "report.html").write_text(""))
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'report.html'}\n"
+    for name in ("ablation.csv", "matched.json", "notes.txt", "final_info.json", "report.html"):
+        assert (run / name).is_file()
+    assert "At the baseline's sparsity and reconstruction" in (run / "notes.txt").read_text()
+
+    labels: list[str] = []
+    monkeypatch.setattr("legato.cli.write_comparison", lambda runs, out: labels.extend(runs) or {"a": out / "a.png"})
+    other = write_synthetic_run(tmp_path / "b" / "run_1", named=("contrastive",))
+    assert main(["report", str(run), str(other), "--out", "somewhere"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "somewhere/a.png"
+    assert labels == [str(run), str(other)]  # two of one name keep their paths
+
+
+def test_mistakes(run, tmp_path, capsys):
+    assert "see legato --help" in error(capsys)
+    assert "invalid choice: 'comapre'" in error(capsys, "comapre")
+    assert "arguments are required: RUN: see legato compare --help" in error(capsys, "compare")
+    assert "unrecognized arguments: --outt" in error(capsys, "compare", run, "--outt=x")
+    assert "is not a finished run: it has no metrics.json" in error(capsys, "compare", tmp_path / "nowhere")
+    assert "cannot be written" in error(capsys, "compare", run, "--out", tmp_path / "no" / "folder" / "x.json")
+    alone = write_synthetic_run(tmp_path / "alone", named=())
+    assert "there is nothing to compare" in error(capsys, "compare", alone)
+    (run / "metrics.json").write_text("{")
+    assert "is damaged" in error(capsys, "report", run, code=1)
+
+
+def test_debug_shows_where_it_happened(tmp_path):
+    with pytest.raises(UsageError, match="is not a finished run"):
+        main(["--debug", "compare", str(tmp_path)])
+
+
+@pytest.mark.parametrize("command", [(), ("compare",), ("report",), ("synthetic",)])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--help"])
+    assert stopped.value.code == 0
+    assert "usage: legato" in capsys.readouterr().out
