@@ -20,7 +20,7 @@ from legato.synthetic.bed import Bed, Rows
 
 Floats = NDArray[np.float64]
 
-ORACLE_ROWS = 48
+ORACLE_ROWS = 24
 _BISECTIONS = 14
 _ROWS_AT_ONCE = 64
 

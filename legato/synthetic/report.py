@@ -158,6 +158,7 @@ def _draw_sweep(ax: Axes, results: Mapping[str, Any]) -> None:
     ax.invert_yaxis()
     ax.grid(axis="x")
     ax.set_xlabel("MCC gained (*: persistent noise)")
+    ax.locator_params(axis="x", nbins=4)
     ax.set_title("Sources all alike")
 
 
