@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from legato import kernels
 from legato.hardware import fast_matmul_dtype
+from legato.persistence import carry
 from legato.sequences import SequenceLayout
 from legato.sparsity import Preactivations
 from legato.sparsity.hysteresis_topk import held_top_pairs
@@ -25,7 +27,8 @@ class Nominator:
     budget, and only those are computed exactly, in float32.
 
     pre = (acts - b_dec) @ W_enc + bias_F, on above threshold_F > 0, or where it is one of the token's k largest (with a
-    release: see sparsity.Hysteresis and HysteresisTopK). Code of what is on: pre, or relu(gain_F * pre + offset_F).
+    release: see sparsity.Hysteresis and HysteresisTopK). Code of what is on: pre, or relu(gain_F * pre + offset_F);
+    with a leak it enters a state, which is the code (see persistence.carry).
     """
 
     W_enc_FD: Tensor
@@ -36,6 +39,8 @@ class Nominator:
     offset_F: Tensor | None = None
     release: float | None = None
     k: int | None = None
+    leak_F: Tensor | None = None
+    tail: float | None = None
 
     @cached_property
     def _low_W_enc_FD(self) -> Tensor:
@@ -66,6 +71,11 @@ class Nominator:
         if self.gain_F is not None and self.offset_F is not None:
             value_P = self.gain_F.numpy()[latent_P] * value_P + self.offset_F.numpy()[latent_P]
             on_P &= value_P > 0
+        if self.leak_F is not None and self.tail is not None:
+            selected = kernels.keep(len(x_ND), token_P, latent_P, value_P, on_P)
+            order = kernels.by_latent(selected, len(threshold_F))
+            codes = carry(order, self.leak_F.numpy(), self.tail, layout).pairs(len(x_ND))
+            return _tensors(codes.token_P, codes.latent_P, codes.value_P)
         return _tensors(token_P[on_P], latent_P[on_P], value_P[on_P])
 
 

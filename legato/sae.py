@@ -18,6 +18,7 @@ from legato.codes import SparseCodes
 from legato.errors import LegatoError, UsageError
 from legato.interop.saelens_folder import read_saelens_folder, write_saelens_folder
 from legato.nominator import Nominator
+from legato.persistence import leaked
 from legato.sequences import SequenceLayout
 
 # What each architecture has besides the weights.
@@ -28,11 +29,13 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "hysteresis": ("threshold", "release"),
     "hysteresis_topk": ("k", "release"),
     "window_topk": ("threshold", "window"),
+    "persistent": ("threshold", "leak", "tail"),
     "gated": ("b_gate", "r_mag"),
 }
 ARCHITECTURES = tuple(_FIELDS)
-_STATEFUL = ("hysteresis", "hysteresis_topk", "window_topk")
+_STATEFUL = ("hysteresis", "hysteresis_topk", "window_topk", "persistent")
 
+_STATELESS: dict[str, Any] = dict.fromkeys(("release", "window", "leak", "tail"))
 _TOKENS_AT_ONCE = 4096
 
 
@@ -45,8 +48,9 @@ class SparseAutoencoder:
         (b_gate (F), r_mag (F): a latent fires where acts @ W_enc + b_gate > 0, with the code
         relu(exp(r_mag) * (acts @ W_enc) + b_enc)), or one with state along the sequence: "hysteresis" (threshold,
         release: a latent switches on at its threshold and stays on, token after token, down to release times it),
-        "hysteresis_topk" (k, release: the k largest, where what was on counts 1 / release times) and "window_topk"
-        (threshold, window: on in the windows whose norm reaches it); see sparsity.
+        "hysteresis_topk" (k, release: the k largest, where what was on counts 1 / release times), "window_topk"
+        (threshold, window: on in the windows whose norm reaches it) and "persistent" (threshold, leak (F), tail: what a
+        jumprelu would give enters a state that leaks; see persistence.leaked); see sparsity.
     details: what made it (objective, model, layer, normaliser, versions); saved as legato.json.
     """
 
@@ -59,6 +63,8 @@ class SparseAutoencoder:
     k: int | None = None
     release: float | None = None
     window: int | None = None
+    leak: Tensor | None = None
+    tail: float | None = None
     b_gate: Tensor | None = None
     r_mag: Tensor | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
@@ -66,7 +72,7 @@ class SparseAutoencoder:
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
             raise UsageError(f"architecture {self.architecture!r} is unknown: choose one of {', '.join(ARCHITECTURES)}")
-        for name in ("k", "threshold", "release", "window", "b_gate", "r_mag"):
+        for name in ("k", "threshold", "release", "window", "leak", "tail", "b_gate", "r_mag"):
             value = getattr(self, name)
             if (name in _FIELDS[self.architecture]) != (value is not None):
                 raise UsageError(f"{name} = {value} does not fit architecture {self.architecture!r}")
@@ -93,6 +99,8 @@ class SparseAutoencoder:
             codes = torch.relu(self.r_mag.exp() * pre + self.b_enc) * (pre + self.b_gate > 0)
             return codes if mask is None else codes * mask.unsqueeze(-1)
         pre = pre + self.b_enc
+        if self.leak is not None and self.tail is not None and self.threshold is not None:
+            return leaked(torch.relu(pre) * (pre > self.threshold), self.leak, self.tail, mask, doc)
         if self.architecture in _STATEFUL:
             return pre * self._on_along_sequence(pre, mask, doc)
         codes = self._activate(pre)
@@ -155,7 +163,9 @@ class SparseAutoencoder:
         if threshold_F is not None and not bool((threshold_F > 0).all()):
             return None
         W_enc_FD = self.W_enc.T.contiguous()
-        return Nominator(W_enc_FD, self.b_dec, bias_F, threshold_F, gain_F, offset_F, self.release, self.k)
+        return Nominator(
+            W_enc_FD, self.b_dec, bias_F, threshold_F, gain_F, offset_F, self.release, self.k, self.leak, self.tail
+        )
 
     def decode_sparse(self, codes: SparseCodes) -> Tensor:
         """Reconstruction [B, L, D] of sparse codes; positions without any code decode to b_dec."""
@@ -170,8 +180,8 @@ class SparseAutoencoder:
     def on_raw(self, normaliser: Normaliser) -> "SparseAutoencoder":
         """The same SAE for raw activations, where this one takes normalised ones, scale * (x - mean).
 
-        Codes and biases are lengths and shrink by the scale, thresholds with them; k, release, window, r_mag and the
-        weights have no unit. A bias also takes up the mean.
+        Codes and biases are lengths and shrink by the scale, thresholds with them; the weights, k, release, window,
+        leak, tail and r_mag have no unit. A bias also takes up the mean.
         """
         mean_D, scale = normaliser.mean_D, normaliser.scale
         gain = 1.0 if self.r_mag is None else self.r_mag.exp()
@@ -200,17 +210,22 @@ class SparseAutoencoder:
             raise LegatoError("no latent fires on the batch: was the SAE trained?")
         x_ND = batch.acts_BLD[batch.mask_BL].to(self.W_enc.dtype)
         if self.threshold is None:
-            plain = replace(self, architecture="topk", release=None)
+            plain = replace(self, architecture="topk", **_STATELESS)
         elif bool((self.threshold > 0).all()):
             share_NF = (x_ND @ self.W_enc + self.b_enc) / self.threshold
             factor = share_NF.flatten().topk(count + 1).values[-1].clamp_min(0)
-            plain = replace(self, architecture="jumprelu", threshold=factor * self.threshold, release=None, window=None)
+            plain = replace(self, architecture="jumprelu", threshold=factor * self.threshold, **_STATELESS)
         else:
             raise LegatoError("a threshold is not positive: was the SAE trained?")
         plain_NF = plain.encode(x_ND)
         power = (x_ND - x_ND.mean(0)).square().sum()
         difference = {
-            "of": {"architecture": self.architecture, "release": self.release, "window": self.window},
+            "of": {
+                "architecture": self.architecture,
+                "release": self.release,
+                "window": self.window,
+                "tail": self.tail,
+            },
             "tokens": len(x_ND),
             "l0": count / len(x_ND),
             "same_pairs": float((on_NF & (plain_NF > 0)).sum() / (on_NF | (plain_NF > 0)).sum()),
@@ -233,6 +248,8 @@ class SparseAutoencoder:
             k=self.k,
             release=self.release,
             window=self.window,
+            tail=self.tail,
+            leak=self.leak,
             b_gate=self.b_gate,
             b_mag=self.b_enc if gated else None,
             r_mag=self.r_mag,
@@ -269,6 +286,8 @@ class SparseAutoencoder:
             k=folder.k,
             release=folder.release,
             window=folder.window,
+            leak=weights.get("leak"),
+            tail=folder.tail,
             b_gate=b_gate,
             r_mag=r_mag,
             details=folder.legato or {},

@@ -15,7 +15,18 @@ from legato.sae import SparseAutoencoder
 ROOT = Path(__file__).resolve().parents[1]
 D, F, K, RELEASE = 24, 80, 6, 0.4
 WINDOW = 4
-ARCHITECTURES = ("standard", "topk", "jumprelu", "hysteresis", "hysteresis_topk", "window_topk", "batchtopk", "gated")
+TAIL = 0.05
+ARCHITECTURES = (
+    "standard",
+    "topk",
+    "jumprelu",
+    "hysteresis",
+    "hysteresis_topk",
+    "window_topk",
+    "persistent",
+    "batchtopk",
+    "gated",
+)
 
 
 def random_weights(architecture: str) -> dict:
@@ -32,12 +43,14 @@ def random_weights(architecture: str) -> dict:
     weights["b_enc"] = 100 * randn(F)
     if architecture in ("topk", "hysteresis_topk"):
         weights["k"] = K
-    if architecture in ("jumprelu", "hysteresis", "window_topk"):
+    if architecture in ("jumprelu", "hysteresis", "window_topk", "persistent"):
         weights["threshold"] = 800 + 100 * randn(F)
     if architecture in ("hysteresis", "hysteresis_topk"):
         weights["release"] = RELEASE
     if architecture == "window_topk":
         weights["window"] = WINDOW
+    if architecture == "persistent":
+        weights |= {"leak": 0.9 * torch.rand(F, generator=generator), "tail": TAIL}
     if architecture == "batchtopk":
         weights["threshold"] = 900.0
     return weights
@@ -60,6 +73,15 @@ def reference_encode(acts_ND, architecture, weights, apply_b_dec_to_input=True):
             score_F = torch.where(on_F, pre_F / RELEASE, pre_F)
             on_F = (score_F >= score_F.sort(descending=True).values[K - 1]) & (pre_F > 0)
             code_F[on_F] = pre_F[on_F]
+        return codes_NF
+    if architecture == "persistent":  # the rows are one sequence
+        codes_NF, state_F, peak_F = torch.zeros_like(pre_NF), torch.zeros(F), torch.zeros(F)
+        for code_F, pre_F in zip(codes_NF, pre_NF, strict=True):
+            enters_F = pre_F > weights["threshold"]
+            state_F = weights["leak"] * state_F + (1 - weights["leak"]) * pre_F * enters_F
+            state_F[~enters_F & (state_F < TAIL * peak_F)] = 0
+            peak_F = torch.where(state_F > 0, torch.maximum(peak_F, state_F), 0.0)
+            code_F[:] = state_F
         return codes_NF
     if architecture == "window_topk":
         codes_NF = pre_NF.relu()
@@ -95,6 +117,7 @@ def test_what_is_written_is_read_back(tmp_path, architecture):
     assert folder.k == weights.pop("k", None)
     assert folder.release == weights.pop("release", None)
     assert folder.window == weights.pop("window", None)
+    assert folder.tail == weights.pop("tail", None)
     assert folder.apply_b_dec_to_input is True
     assert folder.metadata["hook_name"] == "model.layers.9"
     assert folder.legato == {"objective": {"temporal": "contrastive"}}
@@ -179,7 +202,8 @@ def test_legato_does_not_import_saelens():
 
 
 @pytest.mark.parametrize(
-    "architecture", ["standard", "topk", "jumprelu", "hysteresis", "hysteresis_topk", "window_topk", "gated"]
+    "architecture",
+    ["standard", "topk", "jumprelu", "hysteresis", "hysteresis_topk", "window_topk", "persistent", "gated"],
 )
 @pytest.mark.filterwarnings("default")
 def test_folder_has_exactly_the_keys_saelens_saves(tmp_path, architecture):
@@ -250,6 +274,7 @@ def test_a_foreign_folder_is_not_replaced(tmp_path):
         ("hysteresis_topk", {"k": None}, "needs k"),
         ("hysteresis_topk", {"k": F + 1}, "without a usable k"),
         ("window_topk", {"window": 0}, "whole number of tokens"),
+        ("persistent", {"tail": 1.0}, "between 0 and 1"),
         ("jumprelu", {"b_dec": torch.zeros(D + 1)}, "b_dec has shape"),
         ("jumprelu", {"threshold": float("nan")}, "not finite"),
         ("matching_pursuit", {}, "choose one of"),

@@ -8,8 +8,10 @@ Shape legend: B rows, L positions, D activation width, F latents.
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from legato.persistence import leaked
 from legato.stateful import held, held_top, held_windows
 
 try:
@@ -87,6 +89,33 @@ class WindowTopKSAE(JumpReLUSAE):
         return self.hook_sae_acts_post(pre * held_windows(pre, self.threshold, self.cfg.window))
 
 
+@dataclass
+class PersistentSAEConfig(JumpReLUSAEConfig):
+    """tail: share of a stretch's peak below which its codes are cut."""
+
+    tail: float = 0.0
+
+    @classmethod
+    def architecture(cls) -> str:
+        return "persistent"
+
+
+class PersistentSAE(JumpReLUSAE):
+    """`legato.SparseAutoencoder` of architecture persistent: see `legato.persistence.leaked`, and HysteresisSAE."""
+
+    cfg: PersistentSAEConfig
+    leak: nn.Parameter
+
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self.leak = nn.Parameter(torch.zeros_like(self.threshold))
+
+    def encode(self, x: Tensor) -> Tensor:
+        pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
+        return self.hook_sae_acts_post(leaked(pre.relu() * (pre > self.threshold), self.leak, self.cfg.tail))
+
+
+register_sae_class("persistent", PersistentSAE, PersistentSAEConfig)
 register_sae_class("hysteresis", HysteresisSAE, HysteresisSAEConfig)
 register_sae_class("hysteresis_topk", HysteresisTopKSAE, HysteresisTopKSAEConfig)
 register_sae_class("window_topk", WindowTopKSAE, WindowTopKSAEConfig)

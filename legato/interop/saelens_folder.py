@@ -36,6 +36,7 @@ _WEIGHT_SHAPES: dict[str, dict[str, str]] = {
     "hysteresis": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D", "threshold": "F"},
     "hysteresis_topk": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D"},
     "window_topk": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D", "threshold": "F"},
+    "persistent": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D", "threshold": "F", "leak": "F"},
     "gated": {"W_enc": "DF", "b_gate": "F", "b_mag": "F", "r_mag": "F", "W_dec": "FD", "b_dec": "D"},
 }
 
@@ -45,6 +46,7 @@ _NUMBERS: dict[str, tuple[str, ...]] = {
     "hysteresis": ("release",),
     "hysteresis_topk": ("k", "release"),
     "window_topk": ("window",),
+    "persistent": ("tail",),
 }
 
 # What SAELens' own trainer records; a key the caller does not know stays None, which SAELens reads as unset.
@@ -68,12 +70,14 @@ _METADATA_KEYS = (
 class SAELensFolder:
     """A SAE as read from a SAELens folder, decoder norms folded where the folder asked for it.
 
-    architecture: standard, topk, jumprelu, gated, or one of Legato's: hysteresis, hysteresis_topk, window_topk.
+    architecture: standard, topk, jumprelu, gated, or one of Legato's: hysteresis, hysteresis_topk, window_topk,
+        persistent.
     weights: float32 tensors by SAELens' names: W_enc (D, F), W_dec (F, D), b_dec (D) and, by architecture,
         b_enc (F); threshold (F), a jumprelu latent fires strictly above it; b_gate, b_mag, r_mag (F).
     k: latents per token (topk, hysteresis_topk).
     release: share of the threshold down to which a latent that is on stays on (hysteresis, hysteresis_topk).
     window: tokens for which a latent is chosen at once (window_topk).
+    tail: share of a stretch's peak below which its codes are cut (persistent, whose weights hold leak (F)).
     apply_b_dec_to_input: whether b_dec is subtracted from the activation before encoding.
     metadata: the folder's metadata (model_name, hook_name, ...).
     legato: the content of legato.json beside it, None where there is none.
@@ -84,6 +88,7 @@ class SAELensFolder:
     k: int | None
     release: float | None
     window: int | None
+    tail: float | None
     apply_b_dec_to_input: bool
     metadata: dict[str, Any]
     legato: dict[str, Any] | None
@@ -101,6 +106,8 @@ def write_saelens_folder(
     k: int | None = None,
     release: float | None = None,
     window: int | None = None,
+    tail: float | None = None,
+    leak: Tensor | None = None,
     b_gate: Tensor | None = None,
     b_mag: Tensor | None = None,
     r_mag: Tensor | None = None,
@@ -111,10 +118,10 @@ def write_saelens_folder(
     """Save a SAE that maps raw activations to raw activations as a SAELens folder; return its path.
 
     architecture: `standard` (ReLU), `topk` (needs k), `jumprelu` (needs threshold), `hysteresis` (needs threshold and
-        release), `hysteresis_topk` (k and release), `window_topk` (threshold and window), `gated` (needs b_gate, b_mag,
-        r_mag and no b_enc), or `batchtopk`, which SAELens saves for inference as jumprelu, its one threshold for all
-        latents.
-    W_enc (D, F), W_dec (F, D), b_dec (D), b_enc / b_gate / b_mag / r_mag (F); threshold (F) or one number.
+        release), `hysteresis_topk` (k and release), `window_topk` (threshold and window), `persistent` (threshold,
+        leak and tail), `gated` (needs b_gate, b_mag, r_mag and no b_enc), or `batchtopk`, which SAELens saves for
+        inference as jumprelu, its one threshold for all latents.
+    W_enc (D, F), W_dec (F, D), b_dec (D), b_enc / leak / b_gate / b_mag / r_mag (F); threshold (F) or one number.
     metadata: model_name, hook_name, context_size, prepend_bos, ...; unknown keys are kept.
     legato: what SAELens has no field for, written beside it as legato.json.
 
@@ -128,7 +135,7 @@ def write_saelens_folder(
         known = ", ".join([*_WEIGHT_SHAPES, "batchtopk"])
         raise UsageError(f"architecture {architecture!r} cannot be saved as a SAELens folder; choose one of {known}")
     own = _NUMBERS.get(stored_as, ())
-    numbers = {"k": k, "release": release, "window": window}
+    numbers = {"k": k, "release": release, "window": window, "tail": tail}
     for name, value in numbers.items():
         if (name in own) != (value is not None):
             raise UsageError(f"architecture {architecture!r} {'needs' if name in own else 'takes no'} {name}")
@@ -140,6 +147,7 @@ def write_saelens_folder(
         "W_enc": W_enc,
         "b_enc": b_enc,
         "threshold": threshold,
+        "leak": leak,
         "b_gate": b_gate,
         "b_mag": b_mag,
         "r_mag": r_mag,
@@ -217,8 +225,8 @@ def read_saelens_folder(path: str | Path) -> SAELensFolder:
         weights = _fold_decoder_norm(weights)
     legato = _read_json(path / LEGATO_FILENAME) if (path / LEGATO_FILENAME).is_file() else None
     subtracts_b_dec = bool(cfg.get("apply_b_dec_to_input", True))
-    k, release, window = (numbers.get(name) for name in ("k", "release", "window"))
-    return SAELensFolder(architecture, weights, k, release, window, subtracts_b_dec, metadata, legato)
+    k, release, window, tail = (numbers.get(name) for name in ("k", "release", "window", "tail"))
+    return SAELensFolder(architecture, weights, k, release, window, tail, subtracts_b_dec, metadata, legato)
 
 
 def _usable_numbers(architecture: str, given: Mapping[str, Any], F: int, *, what: str) -> dict[str, Any]:
@@ -230,6 +238,8 @@ def _usable_numbers(architecture: str, given: Mapping[str, Any], F: int, *, what
             raise LegatoError(f"{what}: a {architecture} SAE without a usable k ({value!r})")
         if name == "release" and not (isinstance(value, int | float) and 0 < value <= 1):
             raise LegatoError(f"{what}: release must lie above 0 and at most at 1, not at {value!r}")
+        if name == "tail" and not (isinstance(value, int | float) and 0 < value < 1):
+            raise LegatoError(f"{what}: tail must lie between 0 and 1, not at {value!r}")
         if name == "window" and not (whole and value >= 1):
             raise LegatoError(f"{what}: window must be a whole number of tokens, not {value!r}")
     return numbers
