@@ -14,7 +14,18 @@ from typing import Any, NoReturn
 from legato.errors import UsageError
 
 # What an arm may differ in from the baseline; `A+B` combines several, with at most one of each of the first two.
-SPARSITY_ARMS = ("hysteresis", "topk", "jumprelu", "gated", "relu", "window_group_lasso")
+SPARSITY_ARMS = (
+    "legato",
+    "hysteresis",
+    "hysteresis_topk",
+    "window_topk",
+    "persistent",
+    "topk",
+    "jumprelu",
+    "gated",
+    "relu",
+    "window_group_lasso",
+)
 GROUP_ARMS = ("matryoshka", "tsae")
 TERM_ARMS = ("contrastive", "window_variance", "slowness", "fused_lasso", "position_penalty")
 TRAINING_CONTROLS = ("shuffled", "frozen_decoder")
@@ -91,7 +102,7 @@ class ArmsConfig:
     """Which SAEs stand beside the baseline."""
 
     temporal: tuple[str, ...] = option(
-        ("hysteresis", "contrastive"),
+        ("legato", "tsae"),
         f"named arms beside the baseline, comma-separated: {', '.join(NAMED_ARMS)}; A+B combines two",
     )
     window: int = option(8, "window of the named temporal terms, in tokens")
@@ -99,7 +110,7 @@ class ArmsConfig:
         None, "weight of the named temporal terms beside the reconstruction loss, an FVU (default: each term's own)"
     )
     l1: float = option(5.0, "relu, window_group_lasso: weight of the penalty that makes them sparse")
-    release: float = option(0.5, "hysteresis: a latent that is on stays on above this share of the threshold")
+    release: float = option(0.4, "legato, hysteresis: a latent that is on stays on above this share of what switches it on")
     grid: str = option("2,4,8,16,32x0.1,0.3,1", "ablation: windows x coefficients of window_variance")
     ablation: bool = option(True, "train the grid: --no-ablation leaves it out")
     sweep_k: tuple[int, ...] = option((), "further baselines at these k, comma-separated, to compare at matched cost")

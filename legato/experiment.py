@@ -48,6 +48,7 @@ BOOTSTRAP_REPLICATES = 200
 CONTROL_ROWS = 32
 OFFSET_ROWS = 16
 CONTROL_KEYS = ("kappa1", "kappa1_excess_within", "ac1", "ac1_excess_within")
+DEAD_AFTER_TOKENS, DEAD_AFTER_SHARE = 250_000, 0.02  # silence that makes a latent dead: in tokens, or of a short run
 MEMORY_SHARE = 0.6  # of what is free, for training; the rest is left to the store's page cache and to evaluation
 
 
@@ -165,7 +166,8 @@ def train_arms(config: ExperimentConfig, activations: Activations, run: RunDir) 
     training, store = config.training, activations.train
     tokens_per_step = training.batch_rows * store.n_valid / store.n_rows
     steps = math.ceil(training.tokens / tokens_per_step)
-    train_config = TrainConfig(steps=steps, lr=training.lr)
+    dead_after = min(DEAD_AFTER_TOKENS, int(DEAD_AFTER_SHARE * training.tokens))
+    train_config = TrainConfig(steps=steps, lr=training.lr, dead_after_tokens=dead_after, aux_k=store.d_in // 2)
     normaliser = Normaliser.fit(store)
     passes = split_to_fit(arms(config, store.d_in), store.d_in, training.batch_rows * store.context_length)
     say(

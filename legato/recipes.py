@@ -15,9 +15,20 @@ from legato.consistency_losses import (
     WindowVariance,
 )
 from legato.errors import UsageError
-from legato.sparsity import BatchTopK, Gated, Hysteresis, JumpReLU, ReLU, TopK
+from legato.sparsity import (
+    BatchTopK,
+    Gated,
+    Hysteresis,
+    HysteresisTopK,
+    JumpReLU,
+    Persistent,
+    ReLU,
+    TopK,
+    WindowTopK,
+)
 from legato.train import ArmConfig
 
+LEGATO_TERM = Slowness(window=4, coefficient=0.05)  # beside hysteresis on TopK: docs/findings.md has the reasons
 MATRYOSHKA = ((0.2, 0.2), (1.0, 0.8))  # share of the latents, weight: the groups of temporal-saes
 
 
@@ -87,8 +98,16 @@ def _difference(part: str, arm: ArmConfig, config: ExperimentConfig, d_in: int) 
     def with_term(term: TemporalTerm) -> dict[str, Any]:
         return {"terms": (*arm.terms, term)}
 
+    if part == "legato":
+        return {"sparsity": HysteresisTopK(k, release=options.release), **with_term(LEGATO_TERM)}
     if part == "hysteresis":
         return {"sparsity": Hysteresis(k, release=options.release)}
+    if part == "hysteresis_topk":
+        return {"sparsity": HysteresisTopK(k, release=options.release)}
+    if part == "window_topk":
+        return {"sparsity": WindowTopK(k, window=options.window)}
+    if part == "persistent":
+        return {"sparsity": Persistent(k)}
     if part == "topk":
         return {"sparsity": TopK(k)}
     if part == "jumprelu":
