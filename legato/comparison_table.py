@@ -117,9 +117,9 @@ def _reached(row: Mapping[str, Any]) -> str:
 def legend(matched: Mapping[str, Any]) -> list[str]:
     """What the columns mean, how each method was matched and what was not, a sentence each."""
     seeds = matched["baseline"]["seeds"]
-    number = "one seed, so no interval over seeds" if len(seeds) == 1 else f"{len(seeds)} seeds"
+    number = "One seed, so no interval over seeds" if len(seeds) == 1 else f"Means over {len(seeds)} seeds"
     found = [
-        f"Means over {number}. Ratios are to the baseline; [95 % interval]: the wider of a bootstrap over documents "
+        f"{number}. Ratios are to the baseline; [95 % interval]: the wider of a bootstrap over documents "
         "and of the spread over seeds, where there are several.",
         "FVU, CE (loss score), alive (latents): the baseline's value, then each method's change relative to it. bins: "
         f"firing-rate bins with {MIN_LATENTS_IN_BIN} latents or more on both sides where both excesses are above the "
