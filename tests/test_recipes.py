@@ -10,7 +10,9 @@ from legato.sparsity import BatchTopK, Hysteresis, TopK
 
 
 def bank(temporal, **options):
-    config = ExperimentConfig.from_options("smoke", {"temporal": temporal, "ablation": False, **options})
+    config = ExperimentConfig.from_options(
+        "smoke", {"temporal": temporal, "ablation": False, "release": 0.5, **options}
+    )
     return {arm.name: arm for arm in arms(config, d_in=48)}
 
 
