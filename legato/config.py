@@ -110,7 +110,7 @@ class ArmsConfig:
         None, "weight of the named temporal terms beside the reconstruction loss, an FVU (default: each term's own)"
     )
     l1: float = option(5.0, "relu, window_group_lasso: weight of the penalty that makes them sparse")
-    release: float = option(0.4, "legato, hysteresis: a latent that is on stays on above this share of what switches it on")
+    release: float = option(0.4, "legato, hysteresis: a latent that is on stays on above this share of its threshold")
     grid: str = option("2,4,8,16,32x0.1,0.3,1", "ablation: windows x coefficients of window_variance")
     ablation: bool = option(True, "train the grid: --no-ablation leaves it out")
     sweep_k: tuple[int, ...] = option((), "further baselines at these k, comma-separated, to compare at matched cost")

@@ -298,7 +298,7 @@ def evaluate_arms(
 
 
 def _token_strings(model: LanguageModel, ids: Sequence[int]) -> list[str]:
-    return [model.tokenizer.decode([number]) for number in ids]
+    return [str(model.tokenizer.decode([number])) for number in ids]
 
 
 def _offsets(

@@ -71,5 +71,5 @@ def test_sweeps_of_the_baseline_and_of_named_arms_for_every_seed():
     ]
     assert list(made) == [*names, *(f"{name}_seed7" for name in names)]
     assert made["baseline_k8"].sparsity == BatchTopK(8)
-    assert made["hysteresis_k24_seed7"].sparsity == Hysteresis(24, release=0.4)
+    assert made["hysteresis_k24_seed7"].sparsity == Hysteresis(24, release=0.5)
     assert {arm.seed for name, arm in made.items() if name.endswith("_seed7")} == {7}
