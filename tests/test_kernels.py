@@ -220,9 +220,7 @@ def best_windows(pre_BLF: torch.Tensor, layout: SequenceLayout, sparsity: Window
     """The windows of largest norm, one after the other until the budget is spent, as a plain loop."""
     pre_NF, starts, ends = pre_BLF.relu().reshape(-1, F), layout.start_N, layout.end_N
     firsts = [n for n in range(B * L) if starts[n] >= 0 and (n - starts[n]) % sparsity.window == 0]
-    cells = [
-        (float(pre_NF[n : min(n + sparsity.window, ends[n]), f].norm()), n, f) for n in firsts for f in range(F)
-    ]
+    cells = [(float(pre_NF[n : min(n + sparsity.window, ends[n]), f].norm()), n, f) for n in firsts for f in range(F)]
     on_NF = torch.zeros(B * L, F, dtype=torch.bool)
     for _, n, f in sorted(cells, reverse=True):
         if on_NF.sum() >= sparsity.k * int(layout.valid_N.sum()):

@@ -88,6 +88,7 @@ def test_trained_finished_saved_and_opened(tmp_path):
     arm = ArmConfig("persistent", Persistent(2), F)
     [trainer] = train_bank([arm], moving_batches(100), normaliser, config, log=log.append).finished
     assert log[-1]["fvu"] < 0.5 * log[0]["fvu"]
+    assert sum(record["l0"] for record in log[-5:]) / 5 == pytest.approx(2, rel=0.1)
     leak_F = torch.sigmoid(trainer.parameters.own["leak_logit_F"])
     assert float((leak_F - 0.3).abs().max()) > 0.05  # it learns
     batches = moving_batches(4)
@@ -99,6 +100,7 @@ def test_trained_finished_saved_and_opened(tmp_path):
     codes_BLF = sae.encode(batch.acts_BLD, batch.mask_BL, batch.doc_BL)
     assert torch.equal(opened.encode(batch.acts_BLD, batch.mask_BL, batch.doc_BL), codes_BLF)
     torch.testing.assert_close(opened.encode_sparse(batch).dense(), codes_BLF, rtol=1e-3, atol=1e-2)
+    assert float((codes_BLF > 0).sum() / batch.mask_BL.sum()) == pytest.approx(2, rel=0.2)
     error = (sae.decode(codes_BLF) - batch.acts_BLD)[batch.mask_BL].square().sum()
     power = (batch.acts_BLD[batch.mask_BL] - batch.acts_BLD[batch.mask_BL].mean(0)).square().sum()
     assert error / power < 1.5 * log[-1]["fvu"] + 0.05

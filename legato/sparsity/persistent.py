@@ -15,24 +15,28 @@ from legato import kernels, pair_kernels
 from legato.kernels import Array, LatentOrder, Pairs
 from legato.persistence import Carried, carry, carry_back
 from legato.sparsity.base import Decoding, Forward, Sparsity
-from legato.sparsity.batchtopk import BatchTopK
-from legato.sparsity.preactivations import Preactivations
+from legato.sparsity.batchtopk import batch_top
+from legato.sparsity.preactivations import Preactivations, budget_threshold
+
+_ROUNDS = 4  # of budget and share settling on each other
 
 
 @dataclass(frozen=True)
 class Persistent(Sparsity):
     """h_t = l h_{t-1} + (1 - l) a_t along the tokens of one document, and h is the code that is decoded; a is
-    BatchTopK's code with k, the leak l of each latent is learned (arXiv 2607.17117).
+    BatchTopK's code, the leak l of each latent is learned (arXiv 2607.17117).
 
-    A stretch ends where nothing is selected and h falls below `tail` of the stretch's peak, so that codes stay sparse.
-    L0 is an outcome: about k * (1 + log(tail) / log(l)). The cut passes no gradient. start: the leak before training.
+    A stretch ends where nothing is selected and h falls below `tail` of the stretch's peak, so that codes stay sparse;
+    the cut passes no gradient. The budget pays for what is carried too: a takes k times the share of selected pairs
+    among all codes of the batch before, which holds L0 at k. start: the leak before training.
     """
 
     k: int
-    tail: float = 0.05
+    tail: float = 0.2
     start: float = 0.3
     architecture: ClassVar[str] = "persistent"
     own_parameters: ClassVar[tuple[str, ...]] = ("leak_logit_F",)
+    own_rate: ClassVar[float] = 5.0
 
     def __post_init__(self) -> None:
         if not 0 < self.tail < 1 or not 0 < self.start < 1:
@@ -43,20 +47,30 @@ class Persistent(Sparsity):
         return {"leak_logit_F": torch.full(pre.b_enc_F.shape, logit)}
 
     def forward(self, pre: Preactivations, memory: float, progress: float) -> Forward:
-        selected, floor = BatchTopK(self.k).select(pre, memory, progress)
+        """memory: logarithm of the share of selected pairs among the codes."""
+        selected, _ = batch_top(pre, self.k * float(np.exp(memory)), 0.0)
         leak_F = _leak(pre.own["leak_logit_F"])
         order = kernels.by_latent(selected, len(leak_F))
         carried = carry(order, leak_F, self.tail, pre.layout)
-        return _Leaky(carried.pairs(pre.pre_NF.shape[0]), floor, selected, order, carried, leak_F)
+        share = max(len(order.value_Q), 1) / max(len(carried.value_H), 1)
+        return _Leaky(carried.pairs(pre.pre_NF.shape[0]), float(np.log(share)), selected, order, carried, leak_F)
 
     def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
         forward = self.forward(pre, floor, progress)
         return forward.pairs, forward.memory
 
     def frozen(self, calibration: Sequence[Preactivations]) -> dict[str, Any]:
-        leak_F = torch.from_numpy(_leak(calibration[0].own["leak_logit_F"]))
-        fields = BatchTopK(self.k).frozen(calibration)
-        return {**fields, "architecture": self.architecture, "leak": leak_F, "tail": self.tail}
+        own = calibration[0].own
+        memory = 0.0
+        for _ in range(_ROUNDS):
+            memory = float(np.mean([self.forward(pre, memory, 1.0).memory for pre in calibration]))
+        threshold = budget_threshold(calibration, self.k * float(np.exp(memory)))
+        return {
+            "architecture": self.architecture,
+            "threshold": torch.full(calibration[0].b_enc_F.shape, threshold),
+            "leak": torch.from_numpy(_leak(own["leak_logit_F"])),
+            "tail": self.tail,
+        }
 
 
 def _leak(logit_F: Array) -> Array:

@@ -98,16 +98,16 @@ class Preactivations(NamedTuple):
         return (value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy()
 
 
-def budget_threshold(batches: Sequence[Preactivations], k: int, release: float = 1.0) -> float:
+def budget_threshold(batches: Sequence[Preactivations], k: float, release: float = 1.0) -> float:
     """The one threshold at which all batches together have k active latents per token (of a Schmitt trigger where
     release is below 1), for inference."""
     lowest = min(quantile_floor(pre, 2 * k) for pre in batches)
     critical = []
     for pre in batches:
-        token_P, latent_P, value_P = pre.scan(pre.constant_floor(release * lowest), 4 * k * pre.n_valid)
+        token_P, latent_P, value_P = pre.scan(pre.constant_floor(release * lowest), round(4 * k * pre.n_valid))
         critical.append(pre.critical(token_P, latent_P, value_P, release))
     critical_P = np.concatenate(critical)
-    count = k * sum(pre.n_valid for pre in batches)
+    count = round(k * sum(pre.n_valid for pre in batches))
     if len(critical_P) <= count:
         return lowest
     # Between the last pair that is on and the first that is not, so that > and >= mean the same.
@@ -115,7 +115,7 @@ def budget_threshold(batches: Sequence[Preactivations], k: int, release: float =
     return float(last_two.mean())
 
 
-def quantile_floor(pre: Preactivations, k: int) -> float:
+def quantile_floor(pre: Preactivations, k: float) -> float:
     """A first guess: the value that 1.2 k latents of a token exceed on average, from a sample of tokens."""
     rows = np.flatnonzero(pre.layout.valid_N)
     sample_SF = pre.pre_NF[torch.from_numpy(rows[:: max(1, len(rows) // 64)])].float().flatten()
