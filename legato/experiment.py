@@ -332,13 +332,15 @@ def _add_specialisation(results: Mapping[str, dict[str, Any]], model: LanguageMo
 
 
 def _controls(config: ExperimentConfig, bank: Bank, activations: Activations) -> dict[str, Control]:
-    """The controls that are made of the baselines without training."""
-    baselines = {
-        name: (arm.sae, int(arm.training["recipe"]["seed"])) for name, arm in bank.trained.items() if is_baseline(name)
+    """The controls that are made of the baselines, and of plain TopK, without training."""
+    bases = {
+        name: (arm.sae, int(arm.training["recipe"]["seed"]))
+        for name, arm in bank.trained.items()
+        if is_baseline(name) or name.split("_seed")[0] == "topk"
     }
     calibration = islice(activations.train.batches(config.training.batch_rows, seed=None), CALIBRATION_BATCHES)
     return post_hoc_controls(
-        config.evaluation.controls, baselines, list(calibration), k=config.training.k, release=config.arms.release
+        config.evaluation.controls, bases, list(calibration), k=config.training.k, release=config.arms.release
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from legato.cache import write_atomically
 from legato.comparison_table import legend, tables
+from legato.latent_notes import latents_in_words
 from legato.results import Arm, SavedRun
 
 KAPPA_EXCESS = "consistency.kappa1_excess_within"
@@ -315,6 +316,7 @@ def notes(run: SavedRun) -> str:
         ("At the baseline's sparsity and reconstruction", matched_tables(run)),
         ("What the comparison says", "\n\n".join(_comparisons(run))),
         ("What the ablation says", _paragraph(ablation_in_words(run))),
+        ("What the latents are like", latents_in_words(run)),
         ("What it does not say", _list(scope(run))),
         ("Warnings", _list(warnings(run))),
     ]

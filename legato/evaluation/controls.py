@@ -170,35 +170,43 @@ class Control:
 
 def post_hoc_controls(
     names: Sequence[str],
-    baselines: Mapping[str, tuple[SparseAutoencoder, int]],
+    bases: Mapping[str, tuple[SparseAutoencoder, int]],
     calibration: Sequence[ActivationBatch],
     *,
     k: int,
     release: float,
 ) -> dict[str, Control]:
-    """The named controls of each baseline, as `baseline_<control>`, the seed's suffix kept at the end.
+    """The named controls of each base, as `<arm>_<control>`, the seed's suffix kept at the end.
 
-    names: of CONTROLS. baselines: SAE and seed by the name of the arm. calibration: what the threshold of post-hoc
-    hysteresis is set on, so that its L0 is k.
+    names: of CONTROLS. bases: SAE and seed by the name of the arm: a TopK SAE can only be given hysteresis (inside each
+    token's budget), one with thresholds all of them. calibration: what the threshold of post-hoc hysteresis is set on,
+    so that its L0 is k.
     """
+
+    def with_state(sae: SparseAutoencoder) -> tuple[Judged, dict[str, Any]]:
+        if sae.architecture == "topk":
+            held: SparseAutoencoder = replace(sae, architecture="hysteresis_topk", release=release)
+        else:
+            held = with_hysteresis(sae, calibration, k=k, release=release)
+        return held, {"k": k, "release": release}
+
     make: dict[str, Callable[[SparseAutoencoder], tuple[Judged, dict[str, Any]]]] = {
         "ema": lambda sae: _smoothed_control(sae, MovingAverage()),
         "chunk_mean": lambda sae: _smoothed_control(sae, ChunkMean()),
-        "hysteresis": lambda sae: (
-            with_hysteresis(sae, calibration, k=k, release=release),
-            {"k": k, "release": release},
-        ),
+        "hysteresis": with_state,
     }
     assert set(make) == set(CONTROLS)
     controls = {}
     for name in names:
-        for arm, (sae, seed) in baselines.items():
+        for arm, (sae, seed) in bases.items():
+            if sae.architecture == "topk" and name != "hysteresis":
+                continue
             judged, settings = make[name](sae)
             recipe = {"role": "control", "k": k, "seed": seed, "d_sae": sae.d_sae}
             post_hoc = {"control": name, "of": arm, **settings}
-            controls[arm.replace("baseline", f"baseline_{name}", 1)] = Control(
-                judged, {"post_hoc": post_hoc, "recipe": recipe}
-            )
+            base, *suffix = arm.split("_seed")
+            row = "_seed".join([f"{base}_{name}", *suffix])
+            controls[row] = Control(judged, {"post_hoc": post_hoc, "recipe": recipe})
     return controls
 
 
