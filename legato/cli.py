@@ -1,4 +1,4 @@
-"""The command `legato`: what is done with finished runs.  legato compare run_1
+"""The command `legato`: what is done with finished runs and saved SAEs.  legato compare run_1
 
 A subcommand is a function that adds its arguments to a parser, and one that takes the parsed arguments.
 """
@@ -14,7 +14,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from legato import synthetic
+from legato import judge_sae, synthetic
 from legato.comparison import compare_runs, write_json, write_matched
 from legato.comparison_table import legend, tables
 from legato.errors import LegatoError, UsageError
@@ -59,7 +59,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="legato", description="Compare and report finished runs of experiment.py.")
+    parser = _Parser(prog="legato", description="Judge, compare and report SAEs and runs of experiment.py.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
@@ -78,7 +78,7 @@ def _compare(options: argparse.Namespace) -> None:
     runs = [SavedRun.open(path) for path in options.runs]
     matched = compare_runs(runs)
     if not matched["methods"]:
-        raise UsageError(f"{', '.join(matched['runs'])}: only the baseline was trained, there is nothing to compare")
+        raise UsageError(f"{', '.join(matched['runs'])}: there is nothing to compare but the baseline")
     console = Console()
     for found in tables(matched):
         table = Table(title=found.title, title_justify="left", title_style="bold", box=None, pad_edge=False)
@@ -129,6 +129,7 @@ def _writing(target: Path) -> Iterator[None]:
 
 COMMANDS = {
     "compare": Command("Set methods side by side at the baseline's L0 and FVU.", _compare_arguments, _compare),
+    "evaluate": Command("Judge saved SAEs on a model and a text.", judge_sae.add_arguments, judge_sae.main),
     "report": Command("Build a run's tables, figures, notes and report again.", _report_arguments, _report),
     "synthetic": Command("Train and judge SAEs where the truth is known.", synthetic.add_arguments, synthetic.main),
 }

@@ -57,8 +57,9 @@ class Method:
 def methods_of(runs: Sequence[SavedRun]) -> dict[str, Method]:
     """The methods of all runs by name. An SAE that several runs hold counts once; one name for different recipes is
     told apart by the run."""
+    settings = _conditions if any(run.setting("judged", "saes") for run in runs) else _settings
     for run in runs[1:]:
-        if difference := changes(_settings(run), _settings(runs[0])):
+        if difference := changes(settings(run), settings(runs[0])):
             raise UsageError(f"{run.name} differs from {runs[0].name} ({difference}): compare them one at a time")
     recipes: dict[str, Any] = {}
     found: dict[str, tuple[Arm, tuple[str, ...], dict[int, dict[tuple[str, float | None], Point]]]] = {}
@@ -98,6 +99,13 @@ def _settings(run: SavedRun) -> dict[str, Any]:
     for name in ("controls", "ce_rows"):
         stages["evaluation"].pop(name, None)
     return stages
+
+
+def _conditions(run: SavedRun) -> dict[str, Any]:
+    """What SAEs that were trained anywhere must have been judged on: the same place, and as many tokens of one text."""
+    keys = ("model", "layer", "site", "dtype", "dataset", "context_length", "bos", "held_out_tokens")
+    resolved = run.config.get("resolved") or {}
+    return {key: resolved.get(key) for key in keys}
 
 
 def unequal_ce(runs: Sequence[SavedRun]) -> bool:

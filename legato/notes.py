@@ -262,7 +262,7 @@ def headline(run: SavedRun) -> str:
     if run.baseline is None:
         return "There is no baseline in this run, so nothing is compared."
     if not found:
-        return "Only the baseline was trained, so nothing is compared."
+        return "There is only the baseline, so nothing is compared."
     fair = [c for c in found if c.outcome == "longer" and c.matched]
     paid = [c for c in found if c.outcome == "longer" and not c.matched]
     if fair:

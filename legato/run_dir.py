@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,10 +18,15 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from legato.cache import write_atomically
-from legato.config import ExperimentConfig
 from legato.errors import LegatoError, UsageError
 
 _PACKAGES = ("legato-sae", "torch", "transformers", "numpy", "numba")
+
+
+class Configuration(Protocol):
+    """What config.yaml keeps of a run, plain values only."""
+
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 class RunDir:
@@ -50,7 +55,7 @@ class RunDir:
         return f"legato_{self.root.resolve().name}"
 
     @classmethod
-    def claim(cls, root: str | Path, config: ExperimentConfig) -> "RunDir":
+    def claim(cls, root: str | Path, config: Configuration) -> "RunDir":
         """The folder for a new run, or for one of the same configuration that did not finish.
 
         Raises UsageError for a finished run, another configuration, a folder that is not a run, no write permission.
@@ -78,7 +83,7 @@ class RunDir:
             raise UsageError(message) from error
         return run
 
-    def begin(self, config: ExperimentConfig, resolved: Mapping[str, Any]) -> None:
+    def begin(self, config: Configuration, resolved: Mapping[str, Any]) -> None:
         """Write config.yaml and start the log; drops what an unfinished run left behind."""
         self.root.mkdir(parents=True, exist_ok=True)
         for folder in ("saes", "failed", "eval_results", "features", "arrays", "redundancy", "tensorboard", "figures"):

@@ -76,7 +76,7 @@ def test_mistakes(run, tmp_path, capsys):
     assert "is not a finished run: it has no metrics.json" in error(capsys, "compare", tmp_path / "nowhere")
     assert "cannot be written" in error(capsys, "compare", run, "--out", tmp_path / "no" / "folder" / "x.json")
     alone = write_synthetic_run(tmp_path / "alone", named=())
-    assert "there is nothing to compare" in error(capsys, "compare", alone)
+    assert "there is nothing to compare but the baseline" in error(capsys, "compare", alone)
     (run / "metrics.json").write_text("{")
     assert "is damaged" in error(capsys, "report", run, code=1)
 

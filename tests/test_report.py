@@ -127,7 +127,7 @@ def test_one_arm_without_consistency_or_loss_score_still_gives_a_report(small_ru
         "position_matrix",
     }
     text = Page(report_html(SavedRun.open(small_run))).text
-    assert "Only the baseline was trained" in text
+    assert "There is only the baseline" in text
     assert "Not measured for every arm: CE score" in text
     assert "No configuration (config.yaml) was saved" in text
 

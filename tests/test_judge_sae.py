@@ -1,0 +1,214 @@
+"""`legato evaluate` on a small random model: the numbers of a run come out again, and every mistake in one line."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from small_experiment import write_corpus
+from tiny_models import save_tiny_model
+
+from legato.cli import main
+from legato.judge_sae import named, recipes
+from legato.results import SavedRun
+from legato.sae import SparseAutoencoder
+
+WIDTH, LATENTS = 48, 64
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model, a corpus, a jumprelu SAE and one with state, neither of which says where it comes from."""
+    folder = tmp_path_factory.mktemp("judged")
+    save_tiny_model(folder / "model", "gpt2", pad_token_id=None)
+    write_corpus(folder / "corpus")
+    sae = random_sae()
+    sae.save(folder / "plain")
+    SparseAutoencoder(
+        "hysteresis", sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, threshold=sae.threshold, release=0.4
+    ).save(folder / "held")
+    return folder
+
+
+def random_sae(width=WIDTH, **details):
+    generator = torch.Generator().manual_seed(0)
+    W_dec = torch.nn.functional.normalize(torch.randn(LATENTS, width, generator=generator), dim=-1)
+    threshold = torch.full((LATENTS,), 2.0)
+    return SparseAutoencoder(
+        "jumprelu", W_dec.T.clone(), torch.zeros(LATENTS), W_dec, torch.zeros(width), threshold, details=details
+    )
+
+
+@pytest.fixture
+def evaluate(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LEGATO_CACHE", str(tmp_path / "cache"))
+
+    def run(*saes, code=0, pages=False, **options):
+        for writer in () if pages else ("write_figures", "write_report"):  # slow, and tested on their own
+            monkeypatch.setattr(f"legato.judge_sae.{writer}", lambda folder: None)
+        options = {
+            "model": place / "model",
+            "layer": 2,
+            "dataset": place / "corpus",
+            "rows": 8,
+            "ce_rows": 2,
+            "context_length": 16,
+            "out": tmp_path / "judged",
+        } | options
+        flags = [f"--{key}={value}" for key, value in options.items() if value is not None]
+        capsys.readouterr()
+        assert main(["evaluate", *map(str, saes), *flags]) == code
+        return capsys.readouterr()
+
+    return run
+
+
+def failure(evaluate, *saes, code=2, **options):
+    shown = evaluate(*saes, code=code, **options).err
+    assert shown.startswith("error: ")
+    assert shown.count("\n") == 1
+    return shown
+
+
+def test_two_saes_side_by_side(evaluate, place, tmp_path):
+    shown = evaluate(place / "plain", f"with_state={place / 'held'}", pages=True).out
+    assert "plain" in shown
+    assert "with_state" in shown
+    out = tmp_path / "judged"
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert list(metrics) == ["plain", "with_state"]
+    for one in metrics.values():
+        assert set(one) >= {"core", "consistency", "position", "redundancy", "specialisation", "offset", "training"}
+        assert "position_shuffled" in one["consistency"]
+        assert 0 < one["core"]["l0"] < LATENTS
+        assert one["core"]["ce_loss_score"] is not None
+    # The state keeps latents on, so more of them fire, and for longer.
+    plain, held = (metrics[name]["core"]["l0"] for name in metrics)
+    assert held > plain
+    for name in metrics:
+        for file in (f"features/{name}.parquet", f"arrays/{name}.npz", f"saes/{name}/cfg.json"):
+            assert (out / file).is_file()
+    assert len(list((out / "eval_results").iterdir())) == 2
+    for file in ("notes.txt", "report.html", "final_info.json", "matched.json"):
+        assert (out / file).is_file()
+    run = SavedRun.open(out)
+    assert [arm.role for arm in run.arms] == ["baseline", "named"]
+    assert "There is only the baseline" not in (out / "notes.txt").read_text()
+
+
+def test_the_numbers_of_a_run_come_out_again(small, evaluate, tmp_path):
+    """On the documents that the run held out, from what the saved SAE says of itself."""
+    assert small.run() == 0
+    run = json.loads((small.out_dir / "metrics.json").read_text())["baseline"]
+    shown = evaluate(
+        small.out_dir / "saes" / "baseline", model=None, layer=None, dataset=None, context_length=None, held_out=0.3
+    )
+    assert "the 30% that training holds out" in shown.out
+    again = json.loads((tmp_path / "judged" / "metrics.json").read_text())["baseline"]
+    for section in ("core", "consistency", "position", "redundancy", "specialisation", "offset"):
+        assert again[section] == run[section], section
+    assert again["training"]["recipe"]["sparsity"] == run["training"]["recipe"]["sparsity"]
+    assert again["training"]["training_steps"] == run["training"]["training_steps"]
+
+
+def test_compare_takes_such_folders(evaluate, place, tmp_path, capsys):
+    evaluate(place / "plain", out=tmp_path / "a")
+    evaluate(place / "held", out=tmp_path / "b")
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "m.json")]) == 0
+    matched = json.loads((tmp_path / "m.json").read_text())
+    assert list(matched["methods"]) == ["held"]
+    assert "neither was swept" in matched["methods"]["held"]["at_l0"]["reasons"]["0"]
+    assert main(["compare", str(tmp_path / "a")]) == 2  # one SAE
+    # Another layer is no comparison.
+    evaluate(place / "held", out=tmp_path / "c", layer=1)
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "c")]) == 2
+    assert "layer 1 instead of 2" in capsys.readouterr().err
+    # Two SAEs of one name are two methods.
+    (tmp_path / "other").mkdir()
+    (place / "held").rename(tmp_path / "other" / "plain")
+    try:
+        evaluate(tmp_path / "other" / "plain", out=tmp_path / "d")
+    finally:
+        (tmp_path / "other" / "plain").rename(place / "held")
+    both = ["compare", str(tmp_path / "a"), str(tmp_path / "d"), "--out", str(tmp_path / "n.json")]
+    assert main(both) == 0
+    assert list(json.loads((tmp_path / "n.json").read_text())["methods"]) == ["plain (d)"]
+
+
+def test_a_run_and_a_judged_sae_compare_on_the_same_tokens(small, evaluate, place, tmp_path):
+    assert small.run() == 0
+    options = {"model": small.model, "dataset": small.corpus, "held_out": 0.3}
+    evaluate(place / "plain", out=tmp_path / "a", **options)
+    assert main(["compare", str(small.out_dir), str(tmp_path / "a"), "--out", str(tmp_path / "m.json")]) == 0
+    assert list(json.loads((tmp_path / "m.json").read_text())["methods"]) == ["plain"]
+
+
+def test_names_say_what_is_swept():
+    sae = random_sae()
+    sources = {name: f"/{name}" for name in ("mine", "mine_k16", "mine_seed1", "theirs_k8")}
+    found = recipes(sources, dict.fromkeys(sources, sae))
+    assert [(one["role"], one["method"], one["k"], one["seed"]) for one in found] == [
+        ("baseline", "mine", None, 0),
+        ("sweep", "mine", 16.0, 0),
+        ("baseline", "mine", None, 1),
+        ("named", "theirs_k8", 8.0, 0),  # there is no `theirs` that it would be a sweep of
+    ]
+    assert found[0]["sources"] == ["/mine", "/mine_k16", "/mine_seed1"]
+    named_baseline = recipes({"a": "/a", "baseline": "/b"}, {"a": sae, "baseline": sae})
+    assert [one["role"] for one in named_baseline] == ["named", "baseline"]
+
+
+def test_names(tmp_path):
+    for run in ("run_1", "run_2"):
+        (tmp_path / run / "x").mkdir(parents=True)
+    same = [str(tmp_path / run / "x") for run in ("run_1", "run_2")]
+    assert list(named(same)) == ["run_1_x", "run_2_x"]
+    assert list(named([f"a={same[0]}", same[1], "org/name"])) == ["a", "x", "name"]
+
+
+def test_what_the_sae_says(evaluate, place, tmp_path):
+    """A TransformerLens hook in SAELens' metadata gives the layer: what enters layer 3 left layer 2."""
+    random_sae().save(tmp_path / "hooked")
+    cfg = json.loads((tmp_path / "hooked" / "cfg.json").read_text())
+    cfg["metadata"] |= {"hook_name": "blocks.3.hook_resid_pre", "model_name": str(place / "model")}
+    (tmp_path / "hooked" / "cfg.json").write_text(json.dumps(cfg))
+    evaluate(tmp_path / "hooked", model=None, layer=None)
+    resolved = SavedRun.open(tmp_path / "judged").config["resolved"]
+    assert (resolved["layer"], resolved["site"], resolved["module_path"]) == (2, "resid_post", "transformer.h.2")
+    shown = failure(evaluate, tmp_path / "hooked", place / "plain", layer=None, out=tmp_path / "both")
+    assert "plain does not say which layer it reads" in shown
+
+
+def test_mistakes(evaluate, place, tmp_path):
+    plain = place / "plain"
+    assert "does not say which layer it reads: add --layer" in failure(evaluate, plain, layer=None)
+    assert "does not say which model it reads: add --model" in failure(evaluate, plain, model=None)
+    random_sae(width=20).save(tmp_path / "narrow")
+    assert "takes activations of width 20, those of" in failure(evaluate, tmp_path / "narrow")
+    assert "layer 9" in failure(evaluate, plain, layer=9)
+    assert "--held_out 1.5" in failure(evaluate, plain, held_out=1.5)
+    assert "--site 'nowhere' is unknown" in failure(evaluate, plain, site="nowhere")
+    assert "--context_length 100000 is longer" in failure(evaluate, plain, context_length=100_000)
+    assert "no such file" in failure(evaluate, plain, dataset=tmp_path / "none.txt")
+    assert "two SAEs have the same name" in failure(evaluate, f"a={plain}", f"a={place / 'held'}")
+    assert "cannot name an SAE" in failure(evaluate, f"a b={plain}")
+    random_sae(layer=1, model="one").save(tmp_path / "one")
+    random_sae(layer=3, model="two").save(tmp_path / "two")
+    both = tmp_path / "one", tmp_path / "two"
+    assert "one reads layer 1 (resid_post), two layer 3 (resid_post)" in failure(evaluate, *both, layer=None)
+    assert "one reads one, two two" in failure(evaluate, *both, model=None)
+    assert not (tmp_path / "judged").exists()
+    (tmp_path / "judged").mkdir()
+    (tmp_path / "judged" / "other.txt").write_text("")
+    assert "is not empty and holds no run" in failure(evaluate, plain)
+
+
+def test_an_sae_that_cannot_be_judged_leaves_the_others(evaluate, place, tmp_path):
+    sae = random_sae()
+    SparseAutoencoder(
+        "jumprelu", sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, torch.full((LATENTS,), np.float32(1e9))
+    ).save(tmp_path / "silent")
+    assert "1 of 2 SAEs cannot be judged (silent: no latent fires" in failure(
+        evaluate, place / "plain", tmp_path / "silent", code=1
+    )
+    assert list(json.loads((tmp_path / "judged" / "metrics.json").read_text())) == ["plain"]
