@@ -67,6 +67,7 @@ class DataConfig:
         2_000_000, "most tokens of text to harvest; training passes over them as often as needed"
     )
     held_out: float = option(0.06, "share of the documents kept for evaluation")
+    store: bool = option(True, "keep the training activations on disk; --no-store computes them as training asks")
 
     def __post_init__(self) -> None:
         _at_least("context_length", self.context_length, 8)

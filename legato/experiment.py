@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from legato.activations import ActivationStore, Normaliser, harvest
+from legato.activations import ActivationStore, ActivationStream, Normaliser, harvest
 from legato.config import ExperimentConfig
 from legato.errors import LegatoError, UsageError
 from legato.evaluation.controls import Control, position_shuffled, post_hoc_controls
@@ -62,10 +62,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Activations:
-    """Stored activations of both sides; provenance says what was read where."""
+    """Activations of both sides, those to train on stored or computed as they are asked for; n_valid: valid positions
+    of one pass over them; provenance says what was read where."""
 
-    train: ActivationStore
+    train: ActivationStore | ActivationStream
     held_out: ActivationStore
+    n_valid: int
     layer: int
     provenance: dict[str, Any]
 
@@ -120,14 +122,23 @@ def read_text(config: ExperimentConfig, model: LanguageModel) -> Text:
 def harvest_activations(config: ExperimentConfig, model: LanguageModel, text: Text) -> Activations:
     """Both sides' activations, from the cache where an earlier run left them."""
     layer, site = layer_of(config, model), config.model.site
-    stores = []
-    for name, tokens in (("harvest", text.train), ("harvest held-out", text.held_out)):
+
+    def stored(name: str, tokens: TokenSet) -> ActivationStore:
         with progress_bar(name, len(tokens)) as progress:
-            stores.append(harvest(model, tokens, layer=layer, site=site, progress=progress))
-    train, held_out = stores
+            return harvest(model, tokens, layer=layer, site=site, progress=progress)
+
+    train: ActivationStore | ActivationStream
+    if config.data.store:
+        train = stored("harvest", text.train)
+        n_valid, n_outliers = train.n_valid, train.n_outliers
+    else:  # the same batches, as they are needed; outliers are found as they come
+        train = ActivationStream(model, text.train, layer=layer, site=site)
+        n_valid, n_outliers = text.train.n_valid, 0
+    held_out = stored("harvest held-out", text.held_out)
+    n_outliers += held_out.n_outliers
     say(
-        f"activations: {model.module_path(layer, site)}, {train.n_valid:,} valid positions, "
-        f"{train.n_outliers + held_out.n_outliers} outliers masked"
+        f"activations: {model.module_path(layer, site)}, {n_valid:,} valid positions, {n_outliers} outliers masked"
+        + ("" if config.data.store else " on the held-out side; those to train on are computed as training goes")
     )
     provenance = {
         "model": model.name,
@@ -138,11 +149,11 @@ def harvest_activations(config: ExperimentConfig, model: LanguageModel, text: Te
         "dataset": config.data.dataset,
         "context_length": config.data.context_length,
         "bos": text.train.bos,
-        "corpus_tokens": train.n_valid,
+        "corpus_tokens": n_valid,
         "held_out_tokens": held_out.n_valid,
-        "outliers_masked": train.n_outliers + held_out.n_outliers,
+        "outliers_masked": n_outliers,
     }
-    return Activations(train, held_out, layer, provenance)
+    return Activations(train, held_out, n_valid, layer, provenance)
 
 
 @dataclass(frozen=True)
@@ -163,13 +174,13 @@ class Bank:
 
 def train_arms(config: ExperimentConfig, activations: Activations, run: RunDir) -> Bank:
     """Train the bank on shared batches and save every SAE; in several passes where it would not fit in memory."""
-    training, store = config.training, activations.train
-    tokens_per_step = training.batch_rows * store.n_valid / store.n_rows
+    training, source = config.training, activations.train
+    tokens_per_step = training.batch_rows * activations.n_valid / source.n_rows
     steps = math.ceil(training.tokens / tokens_per_step)
     dead_after = min(DEAD_AFTER_TOKENS, int(DEAD_AFTER_SHARE * training.tokens))
-    train_config = TrainConfig(steps=steps, lr=training.lr, dead_after_tokens=dead_after, aux_k=store.d_in // 2)
-    normaliser = Normaliser.fit(store)
-    passes = split_to_fit(arms(config, store.d_in), store.d_in, training.batch_rows * store.context_length)
+    train_config = TrainConfig(steps=steps, lr=training.lr, dead_after_tokens=dead_after, aux_k=source.d_in // 2)
+    normaliser = Normaliser.fit(source)
+    passes = split_to_fit(arms(config, source.d_in), source.d_in, training.batch_rows * source.context_length)
     say(
         f"training: {sum(map(len, passes))} SAEs of {training.d_sae:,} latents in {len(passes)} pass(es), "
         f"{steps} steps of {tokens_per_step:,.0f} tokens"
@@ -177,11 +188,11 @@ def train_arms(config: ExperimentConfig, activations: Activations, run: RunDir) 
     # Contexts in stored order: the same ones for every arm, whatever the seed.
     calibration = [
         TrainBatch.of(batch, normaliser, fast_matmul_dtype())
-        for batch in islice(store.batches(training.batch_rows, seed=None), CALIBRATION_BATCHES)
+        for batch in islice(source.batches(training.batch_rows, seed=None), CALIBRATION_BATCHES)
     ]
     bank = Bank({}, {})
     for members in passes:
-        batches = store.batches(training.batch_rows, seed=min(training.seeds), epochs=None, drop_last=True)
+        batches = source.batches(training.batch_rows, seed=min(training.seeds), epochs=None, drop_last=True)
         with RunLog(run.log, run.tensorboard) as log, progress_bar("train", steps) as progress:
             try:
                 result = train_bank(members, batches, normaliser, train_config, log=log, progress=progress)
@@ -197,7 +208,7 @@ def train_arms(config: ExperimentConfig, activations: Activations, run: RunDir) 
             }
             sae = dataclasses.replace(trainer.finish(normaliser, calibration), details=details)
             sae.save(run.sae(trainer.arm.name))
-            bank.trained[trainer.arm.name] = TrainedArm(sae, _training_metrics(trainer, store))
+            bank.trained[trainer.arm.name] = TrainedArm(sae, _training_metrics(trainer, activations.n_valid))
         for trainer, reason in result.failed:
             run.write_failure(trainer.arm.name, dict(trainer.parameters.items()), trainer.steps_done, reason)
             bank.failures[trainer.arm.name] = reason
@@ -348,14 +359,14 @@ def _is_grid_member(name: str, config: ExperimentConfig) -> bool:
     return any(name.startswith(f"{grid_name(*point)}") for point in config.arms.grid_points)
 
 
-def _training_metrics(trainer: SAETrainer, store: ActivationStore) -> dict[str, Any]:
+def _training_metrics(trainer: SAETrainer, n_valid: int) -> dict[str, Any]:
     if not math.isfinite(trainer.final_loss):
         raise LegatoError(f"{trainer.arm.name}: the final loss is {trainer.final_loss}: training failed")
     return {
         "training_steps": trainer.steps_done,
         "final_loss": trainer.final_loss,
         "tokens": trainer.tokens_seen,
-        "epochs": trainer.tokens_seen / store.n_valid,
+        "epochs": trainer.tokens_seen / n_valid,
         "wall_seconds": trainer.seconds,
         "dead_at_end": int(trainer.dead_F.sum()),
         "recipe": recipe(trainer.arm),

@@ -152,6 +152,19 @@ def test_a_run_is_finished_once_and_never_overwritten(small, capsys):
     assert small.results() == []
 
 
+def test_activations_that_are_not_kept_train_the_same_sae(small):
+    assert small.run() == 0
+    kept = (small.out_dir / "saes" / "baseline" / "sae_weights.safetensors").read_bytes()
+    cache = Path(os.environ["LEGATO_CACHE"])
+    before = {path for path in cache.rglob("*") if path.is_file()}
+    small.out_dir = small.out_dir.with_name("run_2")
+    assert small.run("--no-store", "--corpus_tokens=600") == 0  # another set of tokens to train on
+    small.out_dir = small.out_dir.with_name("run_3")
+    assert small.run("--no-store") == 0
+    assert (small.out_dir / "saes" / "baseline" / "sae_weights.safetensors").read_bytes() == kept
+    assert {path for path in cache.rglob("*") if path.is_file()} == before  # nothing was stored for run_2
+
+
 def test_debug_shows_where_it_happened(small):
     with pytest.raises(UsageError, match="no such file"):
         small.run("--dataset=missing.jsonl", "--debug")
