@@ -16,7 +16,9 @@ from legato import kernels, stateful
 from legato.activations import ActivationBatch, Normaliser
 from legato.codes import SparseCodes
 from legato.errors import LegatoError, UsageError
-from legato.interop.saelens_folder import read_saelens_folder, write_saelens_folder
+from legato.interop.formats import read_sae
+from legato.interop.saelens_folder import write_saelens_folder
+from legato.interop.stored import without_input_bias
 from legato.nominator import Nominator
 from legato.persistence import leaked
 from legato.sequences import SequenceLayout
@@ -267,30 +269,27 @@ class SparseAutoencoder:
 
     @classmethod
     def load(cls, path: str | Path) -> "SparseAutoencoder":
-        """Open a SAELens inference folder of any of ARCHITECTURES, one of Legato's or another's."""
-        folder = read_saelens_folder(path)
-        weights = folder.weights
-        b_enc, b_gate, r_mag = weights.get("b_enc", weights.get("b_mag")), weights.get("b_gate"), weights.get("r_mag")
-        assert b_enc is not None
-        if folder.apply_b_dec_to_input:
-            shift = weights["b_dec"] @ weights["W_enc"]
-            b_enc = b_enc - (shift if r_mag is None else r_mag.exp() * shift)
-            b_gate = None if b_gate is None else b_gate - shift
+        """Open a saved SAE, Legato's or another tool's: see interop/formats.py for what is recognised, by content.
+
+        Raises UsageError where there is none, LegatoError where it is damaged or cannot be reproduced here.
+        """
+        stored = read_sae(path)
+        weights = without_input_bias(stored)
         return cls(
-            folder.architecture,
+            stored.architecture,
             weights["W_enc"],
-            b_enc,
+            weights["b_mag" if stored.architecture == "gated" else "b_enc"],
             weights["W_dec"],
             weights["b_dec"],
             threshold=weights.get("threshold"),
-            k=folder.k,
-            release=folder.release,
-            window=folder.window,
+            k=stored.k,
+            release=stored.release,
+            window=stored.window,
             leak=weights.get("leak"),
-            tail=folder.tail,
-            b_gate=b_gate,
-            r_mag=r_mag,
-            details=folder.legato or {},
+            tail=stored.tail,
+            b_gate=weights.get("b_gate"),
+            r_mag=weights.get("r_mag"),
+            details=stored.details,
         )
 
     def _activate(self, pre: Tensor) -> Tensor:

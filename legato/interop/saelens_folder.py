@@ -1,4 +1,4 @@
-"""SAELens inference folders: `cfg.json` + `sae_weights.safetensors`, as SAELens 6.54 saves and opens them.
+"""SAELens folders: `cfg.json` + `sae_weights.safetensors`, as SAELens 6.54 saves and opens them.
 
 `SAE.load_from_disk(folder)` opens what `write_saelens_folder` writes; neither function needs SAELens installed. SAELens
 knows the architecture `hysteresis` after `import legato.interop.saelens`.
@@ -16,11 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from legato.errors import LegatoError, UsageError
+from legato.interop.saelens_training import THRESHOLD_AT_THE_END, training_normaliser, with_threshold
+from legato.interop.stored import (
+    NUMBERS,
+    WEIGHT_SHAPES,
+    StoredSAE,
+    check_weights,
+    fold_decoder_norm,
+    known,
+    usable_numbers,
+)
+from legato.interop.untrusted import read_json, read_safetensors
 
 CFG_FILENAME = "cfg.json"
 WEIGHTS_FILENAME = "sae_weights.safetensors"
@@ -28,26 +38,6 @@ LEGATO_FILENAME = "legato.json"
 
 # The layout written here. SAELens parses a folder whose metadata.sae_lens_version is below 6 as its older, flat layout.
 SAELENS_VERSION = "6.54.0"
-
-_WEIGHT_SHAPES: dict[str, dict[str, str]] = {
-    "standard": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D"},
-    "topk": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D"},
-    "jumprelu": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D", "threshold": "F"},
-    "hysteresis": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D", "threshold": "F"},
-    "hysteresis_topk": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D"},
-    "window_topk": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D", "threshold": "F"},
-    "persistent": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D", "threshold": "F", "leak": "F"},
-    "gated": {"W_enc": "DF", "b_gate": "F", "b_mag": "F", "r_mag": "F", "W_dec": "FD", "b_dec": "D"},
-}
-
-# What each architecture has beside its tensors.
-_NUMBERS: dict[str, tuple[str, ...]] = {
-    "topk": ("k",),
-    "hysteresis": ("release",),
-    "hysteresis_topk": ("k", "release"),
-    "window_topk": ("window",),
-    "persistent": ("tail",),
-}
 
 # What SAELens' own trainer records; a key the caller does not know stays None, which SAELens reads as unset.
 _METADATA_KEYS = (
@@ -66,30 +56,13 @@ _METADATA_KEYS = (
 )
 
 
-@dataclass(frozen=True)
-class SAELensFolder:
-    """A SAE as read from a SAELens folder, decoder norms folded where the folder asked for it.
+@dataclass(frozen=True, kw_only=True)
+class SAELensFolder(StoredSAE):
+    """metadata: the folder's metadata (model_name, hook_name, ...).
 
-    architecture: standard, topk, jumprelu, gated, or one of Legato's: hysteresis, hysteresis_topk, window_topk,
-        persistent.
-    weights: float32 tensors by SAELens' names: W_enc (D, F), W_dec (F, D), b_dec (D) and, by architecture,
-        b_enc (F); threshold (F), a jumprelu latent fires strictly above it; b_gate, b_mag, r_mag (F).
-    k: latents per token (topk, hysteresis_topk).
-    release: share of the threshold down to which a latent that is on stays on (hysteresis, hysteresis_topk).
-    window: tokens for which a latent is chosen at once (window_topk).
-    tail: share of a stretch's peak below which its codes are cut (persistent, whose weights hold leak (F)).
-    apply_b_dec_to_input: whether b_dec is subtracted from the activation before encoding.
-    metadata: the folder's metadata (model_name, hook_name, ...).
     legato: the content of legato.json beside it, None where there is none.
     """
 
-    architecture: str
-    weights: dict[str, Tensor]
-    k: int | None
-    release: float | None
-    window: int | None
-    tail: float | None
-    apply_b_dec_to_input: bool
     metadata: dict[str, Any]
     legato: dict[str, Any] | None
 
@@ -131,10 +104,10 @@ def write_saelens_folder(
     """
     path = Path(path)
     stored_as = "jumprelu" if architecture == "batchtopk" else architecture
-    if stored_as not in _WEIGHT_SHAPES:
-        known = ", ".join([*_WEIGHT_SHAPES, "batchtopk"])
+    if stored_as not in WEIGHT_SHAPES:
+        known = ", ".join([*WEIGHT_SHAPES, "batchtopk"])
         raise UsageError(f"architecture {architecture!r} cannot be saved as a SAELens folder; choose one of {known}")
-    own = _NUMBERS.get(stored_as, ())
+    own = NUMBERS.get(stored_as, ())
     numbers = {"k": k, "release": release, "window": window, "tail": tail}
     for name, value in numbers.items():
         if (name in own) != (value is not None):
@@ -159,7 +132,7 @@ def write_saelens_folder(
         for name, tensor in given.items()
         if tensor is not None
     }
-    _check_weights(stored_as, weights, what=f"SAE to be saved in {path}")
+    check_weights(stored_as, weights, what=f"SAE to be saved in {path}")
 
     cfg: dict[str, Any] = {
         "d_in": W_enc.shape[0],
@@ -176,7 +149,7 @@ def write_saelens_folder(
             **(metadata or {}),
         },
     }
-    cfg |= _usable_numbers(stored_as, numbers, F, what=f"SAE to be saved in {path}")
+    cfg |= usable_numbers(stored_as, numbers, F, what=f"SAE to be saved in {path}")
     if stored_as == "topk":
         cfg["rescale_acts_by_decoder_norm"] = False
     cfg["architecture"] = stored_as
@@ -191,10 +164,10 @@ def write_saelens_folder(
 
 
 def read_saelens_folder(path: str | Path) -> SAELensFolder:
-    """Read a SAELens folder that encodes raw activations.
+    """Read a SAELens folder, a training save or an inference save, as an SAE that encodes raw activations.
 
-    A topk folder with `rescale_acts_by_decoder_norm` is returned with the decoder norms folded into the encoder, which
-    leaves the selection, the codes and the reconstruction as SAELens computes them.
+    Decoder norms are folded where `rescale_acts_by_decoder_norm` asks for it, which leaves the selection, the codes and
+    the reconstruction as SAELens computes them. What a training save has besides: see saelens_training.py.
     Raises UsageError where the folder or a file is missing, LegatoError where it is damaged or asks for something that
     cannot be reproduced (another architecture, run-time normalisation, head reshaping, the layout before SAELens 6).
     """
@@ -202,75 +175,60 @@ def read_saelens_folder(path: str | Path) -> SAELensFolder:
     for name in (CFG_FILENAME, WEIGHTS_FILENAME):
         if not (path / name).is_file():
             raise UsageError(f"{path} is not a SAELens folder: it has no {name}")
-    cfg = _read_json(path / CFG_FILENAME)
+    cfg = read_json(path / CFG_FILENAME)
     metadata = cfg.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise LegatoError(f"{path / CFG_FILENAME} is damaged: its metadata is not an object")
     version = str(metadata.get("sae_lens_version") or cfg.get("sae_lens_version") or "0")
     if not version.split(".")[0].isdigit() or int(version.split(".")[0]) < 6:
         raise LegatoError(f"{path} has SAELens' layout before version 6; load and save it once with SAELens 6 or later")
-    architecture = cfg.get("architecture")
-    if architecture not in _WEIGHT_SHAPES:
-        raise LegatoError(f"{path} holds architecture {architecture!r}; can be read: {', '.join(_WEIGHT_SHAPES)}")
-    for key in ("normalize_activations", "reshape_activations"):
-        if cfg.get(key, "none") != "none":
-            raise LegatoError(f"{path} asks for {key}={cfg[key]!r}, which is not folded into its weights")
+    saved_as = cfg.get("architecture")
+    architecture = "jumprelu" if saved_as in THRESHOLD_AT_THE_END else saved_as
+    if architecture not in WEIGHT_SHAPES:
+        can = ", ".join([*WEIGHT_SHAPES, *THRESHOLD_AT_THE_END])
+        raise LegatoError(f"{path} holds architecture {saved_as!r}; can be read: {can}")
+    if cfg.get("reshape_activations", "none") != "none":
+        raise LegatoError(f"{path} asks for reshape_activations={cfg['reshape_activations']!r}: it cannot be read here")
+    normaliser = training_normaliser(path, cfg)
 
-    try:
-        stored = load_file(path / WEIGHTS_FILENAME)
-    except (SafetensorError, OSError) as error:
-        raise LegatoError(f"{path / WEIGHTS_FILENAME} is damaged: {error}") from error
-    weights = {name: tensor.to(torch.float32) for name, tensor in stored.items()}
-    _check_weights(architecture, weights, what=str(path))
-    numbers = _usable_numbers(architecture, cfg, weights["W_enc"].shape[1], what=str(path))
-    if architecture == "topk" and cfg.get("rescale_acts_by_decoder_norm", False):
-        weights = _fold_decoder_norm(weights)
-    legato = _read_json(path / LEGATO_FILENAME) if (path / LEGATO_FILENAME).is_file() else None
+    weights = read_safetensors(path / WEIGHTS_FILENAME)
+    if saved_as in THRESHOLD_AT_THE_END:
+        weights = with_threshold(weights, what=str(path))
+    check_weights(architecture, weights, what=str(path))
+    numbers = usable_numbers(architecture, cfg, weights["W_enc"].shape[1], what=str(path))
+    if saved_as in ("topk", *THRESHOLD_AT_THE_END) and cfg.get("rescale_acts_by_decoder_norm", False):
+        weights = fold_decoder_norm(weights)
     subtracts_b_dec = bool(cfg.get("apply_b_dec_to_input", True))
-    k, release, window, tail = (numbers.get(name) for name in ("k", "release", "window", "tail"))
-    return SAELensFolder(architecture, weights, k, release, window, tail, subtracts_b_dec, metadata, legato)
+    if normaliser is not None:
+        weights = normaliser.folded_into(weights, subtracts_b_dec)
+    legato = read_json(path / LEGATO_FILENAME) if (path / LEGATO_FILENAME).is_file() else None
+    return SAELensFolder(
+        architecture=architecture,
+        weights=weights,
+        apply_b_dec_to_input=subtracts_b_dec,
+        details=_details(metadata, saved_as) if legato is None else legato,
+        metadata=metadata,
+        legato=legato,
+        **numbers,
+    )
 
 
-def _usable_numbers(architecture: str, given: Mapping[str, Any], F: int, *, what: str) -> dict[str, Any]:
-    """The architecture's own numbers. LegatoError where one is missing or out of its range."""
-    numbers: dict[str, Any] = {name: given.get(name) for name in _NUMBERS.get(architecture, ())}
-    for name, value in numbers.items():
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if name == "k" and not (whole and 0 < value <= F):
-            raise LegatoError(f"{what}: a {architecture} SAE without a usable k ({value!r})")
-        if name == "release" and not (isinstance(value, int | float) and 0 < value <= 1):
-            raise LegatoError(f"{what}: release must lie above 0 and at most at 1, not at {value!r}")
-        if name == "tail" and not (isinstance(value, int | float) and 0 < value < 1):
-            raise LegatoError(f"{what}: tail must lie between 0 and 1, not at {value!r}")
-        if name == "window" and not (whole and value >= 1):
-            raise LegatoError(f"{what}: window must be a whole number of tokens, not {value!r}")
-    return numbers
-
-
-def _check_weights(architecture: str, weights: dict[str, Tensor], *, what: str) -> None:
-    expected = _WEIGHT_SHAPES[architecture]
-    missing, surplus = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    if missing or surplus:
-        detail = "; ".join(
-            f"{label} {', '.join(names)}" for label, names in (("missing", missing), ("unexpected", surplus)) if names
-        )
-        raise LegatoError(f"{what}: the tensors are not those of a {architecture} SAE ({detail})")
-    if weights["W_enc"].ndim != 2:
-        raise LegatoError(f"{what}: W_enc has shape {tuple(weights['W_enc'].shape)}, expected (d_in, d_sae)")
-    size = dict(zip("DF", weights["W_enc"].shape, strict=True))
-    for name, axes in expected.items():
-        shape, wanted = tuple(weights[name].shape), tuple(size[axis] for axis in axes)
-        if shape != wanted:
-            raise LegatoError(f"{what}: {name} has shape {shape}, expected {wanted}")
-        if not torch.isfinite(weights[name]).all():
-            raise LegatoError(f"{what}: {name} holds values that are not finite")
-
-
-def _fold_decoder_norm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    norm_F = weights["W_dec"].norm(dim=-1)
-    return weights | {
-        "W_enc": weights["W_enc"] * norm_F,
-        "b_enc": weights["b_enc"] * norm_F,
-        "W_dec": weights["W_dec"] / norm_F[:, None],
-    }
+def _details(metadata: Mapping[str, Any], saved_as: str) -> dict[str, Any]:
+    trained_as = metadata.get("training_architecture_details") or {}
+    return known(
+        model=metadata.get("model_name"),
+        module_path=metadata.get("hook_name"),
+        context_length=metadata.get("context_size"),
+        bos=metadata.get("prepend_bos"),
+        dataset=metadata.get("dataset_path"),
+        source=known(
+            format="saelens",
+            version=metadata.get("sae_lens_version"),
+            architecture=metadata.get("training_architecture") or saved_as,
+            group_ends=trained_as.get("matryoshka_widths"),
+            k=trained_as.get("k"),
+        ),
+    )
 
 
 def _replace_folder(
@@ -299,13 +257,3 @@ def _replace_folder(
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise LegatoError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise LegatoError(f"{path} is damaged: expected an object")
-    return content
