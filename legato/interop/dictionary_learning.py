@@ -1,0 +1,197 @@
+"""Runs of dictionary_learning 0.1: `trainer_<i>/{config.json, ae.pt, checkpoints/ae_<step>.pt}`, plain state dicts.
+
+An activation normaliser is folded into the biases of what is saved, the checkpoints included.
+
+Shape legend: D activation width, F latents.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from legato.errors import LegatoError, UsageError
+from legato.interop.hook_names import layer_and_site
+from legato.interop.stored import StoredSAE, check_weights, fold_decoder_norm, known, usable_numbers
+from legato.interop.untrusted import read_json, read_state_dict
+
+WEIGHTS_FILENAME = "ae.pt"
+CONFIG_FILENAME = "config.json"
+
+# By dict_class, the state dict's names for SAELens' names; a T marks the transpose that a Linear layer stores.
+LINEAR = {"W_enc": "encoder.weight.T", "b_enc": "encoder.bias", "W_dec": "decoder.weight.T"}
+PLAIN = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+NAMES: dict[str, dict[str, str]] = {
+    "AutoEncoder": {**LINEAR, "b_dec": "bias"},
+    "AutoEncoderNew": {**LINEAR, "b_dec": "decoder.bias"},
+    "AutoEncoderTopK": {**LINEAR, "b_dec": "b_dec"},
+    "BatchTopKSAE": {**LINEAR, "b_dec": "b_dec"},
+    "MatryoshkaBatchTopKSAE": PLAIN,
+    "TemporalMatryoshkaBatchTopKSAE": PLAIN,  # of temporal-saes, a fork: see temporal_saes.py
+    "JumpReluAutoEncoder": {**PLAIN, "threshold": "threshold"},
+    "GatedAutoEncoder": {
+        "W_enc": "encoder.weight.T",
+        "b_gate": "gate_bias",
+        "b_mag": "mag_bias",
+        "r_mag": "r_mag",
+        "W_dec": "decoder.weight.T",
+        "b_dec": "decoder_bias",
+    },
+}
+# Buffers beside the weights.
+BUFFERS: dict[str, tuple[str, ...]] = {
+    "AutoEncoderTopK": ("k", "threshold"),
+    "BatchTopKSAE": ("k", "threshold"),
+    "MatryoshkaBatchTopKSAE": ("k", "threshold", "group_sizes"),
+    "TemporalMatryoshkaBatchTopKSAE": ("k", "threshold", "group_sizes"),
+}
+ARCHITECTURES = {
+    "AutoEncoder": "standard",
+    "AutoEncoderNew": "standard",
+    "AutoEncoderTopK": "topk",
+    "BatchTopKSAE": "jumprelu",
+    "MatryoshkaBatchTopKSAE": "jumprelu",
+    "TemporalMatryoshkaBatchTopKSAE": "jumprelu",
+    "JumpReluAutoEncoder": "jumprelu",
+    "GatedAutoEncoder": "gated",
+}
+# The two whose encode takes the activation as it is.
+TAKES_RAW_INPUT = ("AutoEncoderNew", "JumpReluAutoEncoder")
+
+
+def read_run(folder: Path) -> StoredSAE:
+    """The final save of a trainer's folder."""
+    return read_dictionary_learning(folder / WEIGHTS_FILENAME)
+
+
+def read_dictionary_learning(path: Path) -> StoredSAE:
+    """path: a state dict (ae.pt, checkpoints/ae_<step>.pt), with its run's config.json beside or above it.
+
+    An AutoEncoder whose decoder rows are not of unit norm is returned with the norms folded into the encoder, as the
+    library's own loader does. Raises LegatoError where config.json and the tensors do not fit together, and for a
+    BatchTopK whose threshold was never set: its codes would be every positive pre-activation.
+    """
+    state = read_state_dict(path)
+    config = read_config(path)
+    trainer = config.get("trainer") or {}
+    if not isinstance(trainer, dict):
+        raise LegatoError(f"{path.parent / CONFIG_FILENAME} is damaged: trainer is not an object")
+    dict_class = trainer.get("dict_class") or _class_of(state, path)
+    if dict_class not in NAMES:
+        raise LegatoError(f"{path} holds a {dict_class}; can be read: {', '.join(NAMES)}")
+    names, buffers = NAMES[dict_class], BUFFERS.get(dict_class, ())
+    expected = {name.removesuffix(".T") for name in names.values()} | set(buffers)
+    if missing := sorted(expected - state.keys()):
+        raise LegatoError(f"{path} is not the {dict_class} its config.json names: it has no {', '.join(missing)}")
+    if surplus := sorted(state.keys() - expected):
+        raise LegatoError(f"{path} is not the {dict_class} its config.json names: it also has {', '.join(surplus)}")
+
+    architecture = ARCHITECTURES[dict_class]
+    weights = {ours: _of(state, theirs) for ours, theirs in names.items()}
+    k = _whole(state["k"], f"{path}: k") if "k" in buffers else None
+    if k is not None and trainer.get("k", k) != k:
+        raise LegatoError(f"{path} has k = {k}, its config.json k = {trainer['k']}: they are not of one run")
+    threshold = _number(state["threshold"], f"{path}: threshold") if "threshold" in buffers else None
+    if architecture == "jumprelu" and threshold is not None:
+        if threshold < 0:
+            raise LegatoError(
+                f"{path}: its threshold was never set (training ended before threshold_start_step); train it longer, "
+                "or store one in the state dict's `threshold`"
+            )
+        weights["threshold"] = torch.full_like(weights["b_enc"], threshold)
+    groups = [int(size) for size in state["group_sizes"].flatten()] if "group_sizes" in buffers else None
+    check_weights(architecture, weights, what=str(path))
+    F = weights["W_enc"].shape[1]
+    if groups is not None and (sum(groups) != F or min(groups) < 1):
+        raise LegatoError(f"{path}: group_sizes {groups} do not add up to its {F} latents")
+    numbers = usable_numbers(architecture, {"k": k}, F, what=str(path))
+    if dict_class == "AutoEncoder" and not has_unit_rows(weights["W_dec"]):
+        weights = fold_decoder_norm(weights)
+    return StoredSAE(
+        architecture=architecture,
+        weights=weights,
+        apply_b_dec_to_input=dict_class not in TAKES_RAW_INPUT,
+        details=_details(config, trainer, dict_class, k=k, threshold=threshold, group_sizes=groups),
+        **numbers,
+    )
+
+
+def has_unit_rows(W_dec: Tensor) -> bool:
+    norm_F = W_dec.norm(dim=-1)
+    return torch.allclose(norm_F, torch.ones_like(norm_F))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a state dict: beside it, or above its folder `checkpoints`; {} where there is none."""
+    folders = [path.parent, *([path.parent.parent] if path.parent.name == "checkpoints" else [])]
+    return next((read_json(f / CONFIG_FILENAME) for f in folders if (f / CONFIG_FILENAME).is_file()), {})
+
+
+def _class_of(state: Mapping[str, Tensor], path: Path) -> str:
+    fitting = [
+        dict_class
+        for dict_class, names in NAMES.items()
+        if {name.removesuffix(".T") for name in names.values()} | set(BUFFERS.get(dict_class, ())) == state.keys()
+    ]
+    if not fitting:
+        tensors = ", ".join(sorted(state)[:8])
+        raise LegatoError(f"{path} is no SAE of dictionary_learning (it has {tensors}): cannot be read")
+    if "AutoEncoderTopK" in fitting:
+        raise UsageError(f"{path} may be a TopK or a BatchTopK SAE: put the run's config.json beside it")
+    return fitting[0]
+
+
+def _details(
+    config: Mapping[str, Any],
+    trainer: Mapping[str, Any],
+    dict_class: str,
+    *,
+    k: int | None,
+    threshold: float | None,
+    group_sizes: list[int] | None,
+) -> dict[str, Any]:
+    buffer = config.get("buffer")
+    submodule = trainer.get("submodule_name")
+    layer, site = trainer.get("layer"), None
+    if submodule is not None:
+        try:
+            layer, site = layer_and_site(str(submodule))
+        except UsageError:  # a name of the user's own: whoever evaluates it says the place
+            layer = None
+    is_fork = dict_class.startswith("Temporal") or "temporal" in trainer
+    return known(
+        model=trainer.get("lm_name"),
+        layer=layer,
+        site=site,
+        module_path=submodule,
+        context_length=buffer.get("ctx_len") if isinstance(buffer, dict) else None,
+        source=known(
+            format="temporal-saes" if is_fork else "dictionary_learning",
+            dict_class=dict_class,
+            trainer_class=trainer.get("trainer_class"),
+            k=k,
+            threshold=threshold,
+            group_sizes=group_sizes,
+            trainer={name: value for name, value in trainer.items() if name not in ("dict_class", "trainer_class")},
+        ),
+    )
+
+
+def _of(state: Mapping[str, Tensor], name: str) -> Tensor:
+    tensor = state[name.removesuffix(".T")].float()
+    return tensor.T.contiguous() if name.endswith(".T") and tensor.ndim == 2 else tensor
+
+
+def _number(tensor: Tensor, what: str) -> float:
+    if tensor.numel() != 1 or not torch.isfinite(tensor).all():
+        raise LegatoError(f"{what} is not one finite number")
+    return float(tensor)
+
+
+def _whole(tensor: Tensor, what: str) -> int:
+    value = _number(tensor, what)
+    if value != int(value):
+        raise LegatoError(f"{what} = {value} is not a whole number")
+    return int(value)

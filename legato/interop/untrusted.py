@@ -1,0 +1,120 @@
+"""Reading files that others wrote: nothing is executed, and nothing outgrows the memory that is free.
+
+Every function raises UsageError where the file is missing and LegatoError, in one line that names it, where it is not
+what it should be.
+"""
+
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from legato.errors import LegatoError, UsageError
+
+MAX_JSON_BYTES = 64 * 2**20  # the largest cfg.json of the tools read here has some kilobytes
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    _check_is_file(path)
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise LegatoError(f"{path} has {path.stat().st_size:,} bytes: not the configuration of an SAE")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise LegatoError(f"{path} is damaged: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise LegatoError(f"{path} is damaged: expected an object")
+    return content
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; its header is checked against its length before anything is read."""
+    _check_is_file(path)
+    try:
+        return as_float32(load_file(path), path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise LegatoError(f"{path} is damaged: {_one_line(error)}") from error
+
+
+def safetensors_header(path: Path) -> dict[str, str]:
+    _check_is_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise LegatoError(f"{path} is damaged: {_one_line(error)}") from error
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a state dict that torch.save wrote (PyTorch 1.6 or later), unpickled as plain tensors only.
+
+    The archive must be uncompressed, as torch.save writes it: then no tensor is larger than its bytes in the file.
+    """
+    _check_is_file(path)
+    advice = "save the state dict again with torch.save, or convert it to safetensors"
+    try:
+        if not zipfile.is_zipfile(path):
+            raise LegatoError(f"{path} is not in torch.save's zip format: {advice}")
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise LegatoError(f"{path} is compressed, which torch.save never does: {advice}")
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise LegatoError(f"{path} is damaged: {_one_line(error)}") from error
+    except pickle.UnpicklingError as error:
+        raise LegatoError(f"{path} holds more than tensors and was not opened: {advice}") from error
+    if not isinstance(loaded, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in loaded.items()
+    ):
+        raise LegatoError(f"{path} is not a state dict of tensors: {advice}")
+    return as_float32(loaded, path)
+
+
+def read_npz(path: Path) -> dict[str, Tensor]:
+    """The arrays of a NumPy archive, compressed or not; object arrays, which NumPy pickles, are refused."""
+    _check_is_file(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            check_fits(path, sum(entry.file_size for entry in archive.infolist()))
+        with np.load(path, allow_pickle=False) as arrays:
+            return as_float32({name: torch.from_numpy(arrays[name]) for name in arrays.files}, path)
+    except (ValueError, TypeError, OSError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+        raise LegatoError(f"{path} is damaged: {_one_line(error)}") from error
+
+
+def as_float32(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """float32 copies that own their memory; whole numbers stay as they are."""
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_complex():
+            raise LegatoError(f"{path}: {name} is not a dense tensor of real numbers")
+    check_fits(path, sum(max(4, tensor.element_size()) * tensor.numel() for tensor in tensors.values()))
+    return {
+        name: tensor.to(torch.float32, copy=True).contiguous() if tensor.is_floating_point() else tensor.clone()
+        for name, tensor in tensors.items()
+    }
+
+
+def check_fits(path: Path, needed: int) -> None:
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise LegatoError(
+            f"{path} needs {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: open it on a larger machine"
+        )
+
+
+def _check_is_file(path: Path) -> None:
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist or is not a file")
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
