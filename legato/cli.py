@@ -14,7 +14,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from legato import judge_sae, synthetic
+from legato import bench_sae, judge_sae, synthetic
 from legato.comparison import compare_runs, write_json, write_matched
 from legato.comparison_table import legend, tables
 from legato.errors import LegatoError, UsageError
@@ -131,5 +131,6 @@ COMMANDS = {
     "compare": Command("Set methods side by side at the baseline's L0 and FVU.", _compare_arguments, _compare),
     "evaluate": Command("Judge saved SAEs on a model and a text.", judge_sae.add_arguments, judge_sae.main),
     "report": Command("Build a run's tables, figures, notes and report again.", _report_arguments, _report),
+    "saebench": Command("Run sae-bench itself on a saved SAE.", bench_sae.add_arguments, bench_sae.main),
     "synthetic": Command("Train and judge SAEs where the truth is known.", synthetic.add_arguments, synthetic.main),
 }

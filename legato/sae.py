@@ -18,7 +18,7 @@ from legato.codes import SparseCodes
 from legato.errors import LegatoError, UsageError
 from legato.interop.formats import read_sae
 from legato.interop.saelens_folder import write_saelens_folder
-from legato.interop.stored import without_input_bias
+from legato.interop.stored import NUMBERS, WEIGHT_SHAPES, StoredSAE, without_input_bias
 from legato.nominator import Nominator
 from legato.persistence import leaked
 from legato.sequences import SequenceLayout
@@ -265,6 +265,17 @@ class SparseAutoencoder:
                 "dataset_path": details.get("dataset"),
             },
             legato=details,
+        )
+
+    def stored(self) -> StoredSAE:
+        """What a file holds of it, under the names of SAELens' tensors."""
+        renamed = {"b_mag": "b_enc"}
+        return StoredSAE(
+            architecture=self.architecture,
+            weights={name: getattr(self, renamed.get(name, name)) for name in WEIGHT_SHAPES[self.architecture]},
+            apply_b_dec_to_input=False,
+            details=dict(self.details),
+            **{name: getattr(self, name) for name in NUMBERS.get(self.architecture, ())},
         )
 
     @classmethod

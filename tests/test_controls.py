@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -136,6 +138,11 @@ def test_controls_are_rows_of_the_bank_with_their_settings(sae):
         "post_hoc": {"control": "ema", "of": "baseline_seed3", "alpha": 0.5, "cutoff": 0.01},
         "recipe": {"role": "control", "k": K, "seed": 3, "d_sae": F},
     }
+    topk = replace(sae, architecture="topk", threshold=None, k=K)
+    held = post_hoc_controls(("ema", "hysteresis"), {"topk_seed3": (topk, 3)}, batches, k=K, release=0.5)
+    assert list(held) == ["topk_hysteresis_seed3"]  # thresholds are what the others are made of
+    assert held["topk_hysteresis_seed3"].judged == replace(topk, architecture="hysteresis_topk", release=0.5)
+
     bank = {"baseline": sae, **{name: control.judged for name, control in controls.items()}}
     results = evaluate(bank, batches)
     # The free lunch: the average buys autocorrelation with a code several times as dense.

@@ -66,15 +66,16 @@ def test_an_sae_that_fires_nowhere_is_reported_and_the_others_are_judged(small, 
 
     def silent(trainer, *rest):
         sae = finish(trainer, *rest)
-        return replace(sae, b_enc=sae.b_enc - 1e6) if trainer.arm.name == "topk" else sae
+        return replace(sae, b_enc=sae.b_enc - 1e6) if trainer.arm.name == "matryoshka" else sae
 
     monkeypatch.setattr(SAETrainer, "finish", silent)
-    assert small.run("--temporal=topk,hysteresis", "--controls=ema,hysteresis") == 1
-    assert "1 arms failed (topk)" in small.capture.readouterr().err
+    assert small.run("--temporal=matryoshka,hysteresis", "--controls=ema,hysteresis") == 1
+    assert "1 arms failed (matryoshka)" in small.capture.readouterr().err
     metrics = json.loads((small.out_dir / "metrics.json").read_text())
     assert list(metrics) == ["baseline", "hysteresis", "baseline_ema", "baseline_hysteresis"]
     assert sorted(path.name for path in (small.out_dir / "saes").iterdir()) == ["baseline", "hysteresis"]
-    assert "no latent fires" in json.loads((small.out_dir / "failed" / "topk" / "reason.json").read_text())["reason"]
+    reason = json.loads((small.out_dir / "failed" / "matryoshka" / "reason.json").read_text())
+    assert "no latent fires" in reason["reason"]
 
 
 def test_a_pass_whose_members_all_fail_does_not_stop_the_next(small, monkeypatch):

@@ -1,6 +1,8 @@
 """Runs of dictionary_learning 0.1: `trainer_<i>/{config.json, ae.pt, checkpoints/ae_<step>.pt}`, plain state dicts.
 
-An activation normaliser is folded into the biases of what is saved, the checkpoints included.
+An activation normaliser is folded into the biases of what is saved, the checkpoints included. temporal-saes (T-SAE,
+arXiv 2511.05541) is a fork that writes the same layout; of its objective config.json says `temporal` and the groups,
+but neither the coefficient nor whether the term was contrastive.
 
 Shape legend: D activation width, F latents.
 """
@@ -14,11 +16,12 @@ from torch import Tensor
 
 from legato.errors import LegatoError, UsageError
 from legato.interop.hook_names import layer_and_site
-from legato.interop.stored import StoredSAE, check_weights, fold_decoder_norm, known, usable_numbers
-from legato.interop.untrusted import read_json, read_state_dict
+from legato.interop.stored import StoredSAE, check_weights, fold_decoder_norm, has_unit_rows, known, usable_numbers
+from legato.interop.untrusted import as_dict, read_json, read_state_dict
 
 WEIGHTS_FILENAME = "ae.pt"
 CONFIG_FILENAME = "config.json"
+LEGATO_KEY = "legato"  # in config.json: what the SAE knows of itself, where Legato wrote it
 
 # By dict_class, the state dict's names for SAELens' names; a T marks the transpose that a Linear layer stores.
 LINEAR = {"W_enc": "encoder.weight.T", "b_enc": "encoder.bias", "W_dec": "decoder.weight.T"}
@@ -29,7 +32,7 @@ NAMES: dict[str, dict[str, str]] = {
     "AutoEncoderTopK": {**LINEAR, "b_dec": "b_dec"},
     "BatchTopKSAE": {**LINEAR, "b_dec": "b_dec"},
     "MatryoshkaBatchTopKSAE": PLAIN,
-    "TemporalMatryoshkaBatchTopKSAE": PLAIN,  # of temporal-saes, a fork: see temporal_saes.py
+    "TemporalMatryoshkaBatchTopKSAE": PLAIN,  # of temporal-saes
     "JumpReluAutoEncoder": {**PLAIN, "threshold": "threshold"},
     "GatedAutoEncoder": {
         "W_enc": "encoder.weight.T",
@@ -75,10 +78,8 @@ def read_dictionary_learning(path: Path) -> StoredSAE:
     """
     state = read_state_dict(path)
     config = read_config(path)
-    trainer = config.get("trainer") or {}
-    if not isinstance(trainer, dict):
-        raise LegatoError(f"{path.parent / CONFIG_FILENAME} is damaged: trainer is not an object")
-    dict_class = trainer.get("dict_class") or _class_of(state, path)
+    trainer = as_dict(config.get("trainer"))
+    dict_class = str(trainer.get("dict_class") or _class_of(state, path))
     if dict_class not in NAMES:
         raise LegatoError(f"{path} holds a {dict_class}; can be read: {', '.join(NAMES)}")
     names, buffers = NAMES[dict_class], BUFFERS.get(dict_class, ())
@@ -113,14 +114,10 @@ def read_dictionary_learning(path: Path) -> StoredSAE:
         architecture=architecture,
         weights=weights,
         apply_b_dec_to_input=dict_class not in TAKES_RAW_INPUT,
-        details=_details(config, trainer, dict_class, k=k, threshold=threshold, group_sizes=groups),
+        details=as_dict(config.get(LEGATO_KEY))
+        or _details(config, trainer, dict_class, k=k, threshold=threshold, group_sizes=groups),
         **numbers,
     )
-
-
-def has_unit_rows(W_dec: Tensor) -> bool:
-    norm_F = W_dec.norm(dim=-1)
-    return torch.allclose(norm_F, torch.ones_like(norm_F))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -152,7 +149,6 @@ def _details(
     threshold: float | None,
     group_sizes: list[int] | None,
 ) -> dict[str, Any]:
-    buffer = config.get("buffer")
     submodule = trainer.get("submodule_name")
     layer, site = trainer.get("layer"), None
     if submodule is not None:
@@ -163,10 +159,10 @@ def _details(
     is_fork = dict_class.startswith("Temporal") or "temporal" in trainer
     return known(
         model=trainer.get("lm_name"),
-        layer=layer,
+        layer=layer if isinstance(layer, int) else None,
         site=site,
         module_path=submodule,
-        context_length=buffer.get("ctx_len") if isinstance(buffer, dict) else None,
+        context_length=as_dict(config.get("buffer")).get("ctx_len"),
         source=known(
             format="temporal-saes" if is_fork else "dictionary_learning",
             dict_class=dict_class,

@@ -1,4 +1,4 @@
-"""Which format a saved SAE is in, told by what lies at the path, and reading it.
+"""Which format a saved SAE is in, told by what lies at the path, reading it, and writing it in another.
 
 SAELens folders (Legato's own are such), dictionary_learning and temporal-saes runs, sparsify folders, Gemma Scope's
 params.npz, and single safetensors files of Legato. Each format has a module of its own beside this one.
@@ -6,10 +6,17 @@ params.npz, and single safetensors files of Legato. Each format has a module of 
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from legato.errors import UsageError
 from legato.interop import dictionary_learning, gemma_scope, one_file, saelens_folder, sparsify
+from legato.interop.dictionary_learning_export import write_dictionary_learning
 from legato.interop.stored import StoredSAE
+
+if TYPE_CHECKING:
+    from legato.sae import SparseAutoencoder
+
+EXPORT_FORMATS = ("saelens", "dictionary_learning", "sparsify", "safetensors")
 
 # A folder is of the first format whose file lies in it.
 _FOLDERS: tuple[tuple[str, Callable[[Path], StoredSAE]], ...] = (
@@ -45,6 +52,28 @@ def read_sae(path: str | Path) -> StoredSAE:
         if path.name in (filename, saelens_folder.CFG_FILENAME) and (path.parent / filename).is_file():
             return read(path.parent)
     raise UsageError(f"{path} is no file of an SAE that can be read; {_CAN_BE_READ}")
+
+
+def export(sae: "SparseAutoencoder", path: str | Path, to: str) -> Path:
+    """Write an SAE in a format of EXPORT_FORMATS; return its path.
+
+    saelens: any SAE, those with state for SAELens with `import legato.interop.saelens`. dictionary_learning: any
+    without state. sparsify: topk. safetensors: any, one file for `SparseAutoencoder.load`. What is there already is
+    replaced where it is an SAE of that format, else refused.
+    Raises UsageError for another format, LegatoError where the format cannot hold the SAE.
+    """
+    path = Path(path)
+    if to == "saelens":
+        return sae.save(path)
+    if to == "dictionary_learning":
+        write_dictionary_learning(path, sae.stored())
+    elif to == "sparsify":
+        sparsify.write_sparsify(path, sae.stored())
+    elif to == "safetensors":
+        one_file.write_one_file(path, sae.stored())
+    else:
+        raise UsageError(f"{to!r} is no format to export to: choose one of {', '.join(EXPORT_FORMATS)}")
+    return path
 
 
 _CAN_BE_READ = "can be read: " + ", ".join(

@@ -1,18 +1,17 @@
 """One safetensors file: an SAE's tensors by SAELens' names, what it is beside them as JSON in the file's header."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor
 
-from legato.errors import LegatoError
-from legato.interop.stored import WEIGHT_SHAPES, StoredSAE, check_weights, usable_numbers
+from legato.errors import LegatoError, UsageError
+from legato.interop.placing import new_file
+from legato.interop.stored import NUMBERS, WEIGHT_SHAPES, StoredSAE, check_weights, usable_numbers
 from legato.interop.untrusted import read_safetensors, safetensors_header
 
 HEADER = "legato"
+SUFFIX = ".safetensors"
 
 
 def is_one_file(path: Path) -> bool:
@@ -33,13 +32,14 @@ def read_one_file(path: Path) -> StoredSAE:
     return StoredSAE(architecture=architecture, weights=weights, apply_b_dec_to_input=False, details=details, **numbers)
 
 
-def write_one_file(
-    path: Path,
-    architecture: str,
-    weights: Mapping[str, Tensor],
-    numbers: Mapping[str, Any],
-    details: Mapping[str, Any],
-) -> None:
-    header = {"architecture": architecture, **numbers, "details": details}
-    tensors = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
-    save_file(tensors, path, metadata={HEADER: json.dumps(header, allow_nan=False)})
+def write_one_file(path: Path, stored: StoredSAE) -> None:
+    """Replaces a file of its own kind only."""
+    if path.suffix != SUFFIX:
+        raise UsageError(f"{path} would be one file of tensors: give it a name that ends in {SUFFIX}")
+    if path.is_file() and not is_one_file(path):
+        raise UsageError(f"{path} exists and is not an SAE of Legato's; choose another place to save to")
+    numbers = {name: getattr(stored, name) for name in NUMBERS.get(stored.architecture, ())}
+    header = {"architecture": stored.architecture, **numbers, "details": stored.details}
+    tensors = {name: tensor.contiguous() for name, tensor in stored.weights.items()}
+    with new_file(path) as new:
+        save_file(tensors, new, metadata={HEADER: json.dumps(header, allow_nan=False)})

@@ -6,10 +6,6 @@ knows the architecture `hysteresis` after `import legato.interop.saelens`.
 Shape legend: D activation width, F latents.
 """
 
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from legato.errors import LegatoError, UsageError
+from legato.interop.placing import new_folder
 from legato.interop.saelens_training import THRESHOLD_AT_THE_END, training_normaliser, with_threshold
 from legato.interop.stored import (
     NUMBERS,
@@ -30,7 +27,7 @@ from legato.interop.stored import (
     known,
     usable_numbers,
 )
-from legato.interop.untrusted import read_json, read_safetensors
+from legato.interop.untrusted import as_dict, read_json, read_safetensors, write_json
 
 CFG_FILENAME = "cfg.json"
 WEIGHTS_FILENAME = "sae_weights.safetensors"
@@ -154,12 +151,11 @@ def write_saelens_folder(
         cfg["rescale_acts_by_decoder_norm"] = False
     cfg["architecture"] = stored_as
 
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / CFG_FILENAME).is_file()):
-        raise LegatoError(f"{path} exists and is not a SAE folder; choose another place to save to")
-    try:
-        _replace_folder(path, weights, cfg, legato)
-    except OSError as error:
-        raise LegatoError(f"cannot save the SAE in {path}: {error.strerror or error}") from error
+    with new_folder(path, CFG_FILENAME) as folder:
+        save_file(weights, folder / WEIGHTS_FILENAME)
+        write_json(folder / CFG_FILENAME, cfg)
+        if legato is not None:
+            write_json(folder / LEGATO_FILENAME, legato)
     return path
 
 
@@ -176,13 +172,11 @@ def read_saelens_folder(path: str | Path) -> SAELensFolder:
         if not (path / name).is_file():
             raise UsageError(f"{path} is not a SAELens folder: it has no {name}")
     cfg = read_json(path / CFG_FILENAME)
-    metadata = cfg.get("metadata") or {}
-    if not isinstance(metadata, dict):
-        raise LegatoError(f"{path / CFG_FILENAME} is damaged: its metadata is not an object")
+    metadata = as_dict(cfg.get("metadata"))
     version = str(metadata.get("sae_lens_version") or cfg.get("sae_lens_version") or "0")
     if not version.split(".")[0].isdigit() or int(version.split(".")[0]) < 6:
         raise LegatoError(f"{path} has SAELens' layout before version 6; load and save it once with SAELens 6 or later")
-    saved_as = cfg.get("architecture")
+    saved_as = str(cfg.get("architecture"))
     architecture = "jumprelu" if saved_as in THRESHOLD_AT_THE_END else saved_as
     if architecture not in WEIGHT_SHAPES:
         can = ", ".join([*WEIGHT_SHAPES, *THRESHOLD_AT_THE_END])
@@ -214,7 +208,7 @@ def read_saelens_folder(path: str | Path) -> SAELensFolder:
 
 
 def _details(metadata: Mapping[str, Any], saved_as: str) -> dict[str, Any]:
-    trained_as = metadata.get("training_architecture_details") or {}
+    trained_as = as_dict(metadata.get("training_architecture_details"))
     return known(
         model=metadata.get("model_name"),
         module_path=metadata.get("hook_name"),
@@ -229,31 +223,3 @@ def _details(metadata: Mapping[str, Any], saved_as: str) -> dict[str, Any]:
             k=trained_as.get("k"),
         ),
     )
-
-
-def _replace_folder(
-    path: Path, weights: dict[str, Tensor], cfg: dict[str, Any], legato: Mapping[str, Any] | None
-) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        new = staging / "new"
-        new.mkdir()
-        save_file(weights, new / WEIGHTS_FILENAME)
-        _write_json(new / CFG_FILENAME, cfg)
-        if legato is not None:
-            _write_json(new / LEGATO_FILENAME, legato)
-        if path.exists():
-            os.replace(path, staging / "old")
-        try:
-            os.replace(new, path)
-        except OSError:
-            if (staging / "old").exists():
-                os.replace(staging / "old", path)
-            raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -7,13 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 from legato.errors import LegatoError
 from legato.interop.hook_names import layer_and_site
-from legato.interop.stored import StoredSAE, check_weights, known, usable_numbers
-from legato.interop.untrusted import read_json, read_safetensors
+from legato.interop.placing import new_folder
+from legato.interop.stored import StoredSAE, check_weights, has_unit_rows, known, usable_numbers, with_input_bias
+from legato.interop.untrusted import as_dict, read_json, read_safetensors, write_json
 
 CFG_FILENAME = "cfg.json"
 WEIGHTS_FILENAME = "sae.safetensors"
+LEGATO_KEY = "legato"  # in cfg.json: what the SAE knows of itself, where Legato wrote it
 
 
 def read_sparsify(folder: Path) -> StoredSAE:
@@ -40,15 +45,17 @@ def read_sparsify(folder: Path) -> StoredSAE:
         weights["W_enc"] = weights["W_enc"].T.contiguous()
     check_weights("topk", weights, what=str(folder / WEIGHTS_FILENAME))
     D, F = weights["W_enc"].shape
-    stated = (cfg.get("d_in", D), cfg.get("num_latents") or cfg.get("expansion_factor", 0) * D or F)
-    if stated != (D, F):
-        raise LegatoError(f"{folder}: cfg.json states {stated} for (d_in, latents), the tensors have {(D, F)}")
+    times, latents = cfg.get("expansion_factor"), cfg.get("num_latents") or None
+    if latents is None and isinstance(times, int):
+        latents = times * D
+    if (cfg.get("d_in", D), latents or F) != (D, F):
+        raise LegatoError(f"{folder}: cfg.json states other sizes than the {D} x {F} of its tensors")
     numbers = usable_numbers("topk", cfg, F, what=str(folder))
     return StoredSAE(
         architecture="topk",
         weights=weights,
         apply_b_dec_to_input=True,
-        details=_details(folder, cfg),
+        details=as_dict(cfg.get(LEGATO_KEY)) or _details(folder, cfg),
         **numbers,
     )
 
@@ -69,3 +76,35 @@ def _details(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Any]:
         dataset=run.get("dataset"),
         source={"format": "sparsify", "hookpoint": hookpoint, **cfg},
     )
+
+
+def write_sparsify(folder: Path, stored: StoredSAE) -> None:
+    """A topk SAE as a hookpoint's folder; the bias is rounded once, since sparsify subtracts b_dec from the input."""
+    if stored.architecture != "topk":
+        raise LegatoError(
+            f"sparsify has only topk SAEs and this one is {stored.architecture}: "
+            "export to saelens, or to dictionary_learning where it keeps no state"
+        )
+    weights = with_input_bias(stored.weights)
+    D, F = weights["W_enc"].shape
+    tensors: dict[str, Tensor] = {
+        "encoder.weight": weights["W_enc"].T.contiguous(),
+        "encoder.bias": weights["b_enc"],
+        "W_dec": weights["W_dec"].contiguous(),
+        "b_dec": weights["b_dec"].contiguous(),
+    }
+    cfg = {
+        "activation": "topk",
+        "expansion_factor": max(1, F // D),
+        "normalize_decoder": has_unit_rows(weights["W_dec"]),
+        "num_latents": F,
+        "k": stored.k,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": D,
+        LEGATO_KEY: stored.details,
+    }
+    with new_folder(folder, WEIGHTS_FILENAME) as new:
+        save_file(tensors, new / WEIGHTS_FILENAME)
+        write_json(new / CFG_FILENAME, cfg)

@@ -103,6 +103,11 @@ def check_weights(architecture: str, weights: Mapping[str, Tensor], *, what: str
             raise LegatoError(f"{what}: {name} holds values that are not finite")
 
 
+def has_unit_rows(W_dec: Tensor) -> bool:
+    norm_F = W_dec.norm(dim=-1)
+    return torch.allclose(norm_F, torch.ones_like(norm_F))
+
+
 def fold_decoder_norm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Unit decoder rows and codes in units of the reconstruction; a row of zeros stays one."""
     norm_F = weights["W_dec"].norm(dim=-1)

@@ -36,6 +36,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def as_dict(content: Any) -> dict[str, Any]:
+    """content where it is an object, as it should be; {} where it is anything else."""
+    return content if isinstance(content, dict) else {}
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file; its header is checked against its length before anything is read."""
     _check_is_file(path)
