@@ -216,7 +216,7 @@ def opened(options: argparse.Namespace) -> tuple[dict[str, SparseAutoencoder], J
     """The SAEs that were asked for, and where they are judged: as asked, else as the SAEs say."""
     sources = named(options.saes)
     saes = {name: SparseAutoencoder.load(source) for name, source in sources.items()}
-    origins = {name: origin_of(sae, sources[name]) for name, sae in saes.items()}
+    origins = {name: origin_of(sae) for name, sae in saes.items()}
     if options.layer is None and options.site is not None:
         raise UsageError("--site needs the layer too: add --layer")
     layer, site = (options.layer, options.site or "resid_post")

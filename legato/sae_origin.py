@@ -1,12 +1,7 @@
 """What a saved SAE says about where it comes from."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from legato.errors import UsageError
 from legato.interop.hook_names import layer_and_site
 from legato.sae import SparseAutoencoder
 
@@ -31,28 +26,17 @@ class Origin:
         return None if self.hook_name is None else layer_and_site(self.hook_name)
 
 
-def origin_of(sae: SparseAutoencoder, path: str | Path) -> Origin:
-    """From legato.json, else from the metadata of the format the SAE came in (SAELens' where its cfg.json lies)."""
-    details: dict[str, Any] = {**_saelens_metadata(Path(path)), **sae.details}
-    context = details.get("context_length") or details.get("context_size")
+def origin_of(sae: SparseAutoencoder) -> Origin:
+    """From the SAE's details: legato.json, or what the format it came in records."""
+    details = sae.details
+    context = details.get("context_length")
     return Origin(
-        model=details.get("model") or details.get("model_name"),
+        model=details.get("model"),
         layer=details.get("layer"),
         site=details.get("site"),
-        hook_name=details.get("module_path") or details.get("hook_name"),
+        hook_name=details.get("module_path"),
         context_length=int(context) if context else None,
         dataset=details.get("dataset"),
         held_out=details.get("held_out"),
         by_legato="objective" in sae.details,
     )
-
-
-def _saelens_metadata(folder: Path) -> Mapping[str, Any]:
-    if not (folder / "cfg.json").is_file():
-        return {}
-    try:
-        cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{folder / 'cfg.json'} is damaged: {error}") from error
-    metadata = cfg.get("metadata") if isinstance(cfg, dict) else None
-    return metadata if isinstance(metadata, dict) else {}

@@ -169,6 +169,7 @@ def test_names(tmp_path):
 def test_what_the_sae_says(evaluate, place, tmp_path):
     """A TransformerLens hook in SAELens' metadata gives the layer: what enters layer 3 left layer 2."""
     random_sae().save(tmp_path / "hooked")
+    (tmp_path / "hooked" / "legato.json").unlink()  # as another tool would leave it
     cfg = json.loads((tmp_path / "hooked" / "cfg.json").read_text())
     cfg["metadata"] |= {"hook_name": "blocks.3.hook_resid_pre", "model_name": str(place / "model")}
     (tmp_path / "hooked" / "cfg.json").write_text(json.dumps(cfg))
