@@ -135,7 +135,7 @@ def test_what_a_format_cannot_hold_is_refused_and_nothing_is_written(tmp_path, a
 @pytest.mark.parametrize("to", EXPORT_FORMATS)
 def test_nothing_but_an_sae_is_replaced(tmp_path, to):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(LegatoError, match="choose another place|give it a name"):
+    with pytest.raises(LegatoError, match=r"choose another place|give it a name"):
         export(random_sae("topk"), tmp_path, to=to)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
     save_file({"lm_head": torch.zeros(2)}, tmp_path / "model.safetensors")
