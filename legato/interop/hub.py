@@ -1,0 +1,183 @@
+"""SAEs on the Hugging Face hub: `push_to_hub` with a model card written from the metrics, `from_pretrained` back.
+
+A repository holds one SAE or several, each a folder as `SparseAutoencoder.save` writes it.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from legato.demo_model import one_line
+from legato.errors import LegatoError, UsageError
+from legato.sae import SparseAutoencoder
+
+METRICS_FILE = "metrics.json"
+CARD_FILE = "README.md"
+
+# Key in an arm's metrics, what it is called on the card, digits.
+_CARD_ROWS = (
+    ("core.fvu", "Fraction of variance unexplained", 4),
+    ("core.l0", "Active latents per token (L0)", 1),
+    ("core.frac_alive", "Share of latents that fire on the held-out text", 3),
+    ("core.ce_loss_score", "CE loss score (1: as good as without the SAE)", 4),
+    ("consistency.kappa1_excess_within", "Kappa of firing at lag 1 over the within-document null", 4),
+    ("consistency.kappa1_excess_cross", "Kappa of firing at lag 1 over the fixed-position null", 4),
+    ("consistency.position_shuffled.kappa1_excess_within", "The first kappa on position-shuffled activations", 4),
+    ("consistency.ac1_excess_within", "Autocorrelation at lag 1 over the within-document null", 4),
+    ("consistency.half_life_median", "Median half-life, tokens", 1),
+    ("core.tokens", "Held-out tokens these are measured on", 0),
+)
+
+
+def push_to_hub(
+    sae: SparseAutoencoder | str | Path,
+    repo_id: str,
+    *,
+    subfolder: str | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    private: bool = False,
+    token: str | None = None,
+    message: str | None = None,
+) -> str:
+    """Upload an SAE with a model card and its metrics; returns the commit's URL.
+
+    sae: an SAE, or the folder of one. Of a folder `<run>/saes/<name>`, the metrics are read from the run.
+    subfolder: where in the repository, for several SAEs in one. metrics: the SAE's part of metrics.json.
+    Raises UsageError for a name the hub does not allow or a token that may not write, LegatoError where the hub cannot
+    be reached.
+    """
+    from huggingface_hub import HfApi
+
+    if not isinstance(sae, SparseAutoencoder):
+        metrics = _metrics_of(Path(sae)) if metrics is None else metrics
+        sae = SparseAutoencoder.load(sae)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = sae.save(Path(scratch, "sae"))
+        (folder / CARD_FILE).write_text(model_card(sae, repo_id, metrics, subfolder), encoding="utf-8")
+        if metrics is not None:
+            (folder / METRICS_FILE).write_text(json.dumps(metrics, indent=1, allow_nan=False), encoding="utf-8")
+        api = HfApi(token=token)
+        with _hub_errors(repo_id, "upload to"):
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                path_in_repo=subfolder,
+                commit_message=message or f"Legato SAE ({sae.architecture}, {sae.d_sae} latents)",
+            )
+    return str(commit.commit_url)
+
+
+def from_pretrained(
+    repo_id: str, *, subfolder: str | None = None, revision: str | None = None, token: str | None = None
+) -> SparseAutoencoder:
+    """An SAE from the hub, or from the local cache where the hub cannot be reached; of any format Legato reads.
+
+    Raises UsageError where there is no such repository, revision or SAE in it.
+    """
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors(repo_id, "download from"):
+        snapshot = snapshot_download(
+            repo_id,
+            revision=revision,
+            token=token,
+            allow_patterns=None if subfolder is None else f"{subfolder.strip('/')}/*",
+        )
+    folder = Path(snapshot, subfolder or "")
+    if not folder.exists():
+        raise UsageError(f"{repo_id} holds no {subfolder}: see which folders it has on the hub")
+    return SparseAutoencoder.load(folder)
+
+
+def model_card(
+    sae: SparseAutoencoder, repo_id: str, metrics: Mapping[str, Any] | None = None, subfolder: str | None = None
+) -> str:
+    """README.md of the repository: what the SAE is, how to use it, what was measured, what was not."""
+    details = sae.details
+    call = f'from_pretrained("{repo_id}"' + (f', subfolder="{subfolder}")' if subfolder else ")")
+    known = {
+        "Language model": details.get("model"),
+        "Layer": details.get("layer"),
+        "Read at": details.get("module_path"),
+        "Context length": details.get("context_length"),
+        "Text": details.get("dataset"),
+        "Architecture": sae.architecture,
+        "Width": sae.d_in,
+        "Latents": sae.d_sae,
+    }
+    lines = [
+        "---",
+        "library_name: legato-sae",
+        "tags: [sparse-autoencoder, interpretability]",
+        "---",
+        "",
+        f"# {repo_id.rpartition('/')[2]}{f' / {subfolder}' if subfolder else ''}",
+        "",
+        "A sparse autoencoder for the activations of a language model, saved by Legato.",
+        "",
+        *_table(("", "value"), [(name, str(value)) for name, value in known.items() if value is not None]),
+        "",
+        "```python",
+        "from legato.interop.hub import from_pretrained",
+        "",
+        f"sae = {call}",
+        "codes = sae.encode(acts)  # raw activations [batch, position, width], in the order of the text",
+        "```",
+        "",
+        "## Measured",
+        "",
+    ]
+    rows = [] if metrics is None else [row for row in _CARD_ROWS if _value(metrics, row[0]) is not None]
+    if rows:
+        shown = [(text, f"{_value(metrics or {}, key):.{digits}f}") for key, text, digits in rows]
+        lines += [*_table(("quantity", "value"), shown), "", "Everything holds for this model, layer and text only."]
+    else:
+        lines += ["Nothing was measured when this was uploaded: `legato evaluate` does."]
+    return "\n".join(lines) + "\n"
+
+
+def _table(headings: tuple[str, str], rows: list[tuple[str, str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (headings, ("---", "---"), *rows)]
+
+
+def _value(metrics: Mapping[str, Any], key: str) -> float | None:
+    node: Any = metrics
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node if isinstance(node, int | float) else None
+
+
+def _metrics_of(folder: Path) -> Mapping[str, Any] | None:
+    """What the run that the folder lies in measured of it, or what was uploaded with it; None where nothing was."""
+    beside, run = folder / METRICS_FILE, folder.resolve().parent.parent / METRICS_FILE
+    try:
+        if beside.is_file():
+            return json.loads(beside.read_text(encoding="utf-8"))
+        if folder.resolve().parent.name == "saes" and run.is_file():
+            return json.loads(run.read_text(encoding="utf-8")).get(folder.resolve().name)
+    except ValueError as error:
+        raise LegatoError(f"the metrics of {folder} are damaged: {error}") from error
+    return None
+
+
+@contextmanager
+def _hub_errors(repo_id: str, doing: str) -> Iterator[None]:
+    """The hub client's errors in one line."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        yield
+    except RevisionNotFoundError as error:
+        raise UsageError(f"{repo_id} has no such revision: give one of its branches, tags or commits") from error
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise UsageError(f"no repository {repo_id} that you may use: check its name, or `hf auth login`") from error
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in (401, 403):
+            raise UsageError(f"you may not {doing} {repo_id}: `hf auth login` with a token that may") from error
+        raise LegatoError(f"cannot {doing} {repo_id}: {one_line(error)}") from error
+    except (OSError, ValueError, RuntimeError) as error:  # no connection, and nothing in the cache
+        raise LegatoError(f"cannot {doing} {repo_id}: {one_line(error)}") from error
