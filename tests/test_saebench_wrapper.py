@@ -12,6 +12,9 @@ from legato.errors import UsageError
 from legato.interop import saebench_evals
 from legato.sae import SparseAutoencoder
 
+# sae-bench and what it imports warn of their own deprecations and of small data sets.
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "UserWarning")]
+
 D, F = 48, 64
 
 
