@@ -185,9 +185,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layer", type=int, help=f"decoder layer, from 0 {said}")
     parser.add_argument("--site", help=f"what is read there: resid_post, mlp_out or attn_out {said}")
     parser.add_argument("--dtype", default="auto", help="dtype of the model: auto, bfloat16 or float32")
-    parser.add_argument(
-        "--dataset", help="the text: 'demo', a file, a folder, a hub id (default: the SAE's, or demo)"
-    )
+    parser.add_argument("--dataset", help="the text: 'demo', a file, a folder, a hub id (default: the SAE's, or demo)")
     parser.add_argument("--text_column", default="text", help="column that holds the text")
     parser.add_argument("--context_length", type=int, help=f"tokens per context {said}")
     parser.add_argument("--rows", type=int, default=512, help="contexts to judge on")
