@@ -149,6 +149,7 @@ def harvest_activations(config: ExperimentConfig, model: LanguageModel, text: Te
         "dataset": config.data.dataset,
         "context_length": config.data.context_length,
         "bos": text.train.bos,
+        "held_out": config.data.held_out,
         "corpus_tokens": n_valid,
         "held_out_tokens": held_out.n_valid,
         "outliers_masked": n_outliers,
