@@ -7,7 +7,6 @@ from functools import cache
 
 import torch
 
-
 _ROUNDS = 15
 
 
