@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from legato.activations import ActivationStore, ActivationStream, Normaliser, harvest
-from legato.config import ExperimentConfig
+from legato.config import DataConfig, ExperimentConfig
 from legato.errors import LegatoError, UsageError
 from legato.evaluation.controls import Control, position_shuffled, post_hoc_controls
 from legato.evaluation.evaluate import evaluate
@@ -141,20 +141,27 @@ def harvest_activations(config: ExperimentConfig, model: LanguageModel, text: Te
         + ("" if config.data.store else " on the held-out side; those to train on are computed as training goes")
     )
     provenance = {
-        "model": model.name,
-        "layer": layer,
-        "site": site,
-        "module_path": model.module_path(layer, site),
-        "dtype": str(model.dtype),
-        "dataset": config.data.dataset,
-        "context_length": config.data.context_length,
-        "bos": text.train.bos,
+        **origin(model, config.data, layer=layer, site=site, bos=text.train.bos),
         "held_out": config.data.held_out,
         "corpus_tokens": n_valid,
         "held_out_tokens": held_out.n_valid,
         "outliers_masked": n_outliers,
     }
     return Activations(train, held_out, n_valid, layer, provenance)
+
+
+def origin(model: LanguageModel, data: DataConfig, *, layer: int, site: str, bos: bool) -> dict[str, Any]:
+    """Where activations come from, as it is saved with what is made of them."""
+    return {
+        "model": model.name,
+        "layer": layer,
+        "site": site,
+        "module_path": model.module_path(layer, site),
+        "dtype": str(model.dtype),
+        "dataset": data.dataset,
+        "context_length": data.context_length,
+        "bos": bos,
+    }
 
 
 @dataclass(frozen=True)

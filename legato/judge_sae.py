@@ -22,6 +22,7 @@ from legato.experiment import (
     TrainedArm,
     evaluate_arms,
     load_model,
+    origin,
 )
 from legato.language_model import LanguageModel
 from legato.notes import results_table, write_final_info, write_notes
@@ -126,14 +127,7 @@ def harvest_rows(config: JudgeConfig, model: LanguageModel, tokens: TokenSet) ->
     with progress_bar("harvest", len(tokens)) as progress:
         store: ActivationStore = harvest(model, tokens, layer=layer, site=site, progress=progress)
     provenance = {
-        "model": model.name,
-        "layer": layer,
-        "site": site,
-        "module_path": model.module_path(layer, site),
-        "dtype": str(model.dtype),
-        "dataset": config.data.dataset,
-        "context_length": config.data.context_length,
-        "bos": tokens.bos,
+        **origin(model, config.data, layer=layer, site=site, bos=tokens.bos),
         "held_out_tokens": store.n_valid,
         "outliers_masked": store.n_outliers,
     }

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from legato.kernels import LatentOrder, Pairs, by_token
 from legato.sequences import SequenceLayout
+from legato.stateful import runs
 
 Array = NDArray[Any]
 
@@ -113,15 +114,13 @@ def _carry_back(
 def leaked(inputs: Tensor, leak: Tensor, tail: float, mask: Tensor | None = None, doc: Tensor | None = None) -> Tensor:
     """Codes h[..., L, F] of inputs a[..., L, F], leak (F): as `carry`, dense. mask, doc: [..., L]; the state ends where
     a document does and at masked tokens."""
-    valid = torch.ones(inputs.shape[:-1], dtype=torch.bool, device=inputs.device) if mask is None else mask
+    valid, opens = runs(inputs, mask, doc)
     state = peak = torch.zeros_like(inputs[..., 0, :])
     codes = []
     for t in range(inputs.shape[-2]):
-        goes_on = valid[..., t] & (valid[..., t - 1] if t else False)
-        if doc is not None and t:
-            goes_on = goes_on & (doc[..., t] == doc[..., t - 1])
+        goes_on = (valid & ~opens)[..., t, None]
         entered = inputs[..., t, :] * valid[..., t, None]
-        state, peak = state * goes_on.unsqueeze(-1), peak * goes_on.unsqueeze(-1)
+        state, peak = state * goes_on, peak * goes_on
         state = leak * state + (1 - leak) * entered
         stays = (entered > 0) | (state >= tail * peak)
         peak = torch.maximum(peak, state) * stays

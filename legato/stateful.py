@@ -16,7 +16,7 @@ def held(
     On where the last set is at least as recent as the last reset, found with two running maxima. A reset lies before
     the token's own set where a document starts or masked tokens end.
     """
-    valid, opens = _runs(pre, mask, doc)
+    valid, opens = runs(pre, mask, doc)
     set_on = (pre >= threshold) & valid.unsqueeze(-1)
     reset = (pre < release * threshold) | (opens | ~valid).unsqueeze(-1)
     small = pre.shape[-2] <= torch.iinfo(torch.int16).max
@@ -30,7 +30,7 @@ def held(
 def held_top(pre: Tensor, k: int, release: float, mask: Tensor | None = None, doc: Tensor | None = None) -> Tensor:
     """on[..., L, F]: the k largest positive pre-activations of each token, where those of latents that were on at the
     token before, of the same document, count 1 / release times."""
-    valid, opens = _runs(pre, mask, doc)
+    valid, opens = runs(pre, mask, doc)
     on = torch.zeros_like(pre, dtype=torch.bool)
     before = torch.zeros_like(on[..., 0, :])
     for t in range(pre.shape[-2]):
@@ -47,7 +47,7 @@ def held_windows(
 ) -> Tensor:
     """on[..., L, F]: positive pre-activations of those (window, latent) cells whose norm sqrt(sum relu(pre)^2) reaches
     the threshold (F); windows of `window` tokens start where a run of a document starts."""
-    valid, opens = _runs(pre, mask, doc)
+    valid, opens = runs(pre, mask, doc)
     at = torch.arange(pre.shape[-2], device=pre.device).expand(valid.shape)
     start = torch.where(opens & valid, at, torch.zeros_like(at)).cummax(-1).values
     new_window = valid & ((at - start) % window == 0)
@@ -58,7 +58,7 @@ def held_windows(
     return (norm2.gather(-2, index).sqrt() >= threshold) & (pre > 0) & valid.unsqueeze(-1)
 
 
-def _runs(pre: Tensor, mask: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor]:
+def runs(pre: Tensor, mask: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor]:
     """(valid, opens) [..., L]: which tokens take part, and which start a run of a document."""
     valid = torch.ones(pre.shape[:-1], dtype=torch.bool, device=pre.device) if mask is None else mask
     opens = torch.ones_like(valid)

@@ -21,6 +21,10 @@ except ImportError as error:
     raise ImportError(f"legato.interop.saelens needs SAELens (pip install sae-lens): {error}") from error
 
 
+def _preactivations(sae: JumpReLUSAE | StandardSAE, x: Tensor) -> Tensor:
+    return sae.hook_sae_acts_pre(sae.process_sae_in(x) @ sae.W_enc + sae.b_enc)
+
+
 @dataclass
 class HysteresisSAEConfig(JumpReLUSAEConfig):
     """release: share of the threshold down to which a latent that is on stays on."""
@@ -42,7 +46,7 @@ class HysteresisSAE(JumpReLUSAE):
     cfg: HysteresisSAEConfig
 
     def encode(self, x: Tensor) -> Tensor:
-        pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
+        pre = _preactivations(self, x)
         return self.hook_sae_acts_post(pre * held(pre, self.threshold, self.cfg.release))
 
 
@@ -64,7 +68,7 @@ class HysteresisTopKSAE(StandardSAE):
     cfg: HysteresisTopKSAEConfig
 
     def encode(self, x: Tensor) -> Tensor:
-        pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
+        pre = _preactivations(self, x)
         return self.hook_sae_acts_post(pre * held_top(pre, self.cfg.k, self.cfg.release))
 
 
@@ -85,7 +89,7 @@ class WindowTopKSAE(JumpReLUSAE):
     cfg: WindowTopKSAEConfig
 
     def encode(self, x: Tensor) -> Tensor:
-        pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
+        pre = _preactivations(self, x)
         return self.hook_sae_acts_post(pre * held_windows(pre, self.threshold, self.cfg.window))
 
 
@@ -111,7 +115,7 @@ class PersistentSAE(JumpReLUSAE):
         self.leak = nn.Parameter(torch.zeros_like(self.threshold))
 
     def encode(self, x: Tensor) -> Tensor:
-        pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
+        pre = _preactivations(self, x)
         return self.hook_sae_acts_post(leaked(pre.relu() * (pre > self.threshold), self.leak, self.cfg.tail))
 
 

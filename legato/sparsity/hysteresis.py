@@ -13,7 +13,7 @@ from legato.sparsity.base import Sparsity
 from legato.sparsity.preactivations import FLOOR_SHARE, Preactivations, budget_threshold, quantile_floor
 
 # bfloat16 pre-activations lie within 0.4 % of the exact ones, and a little more where large terms cancel.
-_ROUGH_SHARE = 0.98
+ROUGH_SHARE = 0.98
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ class Hysteresis(Sparsity):
     architecture: ClassVar[str] = "hysteresis"
 
     def __post_init__(self) -> None:
-        if not 0 < self.release <= 1:
-            raise ValueError(f"release {self.release} must lie in (0, 1]: 1 holds nothing, less holds longer")
+        check_release(self.release)
 
     def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
         N, F = pre.pre_NF.shape
@@ -51,7 +50,7 @@ class Hysteresis(Sparsity):
                 break
             floor = 0.7 * floor if floor > 1e-6 else 0.0
         if len(rough_P) > count:
-            near = _ROUGH_SHARE * np.partition(rough_P, len(rough_P) - count)[len(rough_P) - count]
+            near = ROUGH_SHARE * np.partition(rough_P, len(rough_P) - count)[len(rough_P) - count]
             token_P, latent_P = token_P[rough_P >= near], latent_P[rough_P >= near]
         value_P = pre.exact(token_P, latent_P)
         critical_P = pre.critical(token_P, latent_P, value_P, release)
@@ -63,6 +62,11 @@ class Hysteresis(Sparsity):
     def frozen(self, calibration: Sequence[Preactivations]) -> dict[str, Any]:
         threshold_F = torch.full(calibration[0].b_enc_F.shape, budget_threshold(calibration, self.k, self.release))
         return {"architecture": self.architecture, "threshold": threshold_F, "release": self.release}
+
+
+def check_release(release: float) -> None:
+    if not 0 < release <= 1:
+        raise ValueError(f"release {release} must lie in (0, 1]: 1 holds nothing, less holds longer")
 
 
 def release_at(release: float, anneal: float, progress: float) -> float:

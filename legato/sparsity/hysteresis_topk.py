@@ -8,11 +8,8 @@ from legato import kernels
 from legato.kernels import Pairs
 from legato.sparsity.base import Sparsity
 from legato.sparsity.held_top import held_top
-from legato.sparsity.hysteresis import release_at
+from legato.sparsity.hysteresis import ROUGH_SHARE, check_release, release_at
 from legato.sparsity.preactivations import Preactivations
-
-# bfloat16 pre-activations lie within 0.4 % of the exact ones, and a little more where large terms cancel.
-_ROUGH_SHARE = 0.98
 
 
 @dataclass(frozen=True)
@@ -31,8 +28,7 @@ class HysteresisTopK(Sparsity):
     architecture: ClassVar[str] = "hysteresis_topk"
 
     def __post_init__(self) -> None:
-        if not 0 < self.release <= 1:
-            raise ValueError(f"release {self.release} must lie in (0, 1]: 1 holds nothing, less holds longer")
+        check_release(self.release)
 
     def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
         release = release_at(self.release, self.anneal, progress)
@@ -42,7 +38,7 @@ class HysteresisTopK(Sparsity):
         return {"architecture": self.architecture, "k": self.k, "release": self.release}
 
 
-def held_top_pairs(pre: Preactivations, k: int, release: float, rough_share: float = _ROUGH_SHARE) -> Pairs:
+def held_top_pairs(pre: Preactivations, k: int, release: float, rough_share: float = ROUGH_SHARE) -> Pairs:
     """The pairs that are on, exact among those that the matmul's own values nominate: what counts there at least
     `rough_share` of the token's k-th."""
     N, F = pre.pre_NF.shape
