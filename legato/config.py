@@ -5,6 +5,7 @@ Configs only hold and validate; they never read, write or log. Every random draw
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -110,6 +111,12 @@ class ArmsConfig:
     coefficient: float | None = option(
         None, "weight of the named temporal terms beside the reconstruction loss, an FVU (default: each term's own)"
     )
+    term_warmup: float = option(0.1, "share of the training steps over which the weights of temporal terms grow from 0")
+    slow_fraction: float = option(
+        1.0, f"leading share of the latents that the named temporal terms look at: {', '.join(TERM_ARMS)}"
+    )
+    lags: tuple[int, ...] = option((1,), "contrastive: how far apart the tokens are whose codes are pulled together")
+    temperature: float = option(0.1, "contrastive: of its softmax over cosines")
     l1: float = option(5.0, "relu, window_group_lasso: weight of the penalty that makes them sparse")
     release: float = option(0.4, "legato, hysteresis: a latent that is on stays on above this share of its threshold")
     grid: str = option("2,4,8,16,32x0.1,0.3,1", "ablation: windows x coefficients of window_variance")
@@ -125,6 +132,14 @@ class ArmsConfig:
             _choice("sweep_arms", name, self.temporal)
         if self.sweep_arms and not self.sweep_k:
             raise UsageError("--sweep_arms needs the k to train them at: add --sweep_k")
+        if not 0 <= self.term_warmup <= 1:
+            raise UsageError(f"--term_warmup {self.term_warmup} is no share of the training steps: use 0 to 1")
+        if not 0 < self.slow_fraction <= 1:
+            raise UsageError(f"--slow_fraction {self.slow_fraction} must lie above 0 and at most at 1")
+        if not self.lags or min(self.lags) < 1 or len(set(self.lags)) != len(self.lags):
+            raise UsageError(f"--lags {_shown(self.lags)} must be different whole numbers from 1 on")
+        if not 0 < self.temperature < math.inf:
+            raise UsageError(f"--temperature {self.temperature} must be a positive number")
         if not self.l1 > 0:
             raise UsageError(f"--l1 {self.l1} makes nothing sparse: use more than 0")
         if not 0 < self.release <= 1:

@@ -47,7 +47,12 @@ def arms(config: ExperimentConfig, d_in: int) -> list[ArmConfig]:
     bank += [_window_variance(window, coefficient, config) for window, coefficient in config.arms.grid_points]
     unique = {arm.name: arm for arm in bank}.values()
     return [
-        replace(arm, name=arm.name if place == 0 else f"{arm.name}_seed{seed}", seed=seed)
+        replace(
+            arm,
+            name=arm.name if place == 0 else f"{arm.name}_seed{seed}",
+            seed=seed,
+            term_warmup=config.arms.term_warmup,
+        )
         for place, seed in enumerate(config.training.seeds)
         for arm in unique
     ]
@@ -74,6 +79,7 @@ def recipe(arm: ArmConfig) -> dict[str, Any]:
         "d_sae": arm.d_sae,
         "sparsity": {"type": type(arm.sparsity).__name__, **vars(arm.sparsity)},
         "terms": [vars(each) for each in arm.terms],
+        "term_warmup": arm.term_warmup if arm.terms else None,
         "groups": [list(group) for group in arm.groups],
         "freeze_decoder": arm.freeze_decoder,
         "shuffle_positions": arm.shuffle_positions,
@@ -126,16 +132,23 @@ def _difference(part: str, arm: ArmConfig, config: ExperimentConfig, d_in: int) 
         return {"groups": MATRYOSHKA}
     if part == "tsae":
         return {"groups": MATRYOSHKA, **with_term(_published_tsae(d_in))}
-    if part == "contrastive":
-        return with_term(Contrastive(coefficient=_weight(config, 0.02)))
-    if part == "slowness":
-        return with_term(Slowness(window=options.window, coefficient=_weight(config, 0.1)))
-    if part == "fused_lasso":
-        return with_term(FusedLasso(coefficient=_weight(config, 0.1)))
-    if part == "position_penalty":
-        return with_term(PositionPenalty(coefficient=_weight(config, 0.1)))
-    assert part == "window_variance", part
-    return with_term(WindowVariance(window=options.window, coefficient=_weight(config, 0.3)))
+    return with_term(_term(part, config))
+
+
+def _term(name: str, config: ExperimentConfig) -> TemporalTerm:
+    """A named temporal term under the run's options, with its own coefficient where they give none."""
+    options, slow = config.arms, config.arms.slow_fraction
+    if name == "contrastive":
+        weight = _weight(config, 0.02)
+        return Contrastive(weight, lags=options.lags, temperature=options.temperature, slow_fraction=slow)
+    if name == "slowness":
+        return Slowness(options.window, _weight(config, 0.1), slow_fraction=slow)
+    if name == "fused_lasso":
+        return FusedLasso(_weight(config, 0.1), slow_fraction=slow)
+    if name == "position_penalty":
+        return PositionPenalty(_weight(config, 0.1), slow_fraction=slow)
+    assert name == "window_variance", name
+    return WindowVariance(options.window, _weight(config, 0.3), slow_fraction=slow)
 
 
 def _weight(config: ExperimentConfig, default: float) -> float:
@@ -151,7 +164,7 @@ def _at_k(arm: ArmConfig, k: int) -> ArmConfig:
 
 
 def _window_variance(window: int, coefficient: float, config: ExperimentConfig) -> ArmConfig:
-    term = WindowVariance(window=window, coefficient=coefficient)
+    term = WindowVariance(window, coefficient, slow_fraction=config.arms.slow_fraction)
     return ArmConfig(grid_name(window, coefficient), BatchTopK(config.training.k), config.training.d_sae, (term,))
 
 

@@ -74,7 +74,7 @@ class SAETrainer:
             self.low_W_enc_FD,
             batch,
             self.arm,
-            [(term, term.coefficient * config.term_scale_at(step)) for term in self.arm.terms],
+            [(term, term.coefficient * self.arm.term_scale_at(step, config.steps)) for term in self.arm.terms],
             workspace=self._workspace,
             memory=self.memory,
             step=step,
