@@ -1,14 +1,8 @@
 """report.html: one self-contained page per run, rebuilt from the saved results alone."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import jinja2
-from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from legato.cache import write_atomically
 from legato.notes import (
@@ -23,18 +17,12 @@ from legato.notes import (
     scope,
     warnings,
 )
-from legato.report.figures import drawn, svg_markup
+from legato.report.figures import drawn
 from legato.report.missing import MissingResult
+from legato.report.page import Gap, PageFigure, Section, page_colour, page_svg, render
 from legato.report.style import (
     FAINT,
-    INK,
-    MUTED,
-    RULE,
-    SURFACE,
-    WIDTH,
     ArmStyle,
-    LineStyle,
-    arm_colours,
     arm_styles,
 )
 from legato.results import Arm, SavedRun
@@ -46,32 +34,6 @@ _SECTIONS = (
     ("position", "Position"),
     ("ablation", "Trade-off and ablation"),
 )
-# The figures' colours become the page's, so that they follow its light or dark scheme.
-_PAGE_COLOURS = {INK: "ink", MUTED: "muted", RULE: "rule", FAINT: "faint", SURFACE: "surface"} | {
-    colour: f"c{i}" for i, colour in enumerate(arm_colours()) if i
-}
-
-
-@dataclass(frozen=True)
-class PageFigure:
-    title: str
-    caption: str
-    svg: Markup
-
-
-@dataclass(frozen=True)
-class Gap:
-    title: str
-    reason: str
-
-
-@dataclass
-class Section:
-    name: str
-    title: str
-    sentences: Sequence[str] = ()
-    figures: list[PageFigure] = field(default_factory=list)
-    missing: list[Gap] = field(default_factory=list)
 
 
 def write_report(run: SavedRun | str | Path, path: str | Path | None = None) -> Path:
@@ -87,15 +49,9 @@ def write_report(run: SavedRun | str | Path, path: str | Path | None = None) -> 
 
 def report_html(run: SavedRun) -> str:
     """The page as text. Every name and number from the run is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     styles = arm_styles(run.highlighted)
-    return environment.get_template("template.html").render(
+    return render(
+        "template.html",
         run_name=run.name,
         described=described(run),
         headline=headline(run),
@@ -110,8 +66,6 @@ def report_html(run: SavedRun) -> str:
         not_measured=[c.heading for c in COLUMNS if any(c.of(arm) is None for arm in run.arms)],
         settings=_flat(run.config.get("config") or run.config),
         measured=[pair for part in ("resolved", "environment") for pair in _flat(run.config.get(part) or {})],
-        version=_version(),
-        swatch=_swatch,
     )
 
 
@@ -123,16 +77,13 @@ def _sections(run: SavedRun) -> list[Section]:
         if isinstance(figure, MissingResult):
             section.missing.append(Gap(spec.title, str(figure)))
         else:
-            section.figures.append(PageFigure(spec.title, spec.caption, _page_svg(figure, spec.name)))
-    return [Section("overview", "Verdict"), Section("arms", "All arms"), *sections.values()]
-
-
-def _page_svg(figure: Figure, name: str) -> Markup:
-    markup = svg_markup(figure, name)
-    for colour, variable in _PAGE_COLOURS.items():
-        markup = markup.replace(colour, f"var(--{variable})")
-    share = min(1.0, figure.get_figwidth() / WIDTH)
-    return Markup(markup.replace("<svg", f'<svg style="--share:{share:.2f}" aria-hidden="true"', 1))
+            section.figures.append(PageFigure(spec.title, spec.caption, page_svg(figure, spec.name)))
+    return [
+        Section("overview", "Verdict"),
+        Section("arms", "All arms"),
+        *sections.values(),
+        Section("details", "Run details"),
+    ]
 
 
 def _cards(run: SavedRun, styles: Mapping[str, ArmStyle]) -> list[dict[str, Any]]:
@@ -150,7 +101,7 @@ def _cards(run: SavedRun, styles: Mapping[str, ArmStyle]) -> list[dict[str, Any]
             {
                 "name": name,
                 "percent": f"{100 * max(0.0, value) / top:.1f}",
-                "colour": _page_colour(styles[one.name].colour if one.name in styles else FAINT),
+                "colour": page_colour(styles[one.name].colour if one.name in styles else FAINT),
                 "text": number(value, 3),
             }
             for name, one in (("this arm", arm), ("baseline", baseline))
@@ -190,24 +141,6 @@ def _row(arm: Arm, baseline: Arm | None, style: ArmStyle | None) -> dict[str, An
     return {"arm": arm.name, "baseline": arm.role == "baseline", "style": style, "cells": cells}
 
 
-def _swatch(style: ArmStyle | None) -> Markup:
-    """The arm's line as the figures draw it."""
-    if style is None:
-        return Markup("")
-    return Markup(
-        '<svg class="swatch" viewBox="0 0 26 10" aria-hidden="true"><line x1="0" y1="5" x2="26" y2="5" '
-        'stroke-width="2.4" style="stroke:{}" stroke-dasharray="{}"/></svg>'
-    ).format(_page_colour(style.colour), _dashes(style.line))
-
-
-def _dashes(line: LineStyle) -> str:
-    return "none" if isinstance(line, str) else " ".join(f"{2 * length:g}" for length in line[1])
-
-
-def _page_colour(colour: str) -> str:
-    return f"var(--{_PAGE_COLOURS[colour]})"
-
-
 def _flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for key, value in node.items():
@@ -217,10 +150,3 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
             text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
             found.append((f"{prefix}{key}", text))
     return found
-
-
-def _version() -> str:
-    try:
-        return version("legato-sae")
-    except PackageNotFoundError:
-        return "(not installed)"
