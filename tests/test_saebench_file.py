@@ -84,6 +84,16 @@ def test_weight_statistics_by_hand():
     assert weights["max_decoder_cosine_sim"].tolist() == pytest.approx([0.0, 0.0])
 
 
+def test_weight_statistics_are_those_of_unit_decoder_rows():
+    """Rows of norms 2 and 3 are folded into the encoder; a direction has no norm."""
+    longer = SimpleNamespace(W_enc=SAE.W_enc, b_enc=SAE.b_enc, W_dec=torch.diag(torch.tensor([2.0, 3.0])))
+    weights, plain = weight_statistics(longer), weight_statistics(SAE)
+    assert weights["encoder_norm"].tolist() == pytest.approx([10, 6])
+    assert weights["encoder_bias"].tolist() == pytest.approx([1.0, -3.0])
+    for name in ("encoder_decoder_cosine_sim", "max_encoder_cosine_sim", "max_decoder_cosine_sim"):
+        assert weights[name].tolist() == pytest.approx(plain[name].tolist())
+
+
 def test_formulas_by_hand():
     sums = two_tokens()
     features = saebench_features(sums, weight_statistics(SAE))

@@ -66,7 +66,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     save_tiny_model(folder / "model", "gpt2", pad_token_id=None)
     write_corpus(folder / "corpus", documents=60)
-    an_sae(norm=1).save(folder / "held")
+    an_sae().save(folder / "held")  # decoder rows of norm 1/2
     return folder
 
 

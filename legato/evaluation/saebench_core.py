@@ -119,11 +119,16 @@ def batch_spread(acts_BLD: Tensor, mask_BL: Tensor) -> Floats:
 
 
 def weight_statistics(sae: Weights) -> dict[str, np.ndarray]:
-    """Per-latent bias, norm, and cosines within and between encoder and decoder. Cost O(F^2 D)."""
+    """Per-latent bias, norm, and cosines within and between encoder and decoder. Cost O(F^2 D).
+
+    Of the SAE with unit decoder rows, whose norms are folded into the encoder, as sae-bench folds them when it loads an
+    SAE (`load_and_format_sae`).
+    """
     W_enc_DF, W_dec_DF = sae.W_enc.detach().float(), sae.W_dec.detach().float().T
+    norm_F = W_dec_DF.norm(dim=0)
     return {
-        "encoder_bias": sae.b_enc.detach().float().cpu().numpy(),
-        "encoder_norm": W_enc_DF.norm(dim=0).cpu().numpy(),
+        "encoder_bias": (sae.b_enc.detach().float() * norm_F).cpu().numpy(),
+        "encoder_norm": (W_enc_DF.norm(dim=0) * norm_F).cpu().numpy(),
         "encoder_decoder_cosine_sim": torch.cosine_similarity(W_enc_DF, W_dec_DF, dim=0).cpu().numpy(),
         "max_decoder_cosine_sim": _max_cosine(W_dec_DF),
         "max_encoder_cosine_sim": _max_cosine(W_enc_DF),
