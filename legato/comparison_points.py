@@ -57,10 +57,8 @@ class Method:
 def methods_of(runs: Sequence[SavedRun]) -> dict[str, Method]:
     """The methods of all runs by name. An SAE that several runs hold counts once; one name for different recipes is
     told apart by the run."""
-    settings = _conditions if any(run.setting("judged", "saes") for run in runs) else _settings
-    for run in runs[1:]:
-        if difference := changes(settings(run), settings(runs[0])):
-            raise UsageError(f"{run.name} differs from {runs[0].name} ({difference}): compare them one at a time")
+    if apart := what_sets_apart(runs):
+        raise UsageError(f"{apart}: compare them one at a time")
     recipes: dict[str, Any] = {}
     found: dict[str, tuple[Arm, tuple[str, ...], dict[int, dict[tuple[str, float | None], Point]]]] = {}
     for run in runs:
@@ -80,6 +78,15 @@ def methods_of(runs: Sequence[SavedRun]) -> dict[str, Method]:
         for name, (arm, groups, seeds) in found.items()
         if _sweeps(seeds)
     }
+
+
+def what_sets_apart(runs: Sequence[SavedRun]) -> str:
+    """Why the runs' numbers may not stand in one table, in words; empty where they may."""
+    settings = _conditions if any(run.setting("judged", "saes") for run in runs) else _settings
+    for run in runs[1:]:
+        if difference := changes(settings(run), settings(runs[0])):
+            return f"{run.name} differs from {runs[0].name} ({difference})"
+    return ""
 
 
 def _sweeps(seeds: Mapping[int, Mapping[tuple[str, float | None], Point]]) -> dict[int, Sweep]:
