@@ -49,6 +49,7 @@ class ModelConfig:
     dtype: str = option("auto", "dtype of the model: auto (bfloat16 where it is faster), bfloat16 or float32")
 
     def __post_init__(self) -> None:
+        _not_empty("model", self.model, "name a model, such as demo or gpt2")
         _choice("site", self.site, ("resid_post", "mlp_out", "attn_out"))
         _choice("dtype", self.dtype, ("auto", "bfloat16", "float32"))
         if self.layer is not None and self.layer < 0:
@@ -71,6 +72,8 @@ class DataConfig:
     store: bool = option(True, "keep the training activations on disk; --no-store computes them as training asks")
 
     def __post_init__(self) -> None:
+        _not_empty("dataset", self.dataset, "name a file, a folder or a hub data set")
+        _not_empty("text_column", self.text_column, "name the column that holds the text")
         _at_least("context_length", self.context_length, 8)
         _at_least("corpus_tokens", self.corpus_tokens, 1)
         if not 0 < self.held_out < 1:
@@ -91,12 +94,12 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("batch_rows", "d_sae", "k", "tokens"):
             _at_least(name, getattr(self, name), 1)
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             raise UsageError(f"--lr {self.lr} does not train: use a positive learning rate")
         if self.k > self.d_sae:
             raise UsageError(f"--k {self.k} exceeds --d_sae {self.d_sae}: lower k or widen the SAE")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
-            raise UsageError(f"--seeds {self.seeds} must be different whole numbers from 0 on")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0 or max(self.seeds) >= 2**63:
+            raise UsageError(f"--seeds {self.seeds} must be different whole numbers from 0 on, below 2^63")
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ class ArmsConfig:
             raise UsageError(f"--lags {_shown(self.lags)} must be different whole numbers from 1 on")
         if not 0 < self.temperature < math.inf:
             raise UsageError(f"--temperature {self.temperature} must be a positive number")
-        if not self.l1 > 0:
+        if not 0 < self.l1 < math.inf:
             raise UsageError(f"--l1 {self.l1} makes nothing sparse: use more than 0")
         if not 0 < self.release <= 1:
             raise UsageError(f"--release {self.release} must lie above 0 and at most at 1")
@@ -148,8 +151,9 @@ class ArmsConfig:
             _at_least("sweep_k", k, 1)
         for window, coefficient in [(self.window, self.coefficient or 0.0), *self._parsed_grid()]:
             _at_least("grid window", window, 2)
-            if not coefficient >= 0:
-                raise UsageError(f"coefficient {coefficient} rewards flicker: use 0 or more")
+            if not 0 <= coefficient < math.inf:
+                why = "rewards flicker" if coefficient < 0 else "is no number"
+                raise UsageError(f"coefficient {coefficient} {why}: use 0 or more")
 
     @property
     def grid_points(self) -> list[tuple[int, float]]:
@@ -191,6 +195,11 @@ class ExperimentConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     arms: ArmsConfig = field(default_factory=ArmsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        for k in self.arms.sweep_k:
+            if k > self.training.d_sae:
+                raise UsageError(f"--sweep_k {k} exceeds --d_sae {self.training.d_sae}: lower it or widen the SAE")
 
     @classmethod
     def from_options(cls, preset: str, options: Mapping[str, Any]) -> "ExperimentConfig":
@@ -290,6 +299,7 @@ def parse(arguments: Sequence[str]) -> tuple[ExperimentConfig, str, bool]:
             )
     options = vars(parser.parse_args(list(arguments)))
     out_dir, debug, preset = options.pop("out_dir"), options.pop("debug"), options.pop("preset")
+    _not_empty("out_dir", out_dir, "name a folder")
     return ExperimentConfig.from_options(preset, options), out_dir, debug
 
 
@@ -333,6 +343,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     return [_plain(entry) for entry in value] if isinstance(value, (tuple, list)) else value
+
+
+def _not_empty(name: str, value: str, what_to_do: str) -> None:
+    if not value.strip():
+        raise UsageError(f"--{name} is empty: {what_to_do}")
 
 
 def _at_least(name: str, value: int, least: int) -> None:

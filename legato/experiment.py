@@ -86,6 +86,7 @@ def load_model(config: ExperimentConfig) -> LanguageModel:
             f"--context_length {config.data.context_length} is longer than {model.name} allows ({model.max_context})"
         )
     model.module_path(layer_of(config, model), config.model.site)
+    arms(config, model.d_model)  # tells early of arms that cannot be made
     say(f"model: {model.name}, {model.n_layers} layers, width {model.d_model}, {model.dtype}")
     return model
 

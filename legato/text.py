@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import importlib.util
 import json
+import os
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -49,8 +50,8 @@ def load_documents(
     """
     if dataset == "demo":
         found = _demo_documents()
-    elif Path(dataset).expanduser().exists():
-        found = _local_documents(Path(dataset).expanduser(), text_column)
+    elif os.path.exists(path := os.path.expanduser(dataset)):  # unlike Path's, False for a name that is too long
+        found = _local_documents(Path(path), text_column)
     elif _looks_like_path(dataset):
         raise UsageError(f"no such file or folder: {dataset}")
     else:
