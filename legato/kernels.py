@@ -82,13 +82,19 @@ def _row_floors(pre_NF, valid_N, k, stride, zero, floor_N):
     rank = min((2 * k) // stride + 4, F // stride - 1)
     for n in prange(N):
         if valid_N[n]:
-            sample = pre_NF[n, ::stride].copy()
-            cut = sample.shape[0] - 1 - rank
-            guess = np.partition(sample, cut)[cut]
+            row = pre_NF[n]
+            top = np.sort(row[: (rank + 1) * stride : stride])  # the sample's largest so far, ascending
+            for f in range((rank + 1) * stride, F, stride):
+                if row[f] > top[0]:
+                    i = 0
+                    while i < rank and top[i + 1] < row[f]:
+                        top[i] = top[i + 1]
+                        i += 1
+                    top[i] = row[f]
             above = 0
             for f in range(F):
-                above += pre_NF[n, f] > guess
-            floor_N[n] = guess if above >= k and guess > zero else zero
+                above += row[f] > top[0]
+            floor_N[n] = top[0] if above >= k and top[0] > zero else zero
 
 
 @njit(parallel=True, cache=True, fastmath=FAST)
@@ -328,7 +334,7 @@ def row_floors(pre_NF: Array, valid_N: Array, k: int) -> Array:
     """A floor for each token, at or below its k-th largest pre-activation and never below zero (by sampling,
     verified)."""
     floor_N = np.zeros(pre_NF.shape[0], pre_NF.dtype)
-    stride = 8 if pre_NF.shape[1] >= 1024 else 1
+    stride = min(8, max(1, pre_NF.shape[1] // 64))
     _row_floors(pre_NF, valid_N, k, stride, pre_NF.dtype.type(0), floor_N)
     return floor_N
 
