@@ -5,6 +5,7 @@ Shape legend: B rows (contexts), L positions, D model width, N flat tokens, V vo
 
 import hashlib
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -26,8 +27,7 @@ from legato.demo_model import demo_model_folder, gguf_model_folder, one_line
 from legato.errors import LegatoError, UsageError
 from legato.fused_decoder import MAX_CONTEXT as FUSED_MAX_CONTEXT
 from legato.fused_decoder import FusedDecoder
-from legato.hardware import fast_matmul_dtype
-from legato.split_matmul import can_split, split_matmul
+from legato.hardware import fast_float32, fast_matmul_dtype
 
 Positions = Literal["absolute", "relative", "fixed"]
 SITES = ("resid_post", "attn_out", "mlp_out")
@@ -121,6 +121,7 @@ class LanguageModel:
         return self._fingerprint
 
     @torch.no_grad()
+    @fast_float32()
     def activations(
         self, tokens_BL: Tensor, layer: int, site: str = "resid_post", *, first_position: int = 0
     ) -> Tensor:
@@ -152,6 +153,7 @@ class LanguageModel:
                 return "relative" if torch.equal(self._embedded(tokens_BL), own) else "absolute"
 
     @torch.no_grad()
+    @fast_float32()
     def resume(self, acts_BLD: Tensor, tokens_BL: Tensor, layer: int, site: str = "resid_post") -> Tensor:
         """hidden_BLD, what the unembedding reads, when the site puts out acts_BLD instead of its own result.
 
@@ -164,24 +166,18 @@ class LanguageModel:
         return self._resume(acts_BLD, tokens_BL, layer, site)
 
     @torch.no_grad()
+    @fast_float32()
     def unembed(self, hidden_ND: Tensor, out: Tensor | None = None) -> Tensor:
         """logits_NV in the model's dtype; with V up to 262,144, give it few tokens at a time. out: written to."""
         head = self.model.get_output_embeddings()
         hidden_ND = hidden_ND.to(self.device, self.dtype)
-        if self._head_splits:
-            logits_NV = split_matmul(hidden_ND, head.weight, out)
-        elif type(head) is nn.Linear and head.bias is None:
+        if type(head) is nn.Linear and head.bias is None:
             logits_NV = torch.mm(hidden_ND, head.weight.T, out=out)
         else:
             logits_NV = head(hidden_ND)
         if self._logit_softcap is not None:
             logits_NV = torch.tanh(logits_NV / self._logit_softcap) * self._logit_softcap
         return logits_NV
-
-    @cached_property
-    def _head_splits(self) -> bool:
-        head = self.model.get_output_embeddings()
-        return type(head) is nn.Linear and head.bias is None and can_split(head.weight)
 
     @cached_property
     def _fingerprint(self) -> str:
@@ -385,17 +381,17 @@ def _locate(model: str) -> tuple[str, bool]:
     """What transformers loads for this name, and whether it must do so without the network."""
     if model == "demo":
         return str(demo_model_folder()), True
-    path = Path(model).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(model))
+    if os.path.isfile(path):  # unlike Path's, False for a name that is too long
         if path.suffix != ".gguf":
             raise UsageError(f"{model} is not a model: give its folder, a .gguf file or a hub id")
         return str(gguf_model_folder(path.resolve())), True
-    if path.is_dir():
+    if os.path.isdir(path):
         if not (path / "config.json").is_file():
             raise UsageError(f"the folder {model} holds no config.json: give the folder that a model was saved in")
         return str(path), True
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
-        raise UsageError(f"there is no folder or file {model}")
+    if not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", model) or model.startswith("."):
+        raise UsageError(f"there is no folder or file {model}: give a folder, a .gguf file or a hub id such as gpt2")
     return model, _must_stay_offline(model)
 
 

@@ -64,6 +64,12 @@ def splice_losses(
     n_tokens = target_N.numel()
     clean = TokenLosses(np.zeros(n_tokens), np.zeros(n_tokens))
     losses = {name: TokenLosses(np.zeros(n_tokens), np.zeros(n_tokens)) for name in spliced}
+    # Where all tokens share a hidden state, as under zero ablation, they share their logits.
+    constant = {
+        name: model.unembed(hidden_ND[:1])[0]
+        for name, hidden_ND in spliced_ND.items()
+        if bool((hidden_ND == hidden_ND[:1]).all())
+    }
     buffers: tuple[Tensor, Tensor, Tensor] | None = None  # fresh pages for every chunk would cost as much as the pass
     for start in range(0, n_tokens, TOKENS_PER_CHUNK):
         part = slice(start, start + TOKENS_PER_CHUNK)
@@ -76,19 +82,13 @@ def splice_losses(
         reference = _Reference.of(model.unembed(clean_ND[part], out=own_NV), workspace)
         clean.ce_N[part] = reference.loss(target_N[part])
         for name, hidden_ND in spliced_ND.items():
-            logits_NV = _unembed_once_if_equal(model, hidden_ND[part], other_NV)
+            one_V = constant.get(name)
+            logits_NV = model.unembed(hidden_ND[part], out=other_NV) if one_V is None else one_V.expand(n, -1)
             losses[name].ce_N[part], losses[name].kl_N[part] = reference.compare(logits_NV, target_N[part])
     for name, loss in {"the clean model": clean, **losses}.items():
         if not (np.isfinite(loss.ce_N).all() and np.isfinite(loss.kl_N).all()):
             raise LegatoError(f"the language model's loss is not finite for {name}; run it in float32 or check the SAE")
     return clean, losses
-
-
-def _unembed_once_if_equal(model: SplicableModel, hidden_ND: Tensor, out_NV: Tensor) -> Tensor:
-    """Logits of the chunk; one row of them where all tokens share a hidden state, as under zero ablation."""
-    if bool((hidden_ND == hidden_ND[:1]).all()):
-        return model.unembed(hidden_ND[:1]).expand(hidden_ND.shape[0], -1)
-    return model.unembed(hidden_ND, out=out_NV)
 
 
 @dataclass(frozen=True)
