@@ -1,4 +1,4 @@
-"""What a page carries inside itself: its data and the plotting library, compressed, so that it asks nothing of a network."""
+"""What a page carries inside itself, compressed: its data and the plotting library. It asks nothing of a network."""
 
 import base64
 import gzip
@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 
 
 def island(name: str, content: str) -> Markup:
-    """An inert <script> with that id that holds the text, gzip in base64; `legato.unpack(name)` of plots.js reads it."""
+    """An inert <script> of that id that holds the text, gzip in base64; `legato.unpack(name)` in plots.js reads it."""
     packed = base64.b64encode(gzip.compress(content.encode(), mtime=0)).decode()
     return Markup('<script type="application/octet-stream" id="{}">{}</script>').format(name, Markup(packed))
 

@@ -19,12 +19,8 @@ from legato.notes import (
 )
 from legato.report.figures import drawn
 from legato.report.missing import MissingResult
-from legato.report.page import Gap, PageFigure, Section, page_colour, page_svg, render
-from legato.report.style import (
-    FAINT,
-    ArmStyle,
-    arm_styles,
-)
+from legato.report.page import Gap, PageFigure, Section, page_svg, render
+from legato.report.style import FAINT, ArmStyle, arm_styles, page_colour
 from legato.results import Arm, SavedRun
 
 _SECTIONS = (

@@ -11,12 +11,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from legato.report.figures import svg_markup
-from legato.report.style import FAINT, INK, MUTED, RULE, SURFACE, WIDTH, ArmStyle, LineStyle, arm_colours
-
-# The figures' colours become the page's, so that they follow its light or dark scheme.
-_PAGE_COLOURS = {INK: "ink", MUTED: "muted", RULE: "rule", FAINT: "faint", SURFACE: "surface"} | {
-    colour: f"c{i}" for i, colour in enumerate(arm_colours()) if i
-}
+from legato.report.style import PAGE_COLOURS, WIDTH, ArmStyle, LineStyle, page_colour
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ def render(template: str, **values: Any) -> str:
 
 def page_svg(figure: Figure, name: str) -> Markup:
     markup = svg_markup(figure, name)
-    for colour, variable in _PAGE_COLOURS.items():
+    for colour, variable in PAGE_COLOURS.items():
         markup = markup.replace(colour, f"var(--{variable})")
     share = min(1.0, figure.get_figwidth() / WIDTH)
     return Markup(markup.replace("<svg", f'<svg style="--share:{share:.2f}" aria-hidden="true"', 1))
@@ -66,10 +61,6 @@ def swatch(style: ArmStyle | None) -> Markup:
 
 def _dashes(line: LineStyle) -> str:
     return "none" if isinstance(line, str) else " ".join(f"{2 * length:g}" for length in line[1])
-
-
-def page_colour(colour: str) -> str:
-    return f"var(--{_PAGE_COLOURS[colour]})"
 
 
 def _version() -> str:

@@ -92,6 +92,17 @@ _RC: dict[Any, Any] = {
 }
 
 
+# The figures' colours become the page's, so that they follow its light or dark scheme.
+PAGE_COLOURS = {INK: "ink", MUTED: "muted", RULE: "rule", FAINT: "faint", SURFACE: "surface"} | {
+    style.colour: f"c{i}" for i, style in enumerate(_ARM_STYLES) if i
+}
+
+
+def page_colour(colour: str) -> str:
+    """The page's name for a colour of the figures."""
+    return f"var(--{PAGE_COLOURS[colour]})"
+
+
 def run_styles(labels: Sequence[str]) -> dict[str, ArmStyle]:
     """A style per run; from the eighth on they repeat."""
     return {label: _ARM_STYLES[i % len(_ARM_STYLES)] for i, label in enumerate(labels)}
