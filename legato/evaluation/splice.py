@@ -82,8 +82,10 @@ def splice_losses(
         reference = _Reference.of(model.unembed(clean_ND[part], out=own_NV), workspace)
         clean.ce_N[part] = reference.loss(target_N[part])
         for name, hidden_ND in spliced_ND.items():
-            one_V = constant.get(name)
-            logits_NV = model.unembed(hidden_ND[part], out=other_NV) if one_V is None else one_V.expand(n, -1)
+            if name in constant:
+                logits_NV = constant[name].expand(n, -1)
+            else:
+                logits_NV = model.unembed(hidden_ND[part], out=other_NV)
             losses[name].ce_N[part], losses[name].kl_N[part] = reference.compare(logits_NV, target_N[part])
     for name, loss in {"the clean model": clean, **losses}.items():
         if not (np.isfinite(loss.ce_N).all() and np.isfinite(loss.kl_N).all()):
