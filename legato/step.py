@@ -6,7 +6,7 @@ M dead latents, G nested groups.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,13 @@ class Parameters:
         generator = torch.Generator().manual_seed(seed)
         W_dec_FD = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=-1)
         return cls(W_dec_FD.clone(), torch.zeros(d_sae), W_dec_FD, torch.zeros(d_in))
+
+    @classmethod
+    def of(cls, named: Mapping[str, Tensor]) -> "Parameters":
+        """From tensors named as in `items`."""
+        shared = {f.name for f in fields(cls)} - {"own"}
+        own = {name: tensor for name, tensor in named.items() if name not in shared}
+        return cls(**{name: named[name] for name in shared}, own=own)
 
     def items(self) -> list[tuple[str, Tensor]]:
         shared = [(name, tensor) for name, tensor in vars(self).items() if name != "own"]

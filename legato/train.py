@@ -3,10 +3,9 @@
 Shape legend: B rows, L positions, N = B * L flat tokens, D width, F latents, P / Q active pairs by token / by latent.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from legato.arm import ArmConfig, TrainConfig
 from legato.consistency_losses import collapse, group_diagnostics
 from legato.errors import LegatoError
 from legato.evaluation.controls import position_shuffled
+from legato.guard import StepGuard
 from legato.hardware import fast_matmul_dtype
 from legato.kernels import LatentOrder
 from legato.sae import SparseAutoencoder
@@ -28,6 +28,7 @@ from legato.step import Parameters, StepResult, TrainBatch, Workspace, forward_b
 __all__ = [
     "ArmConfig",
     "BankResult",
+    "BankState",
     "Parameters",
     "SAETrainer",
     "TrainBatch",
@@ -35,7 +36,10 @@ __all__ = [
     "Workspace",
     "bank_bytes",
     "train_bank",
+    "train_on",
 ]
+
+_NUMBERS = ("steps_done", "tokens_seen", "seconds", "memory", "final_loss")
 
 
 class SAETrainer:
@@ -55,18 +59,59 @@ class SAETrainer:
         self.seconds = 0.0
         self.memory = 0.0
         self.final_loss = float("nan")
+        self.guard = StepGuard(arm.name, config.steps)
         self._at_start: dict[str, float] = {}
         self._workspace = workspace
+
+    @classmethod
+    def restored(
+        cls,
+        arm: ArmConfig,
+        config: TrainConfig,
+        workspace: Workspace,
+        tensors: Mapping[str, Tensor],
+        numbers: Mapping[str, Any],
+    ) -> "SAETrainer":
+        """The trainer whose `tensors()` and `numbers()` these are: what it does next is the same to the last bit."""
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            parts.setdefault(part, {})[rest] = tensor
+        trainer = cls(arm, config, parts["parameters"]["b_dec_D"].numel(), workspace)
+        trainer.parameters = Parameters.of(parts["parameters"])
+        trainer.first_moment = Parameters.of(parts["first_moment"])
+        trainer.second_moment = Parameters.of(parts["second_moment"])
+        trainer.low_W_enc_FD.copy_(trainer.parameters.W_enc_FD)
+        trainer.silent_tokens_F = tensors["silent_tokens_F"]
+        for name in _NUMBERS:
+            setattr(trainer, name, numbers[name])
+        trainer.guard = StepGuard(**numbers["guard"])
+        trainer._at_start = dict(numbers["at_start"])
+        return trainer
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of its state, not copied."""
+        parts = {"parameters": self.parameters, "first_moment": self.first_moment, "second_moment": self.second_moment}
+        named = {f"{part}.{name}": tensor for part, each in parts.items() for name, tensor in each.items()}
+        return {**named, "silent_tokens_F": self.silent_tokens_F}
+
+    def numbers(self) -> dict[str, Any]:
+        """All else of its state, json-able."""
+        plain = {name: getattr(self, name) for name in _NUMBERS}
+        return {**plain, "guard": asdict(self.guard), "at_start": self._at_start}
 
     @property
     def dead_F(self) -> Tensor:
         return self.silent_tokens_F >= self.config.dead_after_tokens
 
     def step(self, batch: TrainBatch) -> dict[str, Any]:
-        """One optimiser step; returns what the log records. Raises LegatoError on a non-finite loss or gradient."""
+        """One optimiser step, or none where the guard forbids it; returns what the log records.
+
+        Raises LegatoError where training diverged or collapsed; the state is then that of the last good step.
+        """
         started = time.perf_counter()
-        config, step = self.config, self.steps_done
-        if step == 0:
+        config, step = self.config, self.steps_done + self.guard.skipped
+        if self.steps_done == 0:
             self._add_own_parameters(batch)
         dead_F = self.dead_F
         result = forward_backward(
@@ -82,14 +127,14 @@ class SAETrainer:
             dead_F=dead_F,
             config=config,
         )
-        if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
-            raise LegatoError(
-                f"{self.arm.name}: loss {result.loss:.3g}, gradient norm {result.grad_norm:.3g} at step {step}: "
-                "training diverged; lower --lr or the temporal coefficient"
-            )
+        record = {"arm": self.arm.name, "step": step + 1}
+        if fault := self.guard.fault(result.loss, result.grad_norm):
+            self.guard.skip(fault, step)
+            return {**record, "tokens": self.tokens_seen, "skipped": self.guard.skipped, "skipped_because": fault}
         if len(result.order.value_Q) == 0:
             raise LegatoError(f"{self.arm.name}: no latent fires at step {step}: training collapsed; lower the penalty")
         self._update(result, config.lr_at(step))
+        self.guard.accept(result.grad_norm)
         self.memory = result.memory
         self.silent_tokens_F += batch.n_valid
         self.silent_tokens_F[torch.from_numpy(np.diff(result.order.ptr_F) > 0)] = 0
@@ -100,8 +145,7 @@ class SAETrainer:
         seconds = time.perf_counter() - started
         self.seconds += seconds
         return {
-            "arm": self.arm.name,
-            "step": self.steps_done,
+            **record,
             "tokens": self.tokens_seen,
             "loss": result.loss,
             "loss_terms": result.loss_terms,
@@ -111,6 +155,7 @@ class SAETrainer:
             "grad_norm": result.grad_norm,
             "act_norm": batch.act_norm,
             "lr": config.lr_at(step),
+            "skipped": self.guard.skipped,
             "tokens_per_second": batch.n_valid / seconds,
             **diagnostics,
         }
@@ -173,6 +218,27 @@ class BankResult:
     failed: list[tuple[SAETrainer, str]]
 
 
+@dataclass
+class BankState:
+    """A bank between two steps: the members in training, those that failed and why, and the steps it has done."""
+
+    trainers: list[SAETrainer]
+    failed: list[tuple[SAETrainer, str]] = field(default_factory=list)
+    step: int = 0
+
+    @classmethod
+    def new(cls, arms: Sequence[ArmConfig], config: TrainConfig, d_in: int) -> "BankState":
+        workspace = Workspace()
+        return cls([SAETrainer(arm, config, d_in, workspace) for arm in arms])
+
+    def drop(self, trainer: SAETrainer, error: LegatoError) -> None:
+        """Take a member out that went wrong. Raises NoMemberLeftError when it was the last one."""
+        self.trainers.remove(trainer)
+        self.failed.append((trainer, str(error)))
+        if not self.trainers:
+            raise NoMemberLeftError(str(error), self.failed) from error
+
+
 class NoMemberLeftError(LegatoError):
     """Every member of a bank failed; `failed` is what BankResult would have held."""
 
@@ -205,29 +271,40 @@ def train_bank(
     A member whose numbers go wrong is dropped and reported; the others go on. Raises NoMemberLeftError when none is
     left, LegatoError when the batches run out.
     """
-    workspace, dtype = Workspace(), fast_matmul_dtype()
-    d_in = normaliser.mean_D.numel()
-    trainers = [SAETrainer(arm, config, d_in, workspace) for arm in arms]
-    failed: list[tuple[SAETrainer, str]] = []
-    stream = iter(batches)
-    for step in range(config.steps):
+    bank = BankState.new(arms, config, normaliser.mean_D.numel())
+    return train_on(bank, batches, normaliser, config, log=log, after_step=lambda state: progress(state.step))
+
+
+def train_on(
+    bank: BankState,
+    batches: Iterable[ActivationBatch],
+    normaliser: Normaliser,
+    config: TrainConfig,
+    *,
+    log: Callable[[Mapping[str, Any]], None],
+    after_step: Callable[[BankState], None],
+) -> BankResult:
+    """As `train_bank`, from wherever the bank stands: the first of the batches belongs to its step `bank.step`.
+
+    after_step: called whenever all members have done a step; all that the next steps depend on is in the bank.
+    """
+    dtype, stream = fast_matmul_dtype(), iter(batches)
+    for step in range(bank.step, config.steps):
         raw = next(stream, None)
         if raw is None:
             raise LegatoError(f"the activations ran out after {step} of {config.steps} steps: harvest more tokens")
         batch = TrainBatch.of(raw, normaliser, dtype)
-        if any(trainer.arm.shuffle_positions for trainer in trainers):
+        if any(trainer.arm.shuffle_positions for trainer in bank.trainers):
             shuffled = TrainBatch.of(next(position_shuffled([raw], seed=step)), normaliser, dtype)
-        last = step == config.steps - 1
-        for trainer in list(trainers):
+        logged = step % config.log_every == 0 or step == config.steps - 1
+        for trainer in list(bank.trainers):
             try:
                 record = trainer.step(shuffled if trainer.arm.shuffle_positions else batch)
             except LegatoError as error:
-                trainers.remove(trainer)
-                failed.append((trainer, str(error)))
-                if not trainers:
-                    raise NoMemberLeftError(str(error), failed) from error
+                bank.drop(trainer, error)
                 continue
-            if step % config.log_every == 0 or last:
+            if logged or "skipped_because" in record:
                 log(record)
-        progress(step + 1)
-    return BankResult(trainers, failed)
+        bank.step = step + 1
+        after_step(bank)
+    return BankResult(bank.trainers, bank.failed)

@@ -1,0 +1,73 @@
+"""JSON with tensors beside it, in files that are known to be whole and unaltered when they are read.
+
+A sealed file is JSON that holds the SHA-256 of its own content and of the .safetensors files that belong to it. It is
+written last, so files beside it that it does not name are leftovers of a write that was cut off.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from legato.cache import sha256_file, sync_to_disk, write_atomically
+from legato.errors import LegatoError
+
+Tensors = Mapping[str, Tensor]
+
+
+class DamagedError(LegatoError):
+    """A file that is not what was written, or that another version wrote."""
+
+
+def write_sealed(path: Path, content: Any, tensors: Mapping[str, Tensors] | None = None, *, kind: str) -> None:
+    """Write `path` (JSON: content, which may hold NaN) and `<name>.safetensors` beside it for each name in tensors.
+
+    kind: what such a file is and its version; one of another kind is not read. Raises OSError and SafetensorError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for name, named in (tensors or {}).items():
+        file = _tensor_file(path, name)
+        save_file({key: tensor.contiguous() for key, tensor in named.items()}, file)
+        sync_to_disk(file)
+        files[name] = {"sha256": sha256_file(file), "tensors": list(named)}
+    body = {"kind": kind, "files": files, "content": content}
+    write_atomically(path, json.dumps({"sha256": _digest(body), **body}).encode())
+
+
+def read_sealed(path: Path, *, kind: str) -> tuple[Any, dict[str, dict[str, Tensor]]]:
+    """(content, tensors by name) of `write_sealed`. Raises DamagedError, naming the file; FileNotFoundError."""
+    try:
+        body = json.loads(path.read_text())
+        sealed = body.pop("sha256") == _digest(body)
+        found = body["kind"]
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DamagedError(f"{path} is damaged") from error
+    if not sealed:
+        raise DamagedError(f"{path} is damaged")
+    if found != kind:
+        raise DamagedError(f"{path} was written by another version of legato ({found}, not {kind})")
+    tensors = {}
+    for name, file in body["files"].items():
+        place = _tensor_file(path, name)
+        if not place.is_file() or sha256_file(place) != file["sha256"]:
+            raise DamagedError(f"{place} is missing or damaged")
+        with safe_open(place, framework="pt") as stored:
+            # Copies, so that the memory is torch's own: aligned, and not a view of the file.
+            tensors[name] = {key: stored.get_tensor(key).clone() for key in file["tensors"]}
+    return body["content"], tensors
+
+
+def _tensor_file(path: Path, name: str) -> Path:
+    return path.with_name(f"{name}.safetensors")
+
+
+def _digest(body: Any) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
