@@ -1,8 +1,7 @@
-"""Figures that set several runs side by side, drawn from their saved results."""
+"""Figures that set several runs side by side, a colour per run, drawn from their saved results."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,22 +9,21 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from legato.notes import KAPPA_EXCESS, seed_groups, standard_error
+from legato.notes import KAPPA_EXCESS
+from legato.report.comparability import places
+from legato.report.comparison_recipes import Recipe, dot, recipes_of, run_legend
 from legato.report.missing import MissingResult
 from legato.report.style import (
     FAINT,
-    INK,
     MUTED,
     RULE,
     WIDTH,
-    ArmStyle,
     PointLabel,
-    arm_styles,
     figure_style,
     label_points,
     run_styles,
 )
-from legato.results import Arm, SavedRun
+from legato.results import SavedRun
 
 _MEASURES = (
     ("core.fvu", "FVU \u2193"),
@@ -36,58 +34,32 @@ _MEASURES = (
 )
 
 
+Draw = Callable[[Mapping[str, SavedRun], Sequence[Recipe]], Figure]
+
+
 @dataclass(frozen=True)
-class Recipe:
-    """One recipe of one run with its seeds, as a row of the overview and a line of the other figures."""
+class ComparisonFigure:
+    """name: of its PNG file; section: of the page that compares runs."""
 
-    run: str
-    arms: tuple[Arm, ...]
-    style: ArmStyle
-
-    @property
-    def name(self) -> str:
-        return self.arms[0].group
-
-    @property
-    def baseline(self) -> bool:
-        return self.arms[0].role == "baseline"
-
-    def estimate(self, key: str) -> tuple[float, float] | None:
-        """Mean over seeds and its standard error (0 with one seed); None where no seed has the value."""
-        values = [value for arm in self.arms if (value := arm.value(key)) is not None]
-        if not values:
-            return None
-        return float(np.mean(values)), standard_error(values) if len(values) > 1 else 0.0
+    name: str
+    section: str
+    title: str
+    caption: str
+    draw: Draw
 
 
-def write_comparison(runs: Mapping[str, SavedRun], out_dir: str | Path) -> dict[str, Path]:
-    """Write the figures that compare the runs, by label, as `<out_dir>/<name>.png`; return the paths by name.
+def drawn(runs: Mapping[str, SavedRun]) -> Iterator[tuple[ComparisonFigure, Figure | MissingResult]]:
+    """Each figure over the runs, by label, or what it lacks; the caller saves a figure before asking for the next.
 
-    A run takes part with its baseline and named arms. A figure whose data no run has saved is left out.
+    A run takes part with its baseline and named arms.
     """
-    out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
     recipes = recipes_of(runs)
-    written = {}
-    for name, draw in _FIGURES.items():
+    for spec in FIGURES:
         with figure_style():
             try:
-                figure = draw(runs, recipes)
-            except MissingResult:
-                continue
-            written[name] = out / f"{name}.png"
-            figure.savefig(written[name])
-    return written
-
-
-def recipes_of(runs: Mapping[str, SavedRun]) -> list[Recipe]:
-    styles = run_styles(list(runs))
-    return [
-        Recipe(label, tuple(arms), styles[label])
-        for label, run in runs.items()
-        for arms in seed_groups(run).values()
-        if any(arm in run.highlighted for arm in arms)
-    ]
+                yield spec, spec.draw(runs, recipes)
+            except MissingResult as missing:
+                yield spec, missing
 
 
 def _overview(runs: Mapping[str, SavedRun], recipes: Sequence[Recipe]) -> Figure:
@@ -110,12 +82,14 @@ def _overview(runs: Mapping[str, SavedRun], recipes: Sequence[Recipe]) -> Figure
         for i, recipe in enumerate(recipes):
             estimate = recipe.estimate(key)
             if estimate is not None:
-                _dot(ax, (estimate[0], rows[i]), recipe, xerr=estimate[1])
+                dot(ax, (estimate[0], rows[i]), recipe, xerr=estimate[1])
         ax.set_title(title)
         ax.grid(True, axis="x")
         ax.grid(False, axis="y")
         ax.margins(x=0.15)
         ax.xaxis.set_major_locator(MaxNLocator(3))
+        if key == "core.l0":
+            _widen(ax)
         ax.spines["left"].set_visible(False)
         for height in rows:
             ax.axhline(height, color=RULE, linewidth=0.6, zorder=0)
@@ -137,92 +111,118 @@ def _overview(runs: Mapping[str, SavedRun], recipes: Sequence[Recipe]) -> Figure
     return figure
 
 
-def _dot(ax: Axes, point: tuple[float, float], recipe: Recipe, *, xerr: float = 0.0, yerr: float = 0.0) -> None:
-    ax.errorbar(
-        *point,
-        xerr=xerr or None,
-        yerr=yerr or None,
-        color=recipe.style.colour,
-        marker=recipe.style.marker,
-        markersize=6,
-        markerfacecolor="white" if recipe.baseline else recipe.style.colour,
-        markeredgewidth=1.3,
-        elinewidth=1,
-        linestyle="none",
-        zorder=3,
-    )
+def _widen(ax: Axes) -> None:
+    """Room of a tenth around the values at the least: runs of one budget differ in L0 by nothing that matters."""
+    low, high = ax.get_xlim()
+    if high > 0:
+        room = max(0.0, 0.1 * high - (high - low) / 2)
+        ax.set_xlim(low - room, high + room)
 
 
-def _kappa_excess(runs: Mapping[str, SavedRun], recipes: Sequence[Recipe]) -> Figure:
-    """Kappa excess over lag, a panel per run with its recipes (mean over seeds) on one scale."""
-    curves: dict[str, list[tuple[Recipe, np.ndarray, np.ndarray]]] = {}
-    for recipe in recipes:
-        lags = recipe.arms[0].series("consistency.lags")
-        series = [s for arm in recipe.arms if (s := arm.series("consistency.kappa_excess_within")) is not None]
-        if lags is not None and series:
-            curves.setdefault(recipe.run, []).append((recipe, lags, np.mean(series, axis=0)))
-    if not curves:
-        raise MissingResult("no run has kappa excess over lags")
-    columns = min(3, len(curves))
-    rows = -(-len(curves) // columns)
-    figure = Figure(figsize=(max(WIDTH / 3 * columns, WIDTH / 2), 2.5 * rows))
-    axes = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
-    for ax, (label, lines) in zip(axes, curves.items(), strict=False):
-        styles = arm_styles(runs[label].highlighted)
-        for recipe, lags, excess in lines:
-            style = next(styles[arm.name] for arm in recipe.arms if arm.name in styles)
-            ax.plot(
-                lags,
-                excess,
-                color=style.colour,
-                linestyle=style.line,
-                marker=style.marker,
-                markersize=4,
-                label=recipe.name,
-            )
-        ax.axhline(0, color=FAINT, linewidth=0.8)
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(lines[0][1], [f"{lag:g}" for lag in lines[0][1]])
-        ax.xaxis.set_minor_locator(NullLocator())
-        ax.set_xlabel("lag in tokens")
-        ax.set_title(label)
-        ax.legend(loc="upper right", fontsize=7.5, handlelength=2.2, labelspacing=0.3)
-    for ax in axes[len(curves) :]:
-        ax.set_visible(False)
-    for ax in axes[::columns]:
-        ax.set_ylabel("kappa excess, within-document null", fontsize=8)
-    return figure
+def _over_lag(key: str, what: str, raw: str = "") -> Draw:
+    """A panel per recipe with a line per run (mean over seeds), one scale; raw: the activations' own, thin."""
+
+    def draw(runs: Mapping[str, SavedRun], recipes: Sequence[Recipe]) -> Figure:
+        panels: dict[str, list[tuple[Recipe, np.ndarray, np.ndarray]]] = {}
+        for recipe in recipes:
+            lags = recipe.arms[0].series("consistency.lags")
+            series = [values for arm in recipe.arms if (values := arm.series(key)) is not None]
+            if lags is not None and series:
+                panels.setdefault(recipe.name, []).append((recipe, lags, np.mean(series, axis=0)))
+        if not panels:
+            raise MissingResult(f"no run has {what} over lags")
+        columns = min(3, len(panels))
+        rows = -(-len(panels) // columns)
+        figure = Figure(figsize=(max(WIDTH / 3 * columns, WIDTH / 2), 2.1 * rows + 0.5))
+        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+        for ax, (name, lines) in zip(axes, panels.items(), strict=False):
+            for recipe, lags, values in lines:
+                style = recipe.style
+                if raw and (stream := recipe.arms[0].series(raw)) is not None:
+                    ax.plot(lags, stream, color=style.colour, linewidth=0.8, alpha=0.5, zorder=1)
+                ax.plot(lags, values, color=style.colour, linestyle=style.line, marker=style.marker, markersize=4)
+            ax.axhline(0, color=FAINT, linewidth=0.8)
+            ax.set_xscale("log", base=2)
+            ax.set_xticks(lines[0][1], [f"{lag:g}" for lag in lines[0][1]])
+            ax.xaxis.set_minor_locator(NullLocator())
+            ax.set_title(name)
+        for i, ax in enumerate(axes):
+            ax.set_visible(i < len(panels))
+            if i + columns >= len(panels):
+                ax.tick_params(labelbottom=True)
+                ax.set_xlabel("lag in tokens")
+        for ax in axes[::columns]:
+            ax.set_ylabel(what, fontsize=8)
+        faint = Line2D([], [], color=MUTED, linewidth=0.8, alpha=0.5)
+        run_legend(figure, runs, [(faint, "thin: the activations themselves")] if raw else [])
+        return figure
+
+    return draw
 
 
 def _cost(runs: Mapping[str, SavedRun], recipes: Sequence[Recipe]) -> Figure:
-    """Kappa excess against FVU; a line from each run's baseline to its arms shows what was paid for what."""
-    points = [
-        (recipe, fvu, excess)
-        for recipe in recipes
-        if (fvu := recipe.estimate("core.fvu")) is not None and (excess := recipe.estimate(KAPPA_EXCESS)) is not None
-    ]
-    if not points:
+    """Kappa excess against FVU, a panel per model, layer and text; lines lead from each run's baseline to its arms,
+    small dots are the arms of its ablation and sweeps."""
+    panels = []
+    for labels in places(runs).values():
+        points = [
+            (recipe, fvu, excess)
+            for recipe in recipes
+            if recipe.run in labels
+            and (fvu := recipe.estimate("core.fvu")) is not None
+            and (excess := recipe.estimate(KAPPA_EXCESS)) is not None
+        ]
+        if points:
+            panels.append((labels, points))
+    if not panels:
         raise MissingResult("no run has both FVU and kappa excess")
-    figure = Figure(figsize=(0.86 * WIDTH, 3.8))
-    ax = figure.subplots()
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(WIDTH if columns == 2 else 0.86 * WIDTH, (3.1 if columns == 2 else 3.8) * rows))
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for ax, (labels, points) in zip(axes, panels, strict=False):
+        _cost_panel(ax, {label: runs[label] for label in labels}, points)
+        ax.set_xlabel("fraction of variance unexplained (lower is better)", fontsize=8)
+        if len(panels) > 1:
+            ax.set_title(", ".join(labels))
+    for ax in axes[::columns]:
+        ax.set_ylabel("kappa excess at lag 1, within-document null", fontsize=8)
+    for ax in axes[len(panels) :]:
+        ax.set_visible(False)
+    hollow = Line2D([], [], color=MUTED, marker="o", markerfacecolor="white", linestyle="none")
+    dots = Line2D([], [], color=MUTED, marker=".", markersize=4, linestyle="none", alpha=0.6)
+    run_legend(figure, runs, [(hollow, "hollow: baseline"), (dots, "dots: ablation, sweeps")])
+    for ax, (_, points) in zip(axes, panels, strict=False):
+        names = [(recipe, (fvu[0], excess[0])) for recipe, fvu, excess in points if not recipe.baseline]
+        label_points(ax, [PointLabel(at, recipe.name, recipe.style.colour, required=False) for recipe, at in names])
+    return figure
+
+
+def _cost_panel(
+    ax: Axes,
+    runs: Mapping[str, SavedRun],
+    points: Sequence[tuple[Recipe, tuple[float, float], tuple[float, float]]],
+) -> None:
     bases = {recipe.run: (fvu[0], excess[0]) for recipe, fvu, excess in points if recipe.baseline}
     for recipe, (x, dx), (y, dy) in points:
         if not recipe.baseline and recipe.run in bases:
             x0, y0 = bases[recipe.run]
             ax.plot([x0, x], [y0, y], color=recipe.style.colour, linewidth=0.8, alpha=0.5, zorder=2)
-        _dot(ax, (x, y), recipe, xerr=dx, yerr=dy)
+        dot(ax, (x, y), recipe, xerr=dx, yerr=dy)
+    styles = {recipe.run: recipe.style for recipe, _, _ in points}
+    for label, style in styles.items():
+        shown = {arm.name for recipe, _, _ in points if recipe.run == label for arm in recipe.arms}
+        dots = [
+            (fvu, excess)
+            for arm in runs[label].background
+            if arm.name not in shown
+            and (fvu := arm.value("core.fvu")) is not None
+            and (excess := arm.value(KAPPA_EXCESS)) is not None
+        ]
+        if dots:
+            ax.plot(*zip(*dots, strict=True), ".", color=style.colour, markersize=4, alpha=0.45, zorder=1)
     ax.margins(0.12)
     ax.grid(True, axis="both")
-    ax.set_xlabel("fraction of variance unexplained (lower is better)")
-    ax.set_title("Kappa excess over the within-document null, lag 1")
-    _run_legend(figure, runs)
-    names = [
-        PointLabel((fvu[0], excess[0]), recipe.name, recipe.style.colour, required=False)
-        for recipe, fvu, excess in points
-        if not recipe.baseline
-    ]
-    label_points(ax, names)
-    return figure
 
 
 def _training(runs: Mapping[str, SavedRun], recipes: Sequence[Recipe]) -> Figure:
@@ -233,7 +233,7 @@ def _training(runs: Mapping[str, SavedRun], recipes: Sequence[Recipe]) -> Figure
     for recipe in recipes:
         columns = runs[recipe.run].log.get(recipe.arms[0].name, {})
         if "fvu" in columns and "tokens" in columns:
-            width = 1.0 if recipe.baseline else 1.6
+            width = 0.8 if recipe.baseline else 1.6
             x, y = columns["tokens"] / 1e6, columns["fvu"]
             ax.plot(x, y, color=recipe.style.colour, linestyle=recipe.style.line, linewidth=width)
             ceilings.append(np.nanmax(y[len(y) // 25 :]))
@@ -243,20 +243,49 @@ def _training(runs: Mapping[str, SavedRun], recipes: Sequence[Recipe]) -> Figure
     ax.margins(x=0)
     ax.set_xlabel("million tokens")
     ax.set_title("Fraction of variance unexplained in training")
-    _run_legend(figure, runs)
+    run_legend(figure, runs, [(Line2D([], [], color=MUTED, linewidth=0.8), "thin: baseline")])
     return figure
 
 
-def _run_legend(figure: Figure, runs: Mapping[str, SavedRun]) -> None:
-    styles = run_styles(list(runs))
-    handles = [Line2D([], [], color=s.colour, linestyle=s.line, marker=s.marker) for s in styles.values()]
-    handles.append(Line2D([], [], color=MUTED, marker="o", markerfacecolor="white", linestyle="none"))
-    figure.legend(handles, [*styles, "hollow or thin: baseline"], loc="outside upper left", ncols=4, labelcolor=INK)
-
-
-_FIGURES = {
-    "compare_overview": _overview,
-    "compare_kappa_excess": _kappa_excess,
-    "compare_fvu_kappa": _cost,
-    "compare_training": _training,
-}
+FIGURES = (
+    ComparisonFigure(
+        "compare_fvu_kappa",
+        "tradeoff",
+        "What consistency costs",
+        "Up and left is better. Lines lead from a run's baseline to its arms; whiskers are standard errors over seeds. "
+        "Runs that read other activations or were judged on other text stand in a panel of their own: compare inside "
+        "a panel only.",
+        _cost,
+    ),
+    ComparisonFigure(
+        "compare_overview",
+        "tradeoff",
+        "Every measure, arm by arm",
+        "Means over seeds with standard errors; hollow marks are baselines. Kappa and AC excess: at lag 1, over the "
+        "null that shuffles tokens inside a document.",
+        _overview,
+    ),
+    ComparisonFigure(
+        "compare_ac",
+        "consistency",
+        "Autocorrelation over lag",
+        "Mean over latents of the correlation between a latent's activation and itself some tokens later, in excess of "
+        "what a shuffle inside each document leaves. Thin lines are the language model's own activations.",
+        _over_lag("consistency.ac_excess_within", "AC excess", raw="consistency.raw_stream.ac.excess_within"),
+    ),
+    ComparisonFigure(
+        "compare_kappa_excess",
+        "consistency",
+        "Kappa over lag",
+        "The same for whether a latent fires at all: Cohen's kappa between firing now and firing some tokens later, in "
+        "excess of the within-document shuffle.",
+        _over_lag("consistency.kappa_excess_within", "kappa excess"),
+    ),
+    ComparisonFigure(
+        "compare_training",
+        "training",
+        "FVU in training",
+        "On training batches, first seed; thin lines are baselines.",
+        _training,
+    ),
+)

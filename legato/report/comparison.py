@@ -1,0 +1,139 @@
+"""comparison.html: several runs side by side in one self-contained page, with its figures, from saved results alone."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from legato.cache import write_atomically
+from legato.comparison import compare_runs
+from legato.comparison_table import Table, legend, tables
+from legato.notes import COLUMNS, Column, described, headline, number
+from legato.report.comparability import barriers, places, pooled, settings
+from legato.report.comparison_figures import drawn
+from legato.report.comparison_recipes import Recipe, recipes_of
+from legato.report.missing import MissingResult
+from legato.report.page import Gap, PageFigure, Section, page_svg, render
+from legato.report.style import run_styles
+from legato.results import SavedRun
+
+_SECTIONS = (
+    ("overview", "Verdict"),
+    ("settings", "What differs"),
+    ("arms", "Arms by run"),
+    ("matched", "At equal cost"),
+    ("tradeoff", "Trade-off"),
+    ("consistency", "Over lag"),
+    ("training", "Training"),
+    ("details", "Shared settings"),
+)
+_ENVIRONMENT = ("versions.", "python", "commit", "processor", "threads")
+
+
+@dataclass(frozen=True)
+class MatchedGroup:
+    """The matched comparison of runs whose seeds and methods stand together, or why there is none."""
+
+    title: str
+    tables: list[Table]
+    legend: list[str]
+    gap: str = ""
+
+
+def write_comparison(runs: Mapping[str, SavedRun], out_dir: str | Path) -> dict[str, Path]:
+    """Write comparison.html and the figures `<name>.png` into out_dir for runs by label; return the paths by name.
+
+    A figure whose data no run has saved is left out, and named in the page.
+    """
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    sections = {name: Section(name, title) for name, title in _SECTIONS}
+    written = {}
+    for spec, figure in drawn(runs):
+        section = sections[spec.section]
+        if isinstance(figure, MissingResult):
+            section.missing.append(Gap(spec.title, str(figure)))
+            continue
+        written[spec.name] = out / f"{spec.name}.png"
+        figure.savefig(written[spec.name])
+        section.figures.append(PageFigure(spec.title, spec.caption, page_svg(figure, spec.name)))
+    written["comparison"] = out / "comparison.html"
+    write_atomically(written["comparison"], _page(runs, list(sections.values()), out).encode())
+    return written
+
+
+def _page(runs: Mapping[str, SavedRun], sections: list[Section], folder: Path) -> str:
+    differing, shared = settings(runs)
+    return render(
+        "comparison.html",
+        names=list(runs),
+        verdict=_verdict(runs),
+        cards=_cards(runs, folder),
+        barriers=barriers(runs),
+        apart=len(places(runs)) > 1,
+        differing=[row for row in differing if not row[0].startswith(_ENVIRONMENT)],
+        environments=[row for row in differing if row[0].startswith(_ENVIRONMENT)],
+        shared=shared,
+        columns=["run", *(column.heading for column in COLUMNS)],
+        rows=[_row(recipe) for recipe in recipes_of(runs)],
+        further_rows=[_row(recipe) for recipe in recipes_of(runs, highlighted=False)],
+        groups=[_matched(group) for group in pooled(runs)],
+        sections=sections,
+    )
+
+
+def _verdict(runs: Mapping[str, SavedRun]) -> str:
+    together = list(places(runs).values())
+    count = f"These {len(runs)} runs"
+    if len(runs) == 1:
+        return "One run: there is nothing to compare it with."
+    if len(together) == 1:
+        return f"{count} read the same activations and were judged on the same text: their numbers compare directly."
+    if len(together) == len(runs):
+        return f"{count} do not compare number by number: each is to be read against its own baseline."
+    groups = " and ".join(", ".join(labels) for labels in together if len(labels) > 1)
+    return f"{count} compare number by number only inside {groups}; else each is to be read against its own baseline."
+
+
+def _cards(runs: Mapping[str, SavedRun], folder: Path) -> list[dict[str, Any]]:
+    styles = run_styles(list(runs))
+    cards = []
+    for label, run in runs.items():
+        report = run.path / "report.html"
+        link = Path(os.path.relpath(report.resolve(), folder.resolve())).as_posix() if report.is_file() else ""
+        cards.append(
+            {"run": label, "style": styles[label], "link": link, "outcome": headline(run), "about": described(run)}
+        )
+    return cards
+
+
+def _row(recipe: Recipe) -> dict[str, Any]:
+    cells = [{"value": "", "text": recipe.run, "difference": "", "tone": ""}]
+    for column in COLUMNS:
+        estimate = recipe.estimate(column.key)
+        value = None if estimate is None else column.scale * estimate[0]
+        shown = "" if value is None else f"{value:.6g}"
+        interval = _interval(recipe, column)
+        cells.append({"value": shown, "text": number(value, column.digits), "difference": interval, "tone": ""})
+    name = recipe.name if len(recipe.arms) == 1 else f"{recipe.name}, {len(recipe.arms)} seeds"
+    return {"arm": name, "baseline": recipe.baseline, "style": recipe.style, "cells": cells}
+
+
+def _interval(recipe: Recipe, column: Column) -> str:
+    interval = recipe.interval(column.key)
+    if interval is None:
+        return ""
+    low, high = (f"{column.scale * end:.{column.digits}f}".replace("-", "\u2212") for end in interval)
+    return f"{low} to {high}"
+
+
+def _matched(group: Mapping[str, SavedRun]) -> MatchedGroup:
+    title = " and ".join(group)
+    found = list(group.values())
+    if not any(run.baseline for run in found):
+        return MatchedGroup(title, [], [], "it has no baseline to compare with")
+    matched = compare_runs(found)
+    if not matched["methods"]:
+        return MatchedGroup(title, [], [], "it holds nothing but the baseline")
+    return MatchedGroup(title, tables(matched), legend(matched))
