@@ -216,6 +216,17 @@ class ActivationStore:
                 _read_fully(descriptor, view, offset + first * row_bytes, self._shard_names[shard])
         return ActivationBatch(fields["acts"], fields["mask"], fields["doc"], fields["tokens"].long())
 
+    def first_tokens(self, n_rows: int) -> Tensor:
+        """int64 input ids [n_rows, L] of the first rows, or of all there are, without their activations."""
+        parts = []
+        for shard, name in enumerate(self._shard_names[: -(-n_rows // self._manifest.rows_per_shard)]):
+            rows_in_shard = len(self._manifest.rows_of(shard))
+            tokens_BL = torch.empty(rows_in_shard, self.context_length, dtype=torch.int32)
+            offset, _ = self._layouts[rows_in_shard].fields["tokens"]
+            _read_fully(self._descriptor(shard), _bytes_of(tokens_BL), offset, name)
+            parts.append(tokens_BL.long())
+        return torch.cat(parts)[:n_rows]
+
     def batches(
         self,
         rows_per_batch: int,

@@ -164,6 +164,10 @@ class ActivationStream:
     def context_length(self) -> int:
         return self.tokens.context_length
 
+    def first_tokens(self, n_rows: int) -> Tensor:
+        """int64 input ids [n_rows, L] of the first rows, or of all there are."""
+        return self.tokens.tokens_BL[:n_rows].long()
+
     @property
     def median_norm(self) -> float:
         """Median norm of the text positions of the first rows, the yardstick for outliers.
@@ -253,9 +257,8 @@ class ActivationStream:
     def _activations(self, rows: np.ndarray) -> Tensor:
         if self._first_rows is not None:
             known, acts_BLD = self._first_rows
-            places = np.searchsorted(known, rows)
-            if (places < len(known)).all() and (known[places] == rows).all():
-                return acts_BLD[places]
+            if np.array_equal(known, rows):  # in the same company only, which rounding may depend on
+                return acts_BLD
             self._first_rows = None
         return self.language_model.activations(self.tokens.tokens_BL[rows], self.layer, self.site).cpu()
 
