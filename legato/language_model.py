@@ -80,7 +80,7 @@ class LanguageModel:
         torch_dtype = _dtype(dtype, torch_device)
         source, is_offline = _locate(model)
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": is_offline}
-        with _without_progress_bars():
+        with _quiet_loading():
             try:
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
                     source, dtype=torch_dtype, output_loading_info=True, **options
@@ -91,6 +91,8 @@ class LanguageModel:
         network, report = loaded
         if missing := sorted(report["missing_keys"]):
             raise UsageError(f"the weights of {model} are incomplete: {len(missing)} missing, such as {missing[0]}")
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without one
+            raise UsageError(f"the model {model} has no tokenizer: put its files, such as tokenizer.json, beside it")
         return cls(network.to(torch_device), tokenizer, model)
 
     @property
@@ -309,6 +311,12 @@ class LanguageModel:
             raise UsageError(
                 f"{self.name} takes contexts of at most {self.max_context} tokens, not {tokens_BL.shape[1]}"
             )
+        n_known = self.model.get_input_embeddings().weight.shape[0]
+        if tokens_BL.numel() and int(tokens_BL.max()) >= n_known:
+            raise UsageError(
+                f"{self.name} knows {n_known} tokens, its tokenizer gives number {int(tokens_BL.max())}: "
+                "use the tokenizer that belongs to the model"
+            )
         return self._decoder(input_ids=tokens_BL.to(self.device).long(), use_cache=False).last_hidden_state
 
     def _resume(self, acts_BLD: Tensor, tokens_BL: Tensor, layer: int, site: str) -> Tensor:
@@ -371,7 +379,7 @@ def _find_layers(model: PreTrainedModel, n_layers: int, name: str) -> tuple[str,
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == n_layers
     ]
-    if not found:
+    if not found or n_layers == 0:
         raise UsageError(f"{name} has no list of {n_layers} decoder layers: this architecture is not supported")
     path, layers = min(found, key=lambda item: item[0].count("."))
     return path, layers, model.get_submodule(path.rpartition(".")[0])
@@ -435,12 +443,14 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """transformers draws its loading bars even where the output is not a terminal."""
-    was_enabled = transformers_logging.is_progress_bar_enabled()
+def _quiet_loading() -> Iterator[None]:
+    """transformers draws its loading bars even where the output is not a terminal, and warns of what is an error."""
+    was_enabled, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if was_enabled:
             transformers_logging.enable_progress_bar()

@@ -10,9 +10,11 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from xml.etree import ElementTree
+
+import psutil
 
 from legato.errors import LegatoError, UsageError
 
@@ -20,6 +22,10 @@ DEMO_ARTICLES = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000
 MIN_ARTICLE_CHARACTERS = 600  # disambiguation pages and stubs end below, the shortest real article lies at 720
 TEXT_PART_CHARACTERS = 20_000  # a longer .txt becomes several documents, so that held-out text can be told apart
 HUB_TIMEOUT_SECONDS = 10.0
+MAX_LINE_BYTES = 64 * 2**20  # of a .jsonl: one document, and what an archive of some kilobytes could unpack to
+MAX_MEMORY_SHARE = 0.5  # of what is free: text is held while it is tokenised
+LISTED_COLUMNS = 8
+PARQUET_ROWS = 64  # at once: equal texts are stored once, so that few bytes may be many
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ def load_documents(
         raise UsageError(f"no such file or folder: {dataset}")
     else:
         found = _first_characters(_hub_documents(dataset, text_column), max_stream_characters)
-    return _not_empty(islice(found, max_documents), dataset)
+    return _not_empty(_fitting(islice(found, max_documents), dataset), dataset)
 
 
 def split_held_out(documents: Iterable[Document], fraction: float) -> tuple[list[Document], list[Document]]:
@@ -108,6 +114,21 @@ def _first_characters(documents: Iterator[Document], limit: int | None) -> Itera
             return
 
 
+def _fitting(documents: Iterator[Document], dataset: str) -> Iterator[Document]:
+    """The documents as long as all of them together fit into memory; LegatoError from where they do not."""
+    room, used = MAX_MEMORY_SHARE * psutil.virtual_memory().available, 0
+    for document in documents:
+        used += len(document.text)
+        if used > room:
+            raise LegatoError(f"{dataset} holds more text than fits into memory ({room / 2**30:.1f} GiB): give a part")
+        yield document
+
+
+def _check_memory(needed: int, dataset: str) -> None:
+    if needed > MAX_MEMORY_SHARE * psutil.virtual_memory().available:
+        raise LegatoError(f"{dataset} has {needed / 2**30:.1f} GiB, more text than fits into memory: give a part")
+
+
 def _demo_documents() -> Iterator[Document]:
     from legato.wikitext import to_prose
 
@@ -132,6 +153,8 @@ def _local_documents(path: Path, text_column: str) -> Iterator[Document]:
     if path.is_file():
         yield from _reader(path)(path, path.name, text_column)
         return
+    if not path.is_dir():
+        raise UsageError(f"{path} is no regular file and no folder: a corpus must be one that can be read again")
     files = [
         file
         for file in sorted(path.rglob("*"))
@@ -156,11 +179,14 @@ def _reader(path: Path) -> Callable[[Path, str, str], Iterator[Document]]:
 
 def _read_txt(path: Path, name: str, text_column: str) -> Iterator[Document]:
     try:
+        _check_memory(path.stat().st_size, str(path))
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    if "\0" in text:
+        raise UsageError(f"{path} holds NUL bytes, so it is binary or UTF-16: convert it first")
     parts = [part for part in _cut(text) if part.strip()]
     for number, part in enumerate(parts, start=1):
         yield Document(part, name if len(parts) == 1 else f"{name}#{number}")
@@ -180,7 +206,12 @@ def _cut(text: str) -> Iterator[str]:
 def _read_jsonl(path: Path, name: str, text_column: str) -> Iterator[Document]:
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
+            for number in count(1):
+                line = lines.readline(MAX_LINE_BYTES + 1)
+                if not line:
+                    break
+                if len(line) > MAX_LINE_BYTES:
+                    raise UsageError(f"{path}:{number} is longer than {MAX_LINE_BYTES:,} bytes: cut it into documents")
                 if not line.strip():
                     continue
                 try:
@@ -189,6 +220,10 @@ def _read_jsonl(path: Path, name: str, text_column: str) -> Iterator[Document]:
                     raise UsageError(f"{path}:{number} is not UTF-8 text") from error
                 except json.JSONDecodeError as error:
                     raise UsageError(f"{path}:{number} is not JSON: {error.msg}") from error
+                except RecursionError as error:
+                    raise UsageError(f"{path}:{number} is not JSON of a corpus: it is nested too deeply") from error
+                except ValueError as error:  # a number of thousands of digits
+                    raise UsageError(f"{path}:{number} is not JSON of a corpus: {error}") from error
                 yield from _record_document(record, text_column, f"{path}:{number}", f"{name}:{number}")
     except (EOFError, OSError, zlib.error) as error:  # a cut archive, no archive (BadGzipFile), a damaged one
         raise UsageError(f"cannot read {path}: {error}") from error
@@ -203,12 +238,12 @@ def _read_parquet(path: Path, name: str, text_column: str) -> Iterator[Document]
             if text_column not in file.schema_arrow.names:
                 raise UsageError(_no_column(text_column, str(path), file.schema_arrow.names))
             number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[text_column]):
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[text_column]):
                 for record in batch.to_pylist():
                     number += 1
                     yield from _record_document(record, text_column, f"{path}:{number}", f"{name}:{number}")
-    except (pa.ArrowException, OSError) as error:
-        raise UsageError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
 
 
 def _record_document(record: object, text_column: str, place: str, source: str) -> Iterator[Document]:
@@ -220,11 +255,18 @@ def _record_document(record: object, text_column: str, place: str, source: str) 
     if text is not None and not isinstance(text, str):
         raise UsageError(f"{place}: {text_column!r} is not text but {type(text).__name__}")
     if text and text.strip():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"{place} holds half of a surrogate pair, which is no text: write it anew") from error
         yield Document(text.replace("\r\n", "\n"), source)
 
 
 def _no_column(text_column: str, place: str, names: list[str]) -> str:
-    return f"{place} has no {text_column!r} (it has: {', '.join(map(str, names)) or 'nothing'}): name the text column"
+    shown = (
+        f"{', '.join(map(str, names[:LISTED_COLUMNS])) or 'nothing'}{', ...' if len(names) > LISTED_COLUMNS else ''}"
+    )
+    return f"{place} has no {text_column!r} (it has: {shown}): name the text column"
 
 
 def _hub_documents(dataset: str, text_column: str) -> Iterator[Document]:
