@@ -1,6 +1,7 @@
 """Compare the run_* folders beside this file:  python plot.py
 
-Reads saved results only and writes figures/compare_*.png. `python plot.py RUN [RUN...]` compares the folders named.
+Reads saved results only; writes figures/comparison.html, one page with everything, and its figures as
+figures/compare_*.png. `python plot.py RUN [RUN...]` compares the folders named.
 """
 
 import argparse
@@ -20,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare runs of experiment.py by their saved results.")
     parser.add_argument("runs", nargs="*", type=Path, help="run folders (default: the run_* folders beside plot.py)")
     parser.add_argument(
-        "--out", type=Path, default=here / "figures", help="folder for the figures (default: %(default)s)"
+        "--out", type=Path, default=here / "figures", help="folder for the page and the figures (default: %(default)s)"
     )
     arguments = parser.parse_args()
     runs = {labels.get(path.name, path.name): SavedRun.open(path) for path in arguments.runs or _found(here)}

@@ -100,7 +100,7 @@ def _compare(options: argparse.Namespace) -> None:
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folders with a metrics.json")
     parser.add_argument(
-        "--out", type=Path, default=Path("figures"), help="folder for the figures that compare several runs"
+        "--out", type=Path, default=Path("figures"), help="folder for comparison.html and its figures (several runs)"
     )
 
 

@@ -20,16 +20,16 @@ _WHY_PLACE = {
 _WHY_TEXT = "How long features hold depends on the text, and rare latents on how much of it there is."
 
 
-def places(runs: Mapping[str, SavedRun]) -> dict[str, list[str]]:
-    """Labels of runs that read the same activations and were judged on the same text, by a name for both.
+def places(runs: Mapping[str, SavedRun]) -> list[list[str]]:
+    """The labels of the runs in groups that read the same activations and were judged on the same text.
 
     A run without a saved configuration stands alone: what it read is not known.
     """
-    found: dict[tuple[Any, ...], list[str]] = {}
+    found: dict[tuple[str, ...], list[str]] = {}
     for label, run in runs.items():
-        key = tuple(_setting(run, name) for name in (*_PLACE, *_TEXT))
+        key = tuple(str(_setting(run, name)) for name in (*_PLACE, *_TEXT))
         found.setdefault(key if run.config else (label,), []).append(label)
-    return {", ".join(labels): labels for labels in found.values()}
+    return list(found.values())
 
 
 def barriers(runs: Mapping[str, SavedRun]) -> list[str]:
@@ -38,7 +38,7 @@ def barriers(runs: Mapping[str, SavedRun]) -> list[str]:
     unknown = [label for label, run in runs.items() if not run.config]
     if unknown:
         found.append(
-            f"{_joined(unknown)} saved no configuration (config.yaml), so what it read and was judged on is unknown."
+            f"{joined(unknown)} saved no configuration (config.yaml), so what it read and was judged on is unknown."
         )
     known = {label: run for label, run in runs.items() if run.config}
     for name in _PLACE:
@@ -47,9 +47,11 @@ def barriers(runs: Mapping[str, SavedRun]) -> list[str]:
     texts = [f"{name} {differ}" for name in _TEXT if (differ := _differ(known, name))]
     if texts:
         found.append(f"They were judged on other text ({'; '.join(texts)}). {_WHY_TEXT}")
-    if not texts and unequal_ce(list(known.values())):
-        rows = _differ(known, "ce_rows")
-        found.append(f"CE scores were measured on different contexts (ce_rows {rows}), so they do not compare.")
+    for labels in places(known):
+        together = {label: runs[label] for label in labels}
+        if unequal_ce(list(together.values())):
+            rows = _differ(together, "ce_rows")
+            found.append(f"CE scores were measured on different contexts (ce_rows {rows}), so they do not compare.")
     return found
 
 
@@ -116,5 +118,5 @@ def _differ(runs: Mapping[str, SavedRun], name: str) -> str:
     return ", ".join(f"{label}: {NOT_SAVED if value is None else value}" for label, value in values.items())
 
 
-def _joined(names: Sequence[str]) -> str:
+def joined(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + f" and {names[-1]}"

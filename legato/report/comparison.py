@@ -10,7 +10,7 @@ from legato.cache import write_atomically
 from legato.comparison import compare_runs
 from legato.comparison_table import Table, legend, tables
 from legato.notes import COLUMNS, Column, described, headline, number
-from legato.report.comparability import barriers, places, pooled, settings
+from legato.report.comparability import barriers, joined, places, pooled, settings
 from legato.report.comparison_figures import drawn
 from legato.report.comparison_recipes import Recipe, recipes_of
 from legato.report.missing import MissingResult
@@ -84,7 +84,7 @@ def _page(runs: Mapping[str, SavedRun], sections: list[Section], folder: Path) -
 
 
 def _verdict(runs: Mapping[str, SavedRun]) -> str:
-    together = list(places(runs).values())
+    together = places(runs)
     count = f"These {len(runs)} runs"
     if len(runs) == 1:
         return "One run: there is nothing to compare it with."
@@ -92,8 +92,10 @@ def _verdict(runs: Mapping[str, SavedRun]) -> str:
         return f"{count} read the same activations and were judged on the same text: their numbers compare directly."
     if len(together) == len(runs):
         return f"{count} do not compare number by number: each is to be read against its own baseline."
-    groups = " and ".join(", ".join(labels) for labels in together if len(labels) > 1)
-    return f"{count} compare number by number only inside {groups}; else each is to be read against its own baseline."
+    groups = "; ".join(f"{joined(labels)} do" for labels in together if len(labels) > 1)
+    alone = [labels[0] for labels in together if len(labels) == 1]
+    rest = f"; {joined(alone)} only against {'its' if len(alone) == 1 else 'their'} own baseline" if alone else ""
+    return f"Not all of these {len(runs)} runs compare number by number: {groups}{rest}."
 
 
 def _cards(runs: Mapping[str, SavedRun], folder: Path) -> list[dict[str, Any]]:

@@ -164,7 +164,7 @@ def _cost(runs: Mapping[str, SavedRun], recipes: Sequence[Recipe]) -> Figure:
     """Kappa excess against FVU, a panel per model, layer and text; lines lead from each run's baseline to its arms,
     small dots are the arms of its ablation and sweeps."""
     panels = []
-    for labels in places(runs).values():
+    for labels in places(runs):
         points = [
             (recipe, fvu, excess)
             for recipe in recipes
@@ -191,7 +191,7 @@ def _cost(runs: Mapping[str, SavedRun], recipes: Sequence[Recipe]) -> Figure:
         ax.set_visible(False)
     hollow = Line2D([], [], color=MUTED, marker="o", markerfacecolor="white", linestyle="none")
     dots = Line2D([], [], color=MUTED, marker=".", markersize=4, linestyle="none", alpha=0.6)
-    run_legend(figure, runs, [(hollow, "hollow: baseline"), (dots, "dots: ablation, sweeps")])
+    run_legend(figure, runs, [(hollow, "hollow: baseline"), (dots, "dots: ablation, sweeps, seeds")])
     for ax, (_, points) in zip(axes, panels, strict=False):
         names = [(recipe, (fvu[0], excess[0])) for recipe, fvu, excess in points if not recipe.baseline]
         label_points(ax, [PointLabel(at, recipe.name, recipe.style.colour, required=False) for recipe, at in names])
@@ -209,20 +209,18 @@ def _cost_panel(
             x0, y0 = bases[recipe.run]
             ax.plot([x0, x], [y0, y], color=recipe.style.colour, linewidth=0.8, alpha=0.5, zorder=2)
         dot(ax, (x, y), recipe, xerr=dx, yerr=dy)
-    styles = {recipe.run: recipe.style for recipe, _, _ in points}
-    for label, style in styles.items():
-        shown = {arm.name for recipe, _, _ in points if recipe.run == label for arm in recipe.arms}
+    ax.margins(0.12)
+    ax.grid(True, axis="both")
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim())  # the arms in colour set the scale
+    for label, style in {recipe.run: recipe.style for recipe, _, _ in points}.items():
         dots = [
             (fvu, excess)
             for arm in runs[label].background
-            if arm.name not in shown
-            and (fvu := arm.value("core.fvu")) is not None
-            and (excess := arm.value(KAPPA_EXCESS)) is not None
+            if (fvu := arm.value("core.fvu")) is not None and (excess := arm.value(KAPPA_EXCESS)) is not None
         ]
         if dots:
             ax.plot(*zip(*dots, strict=True), ".", color=style.colour, markersize=4, alpha=0.45, zorder=1)
-    ax.margins(0.12)
-    ax.grid(True, axis="both")
 
 
 def _training(runs: Mapping[str, SavedRun], recipes: Sequence[Recipe]) -> Figure:

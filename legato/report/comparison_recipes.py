@@ -15,6 +15,7 @@ from legato.report.style import INK, ArmStyle, run_styles
 from legato.results import Arm, SavedRun
 
 LEVEL = 0.95
+_LEGEND_CHARACTERS = 105  # in one row, handles included
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,6 @@ def run_legend(figure: Figure, runs: Mapping[str, SavedRun], further: Sequence[t
     styles = run_styles(list(runs))
     handles = [Line2D([], [], color=s.colour, linestyle=s.line, marker=s.marker) for s in styles.values()]
     names = [*styles, *(text for _, text in further)]
-    columns = 4 if max(map(len, names)) < 20 else 2
+    columns = len(names) if sum(len(name) + 9 for name in names) <= _LEGEND_CHARACTERS else 2
     handles += [line for line, _ in further]
     figure.legend(handles, names, loc="outside upper left", ncols=columns, labelcolor=INK)
