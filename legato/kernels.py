@@ -76,25 +76,33 @@ def _scan(pre_NF, valid_N, floor_N, token, latent, count_T):
         count_T[part] = -1 if full else p - start
 
 
+@njit(cache=True)
+def kth_largest(values, k):
+    """The k-th largest of at least k values; for a small k, 2 to 4 times as fast as numba's np.partition."""
+    if k > 64:
+        return np.partition(values, len(values) - k)[len(values) - k]
+    top = np.sort(values[:k])
+    for value in values[k:]:
+        if value > top[0]:
+            i = 0
+            while i < k - 1 and top[i + 1] < value:
+                top[i] = top[i + 1]
+                i += 1
+            top[i] = value
+    return top[0]
+
+
 @njit(parallel=True, cache=True)
 def _row_floors(pre_NF, valid_N, k, stride, zero, floor_N):
     N, F = pre_NF.shape
     rank = min((2 * k) // stride + 4, F // stride - 1)
     for n in prange(N):
         if valid_N[n]:
-            row = pre_NF[n]
-            top = np.sort(row[: (rank + 1) * stride : stride])  # the sample's largest so far, ascending
-            for f in range((rank + 1) * stride, F, stride):
-                if row[f] > top[0]:
-                    i = 0
-                    while i < rank and top[i + 1] < row[f]:
-                        top[i] = top[i + 1]
-                        i += 1
-                    top[i] = row[f]
+            guess = kth_largest(pre_NF[n, ::stride].copy(), rank + 1)
             above = 0
             for f in range(F):
-                above += row[f] > top[0]
-            floor_N[n] = top[0] if above >= k and top[0] > zero else zero
+                above += pre_NF[n, f] > guess
+            floor_N[n] = guess if above >= k and guess > zero else zero
 
 
 @njit(parallel=True, cache=True, fastmath=FAST)
@@ -118,7 +126,7 @@ def _keep_row_top(ptr_N, value_P, k, keep_P):
             for p in range(lo, hi):
                 keep_P[p] = value_P[p] > 0
             continue
-        cut = np.partition(values, hi - lo - k)[hi - lo - k]
+        cut = kth_largest(values, k)
         above = 0
         for p in range(lo, hi):
             above += value_P[p] > cut

@@ -9,6 +9,8 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
+from legato.kernels import kth_largest
+
 Array = NDArray[Any]
 
 
@@ -60,7 +62,7 @@ def _one_run(first, end, ptr_N, latent_P, value_P, n_latents, k, bonus, margin, 
         cut = score.dtype.type(0)
         room = hi - lo
         if hi - lo > k:
-            cut = np.partition(score, hi - lo - k)[hi - lo - k]
+            cut = kth_largest(score, k)
             room = k
             for p in range(lo, hi):
                 room -= score[p - lo] > cut
