@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out_dir", required=True, help="new folder for synthetic.json, .txt and .png")
     parser.add_argument(
         "--arms",
-        default="hysteresis,topk,hysteresis:shuffled",
+        default="hysteresis,topk,hysteresis_topk,hysteresis:shuffled,hysteresis_topk:shuffled",
         help="arms beside the baseline, as in experiment.py --temporal; NAME:shuffled trains NAME on shuffled tokens",
     )
     parser.add_argument(

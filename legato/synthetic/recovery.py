@@ -13,15 +13,15 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csc_array
 from torch import Tensor
 
+from legato import kernels
 from legato.codes import SparseCodes
 from legato.evaluation.judge import Judged
-from legato.stateful import held
+from legato.sequences import SequenceLayout
 from legato.synthetic.bed import Bed, Rows
 
 Floats = NDArray[np.float64]
 
 ORACLE_ROWS = 24
-_BISECTIONS = 14
 _ROWS_AT_ONCE = 64
 
 
@@ -98,19 +98,18 @@ def found_by_true_directions(bed: Bed, k: int, release: float) -> dict[str, floa
     """How hard the bed is, whatever is trained on it: with the true directions as encoder and k pairs on per token on
     average, the share of planted firings that are on. single_token: above one threshold. held: with hysteresis."""
     batch = bed.held_out.take(slice(0, ORACLE_ROWS))
-    pre_BLF = batch.acts_BLD @ bed.directions_FD.T
-    on_BLF = bed.held_out.first_codes(len(pre_BLF)).dense() > 0
-    budget = k * int(batch.mask_BL.sum())
+    layout = SequenceLayout.of(batch.mask_BL, batch.doc_BL)
+    pre_NF = (batch.acts_BLD @ bed.directions_FD.T).flatten(0, 1) * torch.from_numpy(layout.valid_N)[:, None]
+    planted_NF = bed.held_out.first_codes(len(batch.acts_BLD)).dense().flatten(0, 1) > 0
+    token_P, source_P = (place.int().numpy() for place in (pre_NF > 0).nonzero(as_tuple=True))
+    value_P, planted_P = (each_NF.numpy()[token_P, source_P] for each_NF in (pre_NF, planted_NF))
+    budget = min(k * int(batch.mask_BL.sum()), len(value_P))
 
     def found(release: float) -> float:
-        low, high = 0.0, float(pre_BLF[batch.mask_BL].max())
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            threshold_F = torch.full((pre_BLF.shape[2],), middle)
-            count = int(held(pre_BLF, threshold_F, release, batch.mask_BL, batch.doc_BL).sum())
-            low, high = (middle, high) if count > budget else (low, middle)
-        on = held(pre_BLF, torch.full((pre_BLF.shape[2],), high), release, batch.mask_BL, batch.doc_BL)
-        return float((on & on_BLF).sum() / on_BLF.sum())
+        n_sources = pre_NF.shape[1]
+        critical_P = kernels.critical_thresholds(layout.start_N, token_P, source_P, value_P, n_sources, release)
+        cut = np.partition(critical_P, -budget)[-budget]
+        return float(planted_P[critical_P >= cut].sum() / int(planted_NF.sum()))
 
     return {"single_token": found(1.0), "held": found(release)}
 
