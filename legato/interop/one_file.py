@@ -1,9 +1,13 @@
 """One safetensors file: an SAE's tensors by SAELens' names, what it is beside them as JSON in the file's header."""
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from legato.errors import LegatoError, UsageError
 from legato.interop.placing import new_file
@@ -21,12 +25,15 @@ def is_one_file(path: Path) -> bool:
 def read_one_file(path: Path) -> StoredSAE:
     try:
         header = json.loads(safetensors_header(path)[HEADER])
+        digest = header.pop("sha256", None)
         architecture, details = header["architecture"], header["details"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LegatoError(f"{path} is damaged: its header does not say what SAE it is") from error
     if architecture not in WEIGHT_SHAPES or not isinstance(details, dict):
         raise LegatoError(f"{path} holds architecture {architecture!r}; can be read: {', '.join(WEIGHT_SHAPES)}")
     weights = read_safetensors(path)
+    if digest not in (None, _digest_of(header, weights)):
+        raise LegatoError(f"{path} is damaged, or was changed after it was saved: save the SAE again")
     check_weights(architecture, weights, what=str(path))
     numbers = usable_numbers(architecture, header, weights["W_enc"].shape[1], what=str(path))
     return StoredSAE(architecture=architecture, weights=weights, apply_b_dec_to_input=False, details=details, **numbers)
@@ -41,5 +48,13 @@ def write_one_file(path: Path, stored: StoredSAE) -> None:
     numbers = {name: getattr(stored, name) for name in NUMBERS.get(stored.architecture, ())}
     header = {"architecture": stored.architecture, **numbers, "details": stored.details}
     tensors = {name: tensor.contiguous() for name, tensor in stored.weights.items()}
+    header["sha256"] = _digest_of(header, tensors)
     with new_file(path) as new:
         save_file(tensors, new, metadata={HEADER: json.dumps(header, allow_nan=False)})
+
+
+def _digest_of(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

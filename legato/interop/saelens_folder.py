@@ -6,6 +6,8 @@ knows the architecture `hysteresis` after `import legato.interop.saelens`.
 Shape legend: D activation width, F latents.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from legato.cache import sha256_file
 from legato.errors import LegatoError, UsageError
 from legato.interop.placing import new_folder
 from legato.interop.saelens_training import THRESHOLD_AT_THE_END, training_normaliser, with_threshold
@@ -32,6 +35,7 @@ from legato.interop.untrusted import as_dict, read_json, read_safetensors, write
 CFG_FILENAME = "cfg.json"
 WEIGHTS_FILENAME = "sae_weights.safetensors"
 LEGATO_FILENAME = "legato.json"
+CHECKSUMS_KEY = "sha256"  # in legato.json: of the two files beside it, and of the rest of itself
 
 # The layout written here. SAELens parses a folder whose metadata.sae_lens_version is below 6 as its older, flat layout.
 SAELENS_VERSION = "6.54.0"
@@ -155,7 +159,9 @@ def write_saelens_folder(
         save_file(weights, folder / WEIGHTS_FILENAME)
         write_json(folder / CFG_FILENAME, cfg)
         if legato is not None:
-            write_json(folder / LEGATO_FILENAME, legato)
+            sums = {name: sha256_file(folder / name) for name in (CFG_FILENAME, WEIGHTS_FILENAME)}
+            sums[LEGATO_FILENAME] = _digest_of(legato)
+            write_json(folder / LEGATO_FILENAME, {**legato, CHECKSUMS_KEY: sums})
     return path
 
 
@@ -171,6 +177,7 @@ def read_saelens_folder(path: str | Path) -> SAELensFolder:
     for name in (CFG_FILENAME, WEIGHTS_FILENAME):
         if not (path / name).is_file():
             raise UsageError(f"{path} is not a SAELens folder: it has no {name}")
+    legato = _read_legato(path)
     cfg = read_json(path / CFG_FILENAME)
     metadata = as_dict(cfg.get("metadata"))
     version = str(metadata.get("sae_lens_version") or cfg.get("sae_lens_version") or "0")
@@ -195,7 +202,6 @@ def read_saelens_folder(path: str | Path) -> SAELensFolder:
     subtracts_b_dec = bool(cfg.get("apply_b_dec_to_input", True))
     if normaliser is not None:
         weights = normaliser.folded_into(weights, subtracts_b_dec)
-    legato = read_json(path / LEGATO_FILENAME) if (path / LEGATO_FILENAME).is_file() else None
     return SAELensFolder(
         architecture=architecture,
         weights=weights,
@@ -205,6 +211,29 @@ def read_saelens_folder(path: str | Path) -> SAELensFolder:
         legato=legato,
         **numbers,
     )
+
+
+def _read_legato(folder: Path) -> dict[str, Any] | None:
+    """legato.json less its checksums, which what lies beside it must match; None where there is none."""
+    if not (folder / LEGATO_FILENAME).is_file():
+        return None
+    legato = read_json(folder / LEGATO_FILENAME)
+    sums = legato.pop(CHECKSUMS_KEY, None)
+    if sums is None:  # of an earlier version, or taken out by who changed a file
+        return legato
+    found = {name: sha256_file(folder / name) for name in (CFG_FILENAME, WEIGHTS_FILENAME)}
+    found[LEGATO_FILENAME] = _digest_of(legato)
+    for name, digest in found.items():
+        if as_dict(sums).get(name) != digest:
+            raise LegatoError(
+                f"{folder / name} is damaged, or not what was saved with this {LEGATO_FILENAME}: save the SAE again, or "
+                f"take {CHECKSUMS_KEY!r} out of {LEGATO_FILENAME} to read it as it is"
+            )
+    return legato
+
+
+def _digest_of(legato: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(legato, sort_keys=True).encode()).hexdigest()
 
 
 def _details(metadata: Mapping[str, Any], saved_as: str) -> dict[str, Any]:

@@ -11,26 +11,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from legato import reading
 from legato.errors import LegatoError, UsageError
-
-MAX_JSON_BYTES = 64 * 2**20  # the largest cfg.json of the tools read here has some kilobytes
+from legato.reading import check_fits, one_line, read_arrays
 
 
 def read_json(path: Path) -> dict[str, Any]:
     _check_is_file(path)
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise LegatoError(f"{path} has {path.stat().st_size:,} bytes: not the configuration of an SAE")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise LegatoError(f"{path} is damaged: {_one_line(error)}") from error
+    content = reading.read_json(path)
     if not isinstance(content, dict):
         raise LegatoError(f"{path} is damaged: expected an object")
     return content
@@ -51,7 +44,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return as_float32(load_file(path), path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise LegatoError(f"{path} is damaged: {_one_line(error)}") from error
+        raise LegatoError(f"{path} is damaged: {one_line(error)}") from error
 
 
 def safetensors_header(path: Path) -> dict[str, str]:
@@ -60,7 +53,7 @@ def safetensors_header(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
-        raise LegatoError(f"{path} is damaged: {_one_line(error)}") from error
+        raise LegatoError(f"{path} is damaged: {one_line(error)}") from error
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -78,7 +71,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
                 raise LegatoError(f"{path} is compressed, which torch.save never does: {advice}")
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise LegatoError(f"{path} is damaged: {_one_line(error)}") from error
+        raise LegatoError(f"{path} is damaged: {one_line(error)}") from error
     except pickle.UnpicklingError as error:
         raise LegatoError(f"{path} holds more than tensors and was not opened: {advice}") from error
     if not isinstance(loaded, dict) or not all(
@@ -92,12 +85,10 @@ def read_npz(path: Path) -> dict[str, Tensor]:
     """The arrays of a NumPy archive, compressed or not; object arrays, which NumPy pickles, are refused."""
     _check_is_file(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            check_fits(path, sum(entry.file_size for entry in archive.infolist()))
-        with np.load(path, allow_pickle=False) as arrays:
-            return as_float32({name: torch.from_numpy(arrays[name]) for name in arrays.files}, path)
-    except (ValueError, TypeError, OSError, EOFError, MemoryError, zipfile.BadZipFile) as error:
-        raise LegatoError(f"{path} is damaged: {_one_line(error)}") from error
+        tensors = {name: torch.from_numpy(array) for name, array in read_arrays(path).items()}
+    except TypeError as error:  # of a type that torch does not have, such as text
+        raise LegatoError(f"{path} is damaged: {one_line(error)}") from error
+    return as_float32(tensors, path)
 
 
 def as_float32(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -112,18 +103,6 @@ def as_float32(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     }
 
 
-def check_fits(path: Path, needed: int) -> None:
-    free = psutil.virtual_memory().available
-    if needed > free:
-        raise LegatoError(
-            f"{path} needs {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: open it on a larger machine"
-        )
-
-
 def _check_is_file(path: Path) -> None:
     if not path.is_file():
         raise UsageError(f"{path} does not exist or is not a file")
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
