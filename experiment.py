@@ -2,33 +2,43 @@
 
 import sys
 
+from legato.checkpoint import Checkpoint
+from legato.command import run_command
 from legato.comparison import write_matched
-from legato.config import parse
+from legato.config import ExperimentConfig, RunOptions, parse
 from legato.errors import LegatoError, UsageError
-from legato.experiment import ExperimentConfig, evaluate_arms, harvest_activations, load_model, read_text, train_arms
+from legato.experiment import evaluate_arms, harvest_activations, load_model, read_text
 from legato.hardware import keep_freed_memory
+from legato.interrupts import Interrupts
 from legato.notes import write_final_info, write_notes
 from legato.report.ablation_table import write_ablation
 from legato.report.figures import write_figures
 from legato.report.html import write_report
 from legato.run_dir import RunDir
 from legato.tracking import say
+from legato.train_stage import train_arms
 
 
-def run_experiment(config: ExperimentConfig, out_dir: str) -> None:
-    run = RunDir.claim(out_dir, config)
+def run_experiment(config: ExperimentConfig, options: RunOptions, interrupts: Interrupts) -> None:
+    run = RunDir.claim(options.out_dir, config, resume=options.resume)
+    run.settle_machine()
     model = load_model(config)
     text = read_text(config, model)
     activations = harvest_activations(config, model, text)
-    run.begin(config, activations.provenance)
-    bank = train_arms(config, activations, run)
-    evaluate_arms(config, bank, activations, model, run)
-    write_ablation(run.root)
-    write_matched(run.root)
-    write_figures(run.root)
-    notes = write_notes(run.root)
-    report = write_report(run.root)
-    write_final_info(run.root)
+    with run.locked(config):
+        checkpoint = Checkpoint(run.checkpoint, minutes=options.checkpoint_minutes, interrupts=interrupts)
+        if not checkpoint.goes_on(activations.key):
+            run.begin(config, activations.provenance)
+            checkpoint.begin(activations.key)
+        bank = train_arms(config, activations, run, checkpoint)
+        evaluate_arms(config, bank, activations, model, run, checkpoint)
+        write_ablation(run.root)
+        write_matched(run.root)
+        write_figures(run.root)
+        notes = write_notes(run.root)
+        report = write_report(run.root)
+        write_final_info(run.root)
+        checkpoint.discard()
     say(notes.read_text())
     say(f"results: {run.root}/  report: {report}")
     if bank.failures:
@@ -37,22 +47,16 @@ def run_experiment(config: ExperimentConfig, out_dir: str) -> None:
 
 def main(arguments: list[str]) -> int:
     try:
-        config, out_dir, debug = parse(arguments)
+        config, options = parse(arguments)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     keep_freed_memory()
-    try:
-        run_experiment(config, out_dir)
-    except LegatoError as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on where the harvest stopped", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(
+        lambda interrupts: run_experiment(config, options, interrupts),
+        debug=options.debug,
+        go_on="the same command goes on where it stopped",
+    )
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ from typing import NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from legato import bench_sae, judge_sae, synthetic
+from legato import bench_sae, exchange_sae, judge_sae, synthetic
+from legato.command import run_command
 from legato.comparison import compare_runs, write_json, write_matched
 from legato.comparison_table import legend, tables
-from legato.errors import LegatoError, UsageError
+from legato.errors import UsageError
 from legato.notes import write_final_info, write_notes
 from legato.report.ablation_table import write_ablation
 from legato.report.comparison import write_comparison
@@ -40,17 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    try:
-        COMMANDS[options.command].run(options)
-    except LegatoError as error:
-        if options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(lambda _: COMMANDS[options.command].run(options), debug=options.debug)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -130,6 +121,14 @@ def _writing(target: Path) -> Iterator[None]:
 COMMANDS = {
     "compare": Command("Set methods side by side at the baseline's L0 and FVU.", _compare_arguments, _compare),
     "evaluate": Command("Judge saved SAEs on a model and a text.", judge_sae.add_arguments, judge_sae.main),
+    "export": Command(
+        "Write an SAE in another tool's format.", exchange_sae.add_export_arguments, exchange_sae.export_sae
+    ),
+    "import": Command(
+        "Save another tool's SAE, or one of the hub, as Legato's.",
+        exchange_sae.add_import_arguments,
+        exchange_sae.import_sae,
+    ),
     "report": Command("Build a run's tables, figures, notes and report again.", _report_arguments, _report),
     "saebench": Command("Run sae-bench itself on a saved SAE.", bench_sae.add_arguments, bench_sae.main),
     "synthetic": Command("Train and judge SAEs where the truth is known.", synthetic.add_arguments, synthetic.main),

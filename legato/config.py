@@ -270,8 +270,23 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def parse(arguments: Sequence[str]) -> tuple[ExperimentConfig, str, bool]:
-    """(config, out_dir, debug) of `experiment.py`'s command line. Raises UsageError with one line for bad flags."""
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is carried out: nothing its results depend on."""
+
+    out_dir: str
+    debug: bool = False
+    resume: bool = False
+    checkpoint_minutes: float = 5.0
+
+    def __post_init__(self) -> None:
+        _not_empty("out_dir", self.out_dir, "name a folder")
+        if not 0 <= self.checkpoint_minutes < math.inf:
+            raise UsageError(f"--checkpoint_minutes {self.checkpoint_minutes} is no time: use 0 or more")
+
+
+def parse(arguments: Sequence[str]) -> tuple[ExperimentConfig, RunOptions]:
+    """What `experiment.py`'s command line asks for. Raises UsageError with one line for bad flags."""
     parser = _Parser(
         prog="experiment.py",
         description="Train a bank of SAEs on a language model's activations and judge them on held-out text.",
@@ -280,6 +295,17 @@ def parse(arguments: Sequence[str]) -> tuple[ExperimentConfig, str, bool]:
     parser.add_argument("--out_dir", required=True, help="new folder for everything the run produces")
     parser.add_argument("--preset", default="demo", help=f"starting point for all options: {', '.join(PRESETS)}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the unfinished run in out_dir, as the same command does anyway; fails where there is none",
+    )
+    parser.add_argument(
+        "--checkpoint_minutes",
+        type=float,
+        default=RunOptions.checkpoint_minutes,
+        help="minutes of training between two saved states, 0 for every step (default: %(default)g)",
+    )
     for stage in _stages().values():
         group = parser.add_argument_group(stage.__name__, (stage.__doc__ or "").strip())
         for f in dataclasses.fields(stage):
@@ -298,9 +324,8 @@ def parse(arguments: Sequence[str]) -> tuple[ExperimentConfig, str, bool]:
                 help=f.metadata["help"] + ("" if f.default is None else f" (default: {_shown(f.default)})"),
             )
     options = vars(parser.parse_args(list(arguments)))
-    out_dir, debug, preset = options.pop("out_dir"), options.pop("debug"), options.pop("preset")
-    _not_empty("out_dir", out_dir, "name a folder")
-    return ExperimentConfig.from_options(preset, options), out_dir, debug
+    run = RunOptions(**{f.name: options.pop(f.name) for f in dataclasses.fields(RunOptions)})
+    return ExperimentConfig.from_options(options.pop("preset"), options), run
 
 
 class _Parser(argparse.ArgumentParser):

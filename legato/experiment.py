@@ -1,55 +1,45 @@
 """The stages of experiment.py, each from its config and what the stage before it gives."""
 
-import dataclasses
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
 
-import psutil
+import torch
+from torch import Tensor
 
-from legato.activations import ActivationStore, ActivationStream, Normaliser, harvest
+from legato.activations import ActivationStore, ActivationStream, harvest
+from legato.checkpoint import Checkpoint
 from legato.config import DataConfig, ExperimentConfig
 from legato.errors import LegatoError, UsageError
 from legato.evaluation.controls import Control, position_shuffled, post_hoc_controls
 from legato.evaluation.evaluate import evaluate
 from legato.evaluation.features import write_features
 from legato.evaluation.judge import Judged
-from legato.evaluation.offset import SHIFTS, OffsetResult, offset_test
+from legato.evaluation.offset import SHIFTS, offset_test
+from legato.evaluation.promoted import promoted_tokens
 from legato.evaluation.redundancy import coded, redundancy
 from legato.evaluation.redundancy_table import write_redundancy
 from legato.evaluation.specialisation import specialise
-from legato.hardware import fast_matmul_dtype
+from legato.evaluation.strips import Other, Passages, write_strips, write_text
 from legato.interop.saebench import write_core_file
 from legato.language_model import LanguageModel
-from legato.recipes import arms, grid_name, is_baseline, recipe
-from legato.run_dir import RunDir, environment
+from legato.recipes import arms, grid_name, is_baseline
+from legato.run_dir import RunDir
 from legato.sae import SparseAutoencoder
 from legato.text import load_documents, split_held_out
 from legato.tokens import TokenSet, tokenise
-from legato.tracking import RunLog, progress_bar, say
-from legato.train import (
-    ArmConfig,
-    BankResult,
-    NoMemberLeftError,
-    SAETrainer,
-    TrainBatch,
-    TrainConfig,
-    bank_bytes,
-    train_bank,
-)
+from legato.tracking import progress_bar, say
 
 CALIBRATION_BATCHES = 8
 CHARACTERS_PER_TOKEN = 6  # of a hub stream, to be on the safe side: English has some 4.5
 BOOTSTRAP_REPLICATES = 200
 CONTROL_ROWS = 32
 OFFSET_ROWS = 16
+VOCABULARY_ROWS = 16_384  # contexts of the text to train on whose tokens can be named as promoted
 CONTROL_KEYS = ("kappa1", "kappa1_excess_within", "ac1", "ac1_excess_within")
-DEAD_AFTER_TOKENS, DEAD_AFTER_SHARE = 250_000, 0.02  # silence that makes a latent dead: in tokens, or of a short run
-MEMORY_SHARE = 0.6  # of what is free, for training; the rest is left to the store's page cache and to evaluation
 
 
 @dataclass(frozen=True)
@@ -70,6 +60,12 @@ class Activations:
     n_valid: int
     layer: int
     provenance: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Of all that determines the activations of both sides."""
+        train = self.train.key() if isinstance(self.train, ActivationStream) else self.train.key
+        return f"{train} {self.held_out.key}"
 
 
 @dataclass(frozen=True)
@@ -172,77 +168,16 @@ class Bank:
     trained: dict[str, TrainedArm]
     failures: dict[str, str]
 
-    def fail(self, name: str, reason: str, run: RunDir) -> None:
-        """Move an SAE that cannot be judged to the failed ones, on disk too; a control is only reported."""
-        say(f"  dropped {reason}")
-        self.failures[name] = reason
-        arm = self.trained.pop(name, None)
-        if arm is not None:
-            run.fail_sae(name, arm.training["training_steps"], reason)
-
-
-def train_arms(config: ExperimentConfig, activations: Activations, run: RunDir) -> Bank:
-    """Train the bank on shared batches and save every SAE; in several passes where it would not fit in memory."""
-    training, source = config.training, activations.train
-    tokens_per_step = training.batch_rows * activations.n_valid / source.n_rows
-    steps = math.ceil(training.tokens / tokens_per_step)
-    dead_after = min(DEAD_AFTER_TOKENS, int(DEAD_AFTER_SHARE * training.tokens))
-    train_config = TrainConfig(steps=steps, lr=training.lr, dead_after_tokens=dead_after, aux_k=source.d_in // 2)
-    normaliser = Normaliser.fit(source)
-    passes = split_to_fit(arms(config, source.d_in), source.d_in, training.batch_rows * source.context_length)
-    say(
-        f"training: {sum(map(len, passes))} SAEs of {training.d_sae:,} latents in {len(passes)} pass(es), "
-        f"{steps} steps of {tokens_per_step:,.0f} tokens"
-    )
-    # Contexts in stored order: the same ones for every arm, whatever the seed.
-    calibration = [
-        TrainBatch.of(batch, normaliser, fast_matmul_dtype())
-        for batch in islice(source.batches(training.batch_rows, seed=None), CALIBRATION_BATCHES)
-    ]
-    bank = Bank({}, {})
-    for members in passes:
-        batches = source.batches(training.batch_rows, seed=min(training.seeds), epochs=None, drop_last=True)
-        with RunLog(run.log, run.tensorboard) as log, progress_bar("train", steps) as progress:
-            try:
-                result = train_bank(members, batches, normaliser, train_config, log=log, progress=progress)
-            except NoMemberLeftError as error:  # of this pass; the others may be well
-                result = BankResult([], error.failed)
-        for trainer in result.finished:
-            details = {
-                **activations.provenance,
-                "arm": trainer.arm.name,
-                "objective": recipe(trainer.arm),
-                "training": {**dataclasses.asdict(train_config), "batch_rows": training.batch_rows},
-                "environment": environment(),
-            }
-            sae = dataclasses.replace(trainer.finish(normaliser, calibration), details=details)
-            sae.save(run.sae(trainer.arm.name))
-            bank.trained[trainer.arm.name] = TrainedArm(sae, _training_metrics(trainer, activations.n_valid))
-        for trainer, reason in result.failed:
-            run.write_failure(trainer.arm.name, dict(trainer.parameters.items()), trainer.steps_done, reason)
-            bank.failures[trainer.arm.name] = reason
+    def fail(self, failures: Mapping[str, str], run: RunDir, checkpoint: Checkpoint | None) -> None:
+        """Move SAEs that cannot be judged to the failed ones, on disk too; a control is only reported."""
+        if checkpoint is not None:
+            checkpoint.finish_evaluation(failures)
+        for name, reason in failures.items():
             say(f"  dropped {reason}")
-    if not bank.trained:
-        raise LegatoError(f"no SAE was trained: {next(iter(bank.failures.values()))}")
-    return bank
-
-
-def split_to_fit(bank: Sequence[ArmConfig], d_in: int, tokens_per_batch: int) -> list[list[ArmConfig]]:
-    """The bank in as few passes as fit into 60 % of the free memory; says what it needs."""
-    free = psutil.virtual_memory().available
-    needs = bank_bytes(bank, d_in, tokens_per_batch)
-    say(f"memory: the bank needs {sum(needs) / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
-    passes: list[list[ArmConfig]] = [[]]
-    used = 0
-    for arm, need in zip(bank, needs, strict=True):
-        if need > MEMORY_SHARE * free:
-            raise LegatoError(f"{arm.name} needs {need / 2**30:.1f} GiB to train: lower --d_sae or free memory")
-        if used + need > MEMORY_SHARE * free:
-            passes.append([])
-            used = 0
-        passes[-1].append(arm)
-        used += need
-    return passes
+            self.failures[name] = reason
+            arm = self.trained.pop(name, None)
+            if arm is not None:
+                run.fail_sae(name, arm.training["training_steps"], reason)
 
 
 def evaluate_arms(
@@ -251,49 +186,59 @@ def evaluate_arms(
     activations: Activations,
     model: LanguageModel,
     run: RunDir,
+    checkpoint: Checkpoint | None = None,
 ) -> None:
-    """Judge every SAE on the held-out side in one pass and save the numbers; what cannot be judged fails."""
+    """Judge every SAE on the held-out side in one pass and save the numbers; what cannot be judged fails.
+
+    Parts that an earlier attempt finished come from the checkpoint, and all is done where it says so.
+    """
+    if checkpoint is not None and checkpoint.progress.evaluated:
+        return
+    part = checkpoint.part if checkpoint is not None else _now
     say(f"evaluation: {activations.held_out.n_valid:,} held-out tokens")
     controls = _controls(config, bank, activations)
     judged: dict[str, Judged] = {name: arm.sae for name, arm in bank.trained.items()}
     judged |= {name: control.judged for name, control in controls.items()}
-    failures: dict[str, str] = {}
-    with progress_bar("evaluate", activations.held_out.n_rows) as progress:
-        results = evaluate(
-            judged,
-            activations.held_out,
-            language_model=model if config.evaluation.ce_rows else None,
-            layer=activations.layer,
-            site=config.model.site,
-            ce_rows=config.evaluation.ce_rows,
-            bootstrap=BOOTSTRAP_REPLICATES,
-            failures=failures,
-            progress=progress,
-        )
-    for name, reason in failures.items():
-        bank.fail(name, reason, run)
+
+    def judge_all() -> dict[str, Any]:
+        failures: dict[str, str] = {}
+        with progress_bar("evaluate", activations.held_out.n_rows) as progress:
+            results = evaluate(
+                judged,
+                activations.held_out,
+                language_model=model if config.evaluation.ce_rows else None,
+                layer=activations.layer,
+                site=config.model.site,
+                ce_rows=config.evaluation.ce_rows,
+                bootstrap=BOOTSTRAP_REPLICATES,
+                failures=failures,
+                progress=progress,
+            )
+        return {"results": results, "failures": failures}
+
+    found = part("judged", judge_all)
+    results, failures = found["results"], found["failures"]
     if not results:
+        bank.fail(failures, run, checkpoint)
         raise LegatoError(f"no SAE could be judged: {next(iter(failures.values()))}")
     # The control for persistence that an SAE makes by itself, for the arms that the comparison is about.
     compared = {name: judged[name] for name in results if not _is_grid_member(name, config)}
-    without: dict[str, str] = {}
-    shuffled_batches = position_shuffled(activations.held_out.batches(CONTROL_ROWS, seed=None))
-    control = evaluate(compared, shuffled_batches, failures=without) if compared else {}
-    for name, result in control.items():
-        shuffled = {"l0": result["core"]["l0"], "fvu": result["core"]["fvu"]}
-        shuffled |= {key: result["consistency"][key] for key in CONTROL_KEYS}
+    for name, shuffled in part("shuffled", lambda: _shuffled(compared, activations)).items():
         results[name]["consistency"]["position_shuffled"] = shuffled
-    for reason in without.values():
-        say(f"  no shuffled control of {reason}")
-    for name, offset in _offsets(compared, activations, model, config.model.site).items():
-        results[name]["offset"] = offset.section
-        results[name]["features"]["offset_jaccard"] = offset.jaccard_F
-    for name in sorted(compared.keys() & bank.trained.keys()):
-        sae = bank.trained[name].sae
-        held_out = activations.held_out.batches(CONTROL_ROWS, seed=None)
-        redundant = redundancy(coded(sae, held_out), sae.W_dec, decode=partial(_token_strings, model))
-        results[name]["redundancy"] = redundant.metrics
-        write_redundancy(run.redundancy, name, redundant)
+    for name, offset in part("offset", lambda: _offsets(compared, activations, model, config.model.site)).items():
+        results[name]["offset"] = offset["section"]
+        results[name]["features"]["offset_jaccard"] = offset["jaccard_F"]
+    vocabulary_V = torch.unique(activations.train.first_tokens(VOCABULARY_ROWS))
+    others = {
+        name: Other(bank.trained[name].sae.W_dec, results[name]["features"]["density"] > 0)
+        for name in sorted(compared.keys() & bank.trained.keys())
+    }
+    for name in others:
+        partners = {partner: others[partner] for partner in _partners(name, others)}
+        results[name]["redundancy"] = part(
+            f"redundancy_{name}",
+            partial(_redundancy, name, bank.trained[name].sae, partners, activations, vocabulary_V, model, run),
+        )
     _add_specialisation({name: results[name] for name in compared if name in bank.trained}, model)
     metrics = {}
     for name, result in results.items():
@@ -315,22 +260,89 @@ def evaluate_arms(
         training = controls[name].training if name in controls else bank.trained[name].training
         metrics[name] = {**result, "training": training}
     run.write_metrics(metrics)
+    bank.fail(failures, run, checkpoint)
+
+
+def _now(name: str, compute: Callable[[], Any]) -> Any:
+    """In place of `Checkpoint.part` where nothing is kept."""
+    return compute()
+
+
+def _shuffled(compared: Mapping[str, Judged], activations: Activations) -> dict[str, dict[str, float]]:
+    """What is left of persistence when the order of the tokens is taken away, for those that still fire."""
+    failures: dict[str, str] = {}
+    batches = position_shuffled(activations.held_out.batches(CONTROL_ROWS, seed=None))
+    found = evaluate(compared, batches, failures=failures) if compared else {}
+    for reason in failures.values():
+        say(f"  no shuffled control of {reason}")
+    return {
+        name: {
+            "l0": result["core"]["l0"],
+            "fvu": result["core"]["fvu"],
+            **{key: result["consistency"][key] for key in CONTROL_KEYS},
+        }
+        for name, result in found.items()
+    }
+
+
+def _redundancy(
+    name: str,
+    sae: SparseAutoencoder,
+    partners: Mapping[str, Other],
+    activations: Activations,
+    vocabulary_V: Tensor,
+    model: LanguageModel,
+    run: RunDir,
+) -> dict[str, Any]:
+    """The section of metrics.json; the tables, and the passages that are found on the way, are written."""
+    passages = Passages()
+    codes = passages.listen(coded(sae, activations.held_out.batches(CONTROL_ROWS, seed=None)))
+    redundant = redundancy(codes, sae.W_dec, decode=partial(_token_strings, model))
+    write_redundancy(run.redundancy, name, redundant)
+    _save_passages(name, passages, sae.W_dec, partners, vocabulary_V, model, run)
+    return redundant.metrics
 
 
 def _token_strings(model: LanguageModel, ids: Sequence[int]) -> list[str]:
     return [str(model.tokenizer.decode([number])) for number in ids]
 
 
+def _partners(name: str, names: Iterable[str]) -> list[str]:
+    """The arms of its seed whose latents an arm's are matched with: the baseline, or for the baseline all others."""
+    seed = name.partition("_seed")[2]
+    same_seed = [other for other in sorted(names) if other != name and other.partition("_seed")[2] == seed]
+    return [other for other in same_seed if is_baseline(name) or is_baseline(other)]
+
+
+def _save_passages(
+    name: str,
+    passages: Passages,
+    W_dec: Tensor,
+    others: Mapping[str, Other],
+    vocabulary_V: Tensor,
+    model: LanguageModel,
+    run: RunDir,
+) -> None:
+    """What the report's feature browser shows of an arm."""
+    decode = partial(_token_strings, model)
+    text, order = passages.gathered()
+    if not run.shown_text.is_file():
+        write_text(run.shown_text, text, decode)
+    promoted = promoted_tokens(model, W_dec, vocabulary_V, decode)
+    write_strips(run.strips / f"{name}.parquet", order, text, W_dec, others=others, promoted=promoted)
+
+
 def _offsets(
     compared: Mapping[str, Judged], activations: Activations, model: LanguageModel, site: str
-) -> dict[str, OffsetResult]:
+) -> dict[str, dict[str, Any]]:
     """The offset test on the first held-out rows, with the shifts that the model's context has room for."""
     shifts = [shift for shift in SHIFTS if shift <= model.max_context // 2]
     first = next(activations.held_out.batches(OFFSET_ROWS, seed=None))
     tokens = TokenSet(first.tokens_BL, first.mask_BL, first.doc_BL, bos=activations.provenance["bos"])
     if not shifts or not bool(first.mask_BL.any()):
         return {}
-    return offset_test(compared, model, tokens, layer=activations.layer, site=site, shifts=shifts, rows=OFFSET_ROWS)
+    found = offset_test(compared, model, tokens, layer=activations.layer, site=site, shifts=shifts, rows=OFFSET_ROWS)
+    return {name: vars(result) for name, result in found.items()}
 
 
 def _add_specialisation(results: Mapping[str, dict[str, Any]], model: LanguageModel) -> None:
@@ -366,17 +378,3 @@ def _controls(config: ExperimentConfig, bank: Bank, activations: Activations) ->
 
 def _is_grid_member(name: str, config: ExperimentConfig) -> bool:
     return any(name.startswith(f"{grid_name(*point)}") for point in config.arms.grid_points)
-
-
-def _training_metrics(trainer: SAETrainer, n_valid: int) -> dict[str, Any]:
-    if not math.isfinite(trainer.final_loss):
-        raise LegatoError(f"{trainer.arm.name}: the final loss is {trainer.final_loss}: training failed")
-    return {
-        "training_steps": trainer.steps_done,
-        "final_loss": trainer.final_loss,
-        "tokens": trainer.tokens_seen,
-        "epochs": trainer.tokens_seen / n_valid,
-        "wall_seconds": trainer.seconds,
-        "dead_at_end": int(trainer.dead_F.sum()),
-        "recipe": recipe(trainer.arm),
-    }

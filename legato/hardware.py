@@ -13,9 +13,22 @@ import torch
 _ROUNDS = 15
 
 
-@cache
+_settled: list[torch.dtype] = []
+
+
+def settle_matmul_dtype(name: str) -> None:
+    """Take the answer of `fast_matmul_dtype` from an earlier process whose work goes on here."""
+    _settled[:] = [{"bfloat16": torch.bfloat16, "float32": torch.float32}[name]]
+
+
 def fast_matmul_dtype() -> torch.dtype:
-    """bfloat16 where its matmul beats float32's by a third on this machine, else float32 (measured once a process).
+    """bfloat16 where its matmul beats float32's by a third on this machine, else float32 (measured once a process)."""
+    return _settled[0] if _settled else _measured_matmul_dtype()
+
+
+@cache
+def _measured_matmul_dtype() -> torch.dtype:
+    """As `fast_matmul_dtype`.
 
     The best of several turns, taken in alternation: results depend on the answer, which other work on the machine must
     not change.

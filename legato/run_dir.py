@@ -5,8 +5,10 @@ import math
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,12 +16,15 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from legato.cache import write_atomically
 from legato.errors import LegatoError, UsageError
+from legato.hardware import fast_matmul_dtype, settle_matmul_dtype
 
+LOCK = ".lock"
 _PACKAGES = ("legato-sae", "torch", "transformers", "numpy", "numba")
 
 
@@ -43,8 +48,11 @@ class RunDir:
         self.features = self.root / "features"
         self.arrays = self.root / "arrays"
         self.redundancy = self.root / "redundancy"
+        self.strips = self.root / "strips"
+        self.shown_text = self.strips / "tokens.parquet"
         self.tensorboard = self.root / "tensorboard"
         self.final_info = self.root / "final_info.json"
+        self.checkpoint = self.root / "checkpoint"
 
     def sae(self, arm: str) -> Path:
         return self.root / "saes" / arm
@@ -55,24 +63,28 @@ class RunDir:
         return f"legato_{self.root.resolve().name}"
 
     @classmethod
-    def claim(cls, root: str | Path, config: Configuration) -> "RunDir":
+    def claim(cls, root: str | Path, config: Configuration, *, resume: bool = False) -> "RunDir":
         """The folder for a new run, or for one of the same configuration that did not finish.
 
-        Raises UsageError for a finished run, another configuration, a folder that is not a run, no write permission.
+        resume: only the latter. Raises UsageError for a finished run, another configuration, a folder that is not a
+        run, no write permission.
         """
         run = cls(root)
         try:
-            occupied = run.root.exists() and any(run.root.iterdir())
+            occupied = run.root.exists() and any(entry.name != LOCK for entry in run.root.iterdir())
         except OSError as error:
             raise UsageError(f"--out_dir {root} cannot be used ({error.strerror}): choose another folder") from error
         if occupied:
             if not run.config.is_file():
                 raise UsageError(f"--out_dir {root} is not empty and holds no run: choose a new folder")
             if run.final_info.is_file():
+                shutil.rmtree(run.checkpoint, ignore_errors=True)  # where it was cut off between the two
                 raise UsageError(f"--out_dir {root} holds a finished run: choose a new folder, or delete it first")
-            difference = changes(_read_config(run.config), config.to_dict())
+            difference = changes(_read_config(run.config).get("config", {}), config.to_dict())
             if difference:
                 raise UsageError(f"--out_dir {root} holds a run with {difference}: use its options or a new folder")
+        if resume and not run.is_unfinished:
+            raise UsageError(f"--resume: {root} holds no unfinished run: leave --resume out to begin one")
         probe = run.root
         while not probe.exists():
             probe = probe.parent
@@ -83,10 +95,61 @@ class RunDir:
             raise UsageError(message) from error
         return run
 
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether an earlier attempt left something to go on with."""
+        return self.checkpoint.is_dir() and not self.final_info.is_file()
+
+    def settle_machine(self) -> None:
+        """Where an earlier attempt left a run to go on with, compute as it did."""
+        if not self.is_unfinished:
+            return
+        before, now = _read_config(self.config).get("environment") or {}, environment()
+        if "matmul_dtype" in before:
+            settle_matmul_dtype(before["matmul_dtype"])
+        same = {key: now[key] for key in before if key != "matmul_dtype"}
+        if difference := changes({key: before[key] for key in same}, same):
+            print(f"note: this run began with {difference}; numbers may differ in the last digits", file=sys.stderr)
+
+    @contextmanager
+    def locked(self, config: Configuration) -> Iterator[None]:
+        """One process at a time works in the folder. Raises UsageError for a second one, and where the first has left
+        another run behind since `claim`."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.root / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UsageError(f"another process works in {self.root}: wait for it, or choose a new --out_dir") from error
+        try:
+            if self.config.is_file():
+                self.claim(self.root, config)
+            self._sweep()
+            yield
+        finally:
+            lock.release()
+
+    def forget_log(self, arm: str) -> None:
+        """Take an arm's records out of log.jsonl."""
+        lines = self.log.read_bytes().splitlines(keepends=True)
+        mark = f'{{"arm": {json.dumps(arm)},'.encode()
+        write_atomically(self.log, b"".join(line for line in lines if not line.startswith(mark)))
+
     def begin(self, config: Configuration, resolved: Mapping[str, Any]) -> None:
         """Write config.yaml and start the log; drops what an unfinished run left behind."""
         self.root.mkdir(parents=True, exist_ok=True)
-        for folder in ("saes", "failed", "eval_results", "features", "arrays", "redundancy", "tensorboard", "figures"):
+        for folder in (
+            "checkpoint",
+            "saes",
+            "failed",
+            "eval_results",
+            "features",
+            "arrays",
+            "redundancy",
+            "strips",
+            "tensorboard",
+            "figures",
+        ):
             shutil.rmtree(self.root / folder, ignore_errors=True)
         csv = self.ablation.with_suffix(".csv")
         for file in (
@@ -111,6 +174,11 @@ class RunDir:
             )
         write_atomically(self.metrics, (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
 
+    def _sweep(self) -> None:
+        """Delete what a process that was killed was writing."""
+        for leftover in [*self.root.glob(".*.tmp"), *self.root.glob("saes/.*"), *self.checkpoint.rglob(".*.tmp")]:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
     def write_failure(self, arm: str, tensors: Mapping[str, torch.Tensor], steps: int, reason: str) -> None:
         """What is left of an arm that failed: its weights after the last good step, and why it stopped."""
         folder = self.root / "failed" / arm
@@ -119,8 +187,11 @@ class RunDir:
         write_atomically(folder / "reason.json", json.dumps({"steps": steps, "reason": reason}).encode())
 
     def fail_sae(self, arm: str, steps: int, reason: str) -> None:
-        """Move a saved SAE that cannot be judged to the failed ones, with the reason."""
+        """Move a saved SAE that cannot be judged to the failed ones, with the reason; nothing where it is there."""
+        if not self.sae(arm).is_dir():
+            return
         folder = self.root / "failed" / arm
+        shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(exist_ok=True)
         self.sae(arm).rename(folder)
         write_atomically(folder / "reason.json", json.dumps({"steps": steps, "reason": reason}).encode())
@@ -144,6 +215,7 @@ def environment() -> dict[str, Any]:
         "commit": _commit(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
+        "matmul_dtype": str(fast_matmul_dtype()).removeprefix("torch."),
     }
 
 
@@ -172,7 +244,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise UsageError(f"{path} is damaged: choose a new --out_dir") from error
-    return content.get("config", {}) if isinstance(content, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

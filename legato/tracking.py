@@ -1,6 +1,7 @@
 """What a person and a tracker see of a running stage. Nothing here changes training."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -44,9 +45,13 @@ def progress_bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 class RunLog:
-    """Appends one record per logged step to log.jsonl and, where TensorBoard is installed, to its event files."""
+    """Appends one record per logged step to log.jsonl and, where TensorBoard is installed, to its event files.
 
-    def __init__(self, log: Path, tensorboard: Path) -> None:
+    steps_done: where training goes on after that many; TensorBoard then forgets what it was told of later ones.
+    """
+
+    def __init__(self, log: Path, tensorboard: Path, *, steps_done: int = 0) -> None:
+        self._steps_done = steps_done
         self._stack = ExitStack()
         self._file = self._stack.enter_context(log.open("a", buffering=1))
         self._writers: dict[str, Any] = {}
@@ -59,6 +64,14 @@ class RunLog:
         for writer in self._writers.values():
             writer.close()
         self._stack.close()
+
+    def sync(self) -> int:
+        """Bring all records to the disk; returns the length of log.jsonl."""
+        for writer in self._writers.values():
+            writer.flush()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
 
     def __call__(self, record: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
@@ -75,5 +88,7 @@ class RunLog:
         if arm not in self._writers:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writers[arm] = SummaryWriter(str(self._tensorboard / arm))  # type: ignore[operator]
+            purge_step = self._steps_done + 1 if self._steps_done else None
+            folder = f"{self._tensorboard}/{arm}"
+            self._writers[arm] = SummaryWriter(folder, purge_step=purge_step)  # type: ignore[operator]
         return self._writers[arm]

@@ -231,6 +231,10 @@ class BankState:
         workspace = Workspace()
         return cls([SAETrainer(arm, config, d_in, workspace) for arm in arms])
 
+    @property
+    def names(self) -> list[str]:
+        return [trainer.arm.name for trainer in (*self.trainers, *(trainer for trainer, _ in self.failed))]
+
     def drop(self, trainer: SAETrainer, error: LegatoError) -> None:
         """Take a member out that went wrong. Raises NoMemberLeftError when it was the last one."""
         self.trainers.remove(trainer)

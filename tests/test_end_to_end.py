@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-import legato.experiment
+import legato.train_stage
 from legato import SparseAutoencoder
 from legato.config import ExperimentConfig
 from legato.errors import LegatoError
-from legato.experiment import split_to_fit
+from legato.train_stage import split_to_fit
 from legato.recipes import arms
 from legato.train import SAETrainer
 
@@ -82,7 +82,7 @@ def test_a_pass_whose_members_all_fail_does_not_stop_the_next(small, monkeypatch
     def two_passes(bank, d_in, tokens_per_batch):
         return [[arm for arm in bank if arm.name != "baseline"], [arm for arm in bank if arm.name == "baseline"]]
 
-    monkeypatch.setattr(legato.experiment, "split_to_fit", two_passes)
+    monkeypatch.setattr(legato.train_stage, "split_to_fit", two_passes)
     assert small.run("--ablation", "--grid=2x1e30") == 1
     assert "1 arms failed (window_variance_w2_c1e+30)" in small.capture.readouterr().err
     assert set(json.loads((small.out_dir / "metrics.json").read_text())) == {"baseline"}
