@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from legato.activations import ActivationStore, harvest
+from legato.checksums import seal
 from legato.comparison import write_matched
 from legato.config import ArmsConfig, DataConfig, EvaluationConfig, ExperimentConfig, ModelConfig
 from legato.errors import LegatoError, UsageError
@@ -93,6 +94,7 @@ def judge(config: JudgeConfig, saes: Mapping[str, SparseAutoencoder], out: str |
     evaluate_arms(experiment, bank, activations, model, run)
     for build in (write_ablation, write_matched, write_figures, write_notes, write_final_info, write_report):
         build(run.root)
+    seal(run.root)
     if bank.failures:
         reasons = "; ".join(bank.failures.values())
         raise LegatoError(f"{len(bank.failures)} of {len(saes)} SAEs cannot be judged ({reasons}): see {run.root}")
@@ -174,6 +176,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="saved SAEs of any format that legato reads; the first is what the others are compared with. NAME_k16 "
         "says that an SAE is NAME at another sparsity, NAME_seed1 another seed",
     )
+    add_place_arguments(parser, rows=512)
+    parser.add_argument("--ce_rows", type=int, default=24, help="contexts for the language model's loss; 0: none")
+    parser.add_argument("--out", type=Path, help="new folder for the results (default: judged_<name>)")
+
+
+def add_place_arguments(parser: argparse.ArgumentParser, *, rows: int) -> None:
+    """The model, its layer and the text whose activations an SAE is given: what `opened` reads."""
     said = "(default: what the SAE says)"
     parser.add_argument("--model", help=f"the language model: a hub id, a local folder, 'demo' {said}")
     parser.add_argument("--layer", type=int, help=f"decoder layer, from 0 {said}")
@@ -182,15 +191,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", help="the text: 'demo', a file, a folder, a hub id (default: the SAE's, or demo)")
     parser.add_argument("--text_column", default="text", help="column that holds the text")
     parser.add_argument("--context_length", type=int, help=f"tokens per context {said}")
-    parser.add_argument("--rows", type=int, default=512, help="contexts to judge on")
-    parser.add_argument("--ce_rows", type=int, default=24, help="contexts for the language model's loss; 0: none")
+    parser.add_argument("--rows", type=int, default=rows, help="contexts to use (default: %(default)s)")
     parser.add_argument(
         "--held_out",
         type=float,
-        help="judge on the share of documents that experiment.py holds out with this share (default: that of "
+        help="use the share of documents that experiment.py holds out with this share (default: that of "
         "experiment.py where it trained the SAE on this text, else all documents)",
     )
-    parser.add_argument("--out", type=Path, help="new folder for the results (default: judged_<name>)")
 
 
 def main(options: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from legato.activations import ActivationBatch, Normaliser
 from legato.codes import SparseCodes
 from legato.errors import LegatoError, UsageError
 from legato.interop.formats import read_sae
+from legato.interop.hub_files import local_copy
 from legato.interop.saelens_folder import write_saelens_folder
 from legato.interop.stored import NUMBERS, WEIGHT_SHAPES, StoredSAE, without_input_bias
 from legato.nominator import Nominator
@@ -282,9 +283,10 @@ class SparseAutoencoder:
     def load(cls, path: str | Path) -> "SparseAutoencoder":
         """Open a saved SAE, Legato's or another tool's: see interop/formats.py for what is recognised, by content.
 
+        path: where it lies, or on the hub: "owner/name" or, of a repository with several, "owner/name/folder".
         Raises UsageError where there is none, LegatoError where it is damaged or cannot be reproduced here.
         """
-        stored = read_sae(path)
+        stored = read_sae(local_copy(path))
         weights = without_input_bias(stored)
         return cls(
             stored.architecture,

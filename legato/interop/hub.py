@@ -5,13 +5,12 @@ A repository holds one SAE or several, each a folder as `SparseAutoencoder.save`
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from legato.demo_model import one_line
-from legato.errors import LegatoError, UsageError
+from legato.errors import LegatoError
+from legato.interop.hub_files import download, hub_errors
 from legato.sae import SparseAutoencoder
 
 METRICS_FILE = "metrics.json"
@@ -60,7 +59,7 @@ def push_to_hub(
         if metrics is not None:
             (folder / METRICS_FILE).write_text(json.dumps(metrics, indent=1, allow_nan=False), encoding="utf-8")
         api = HfApi(token=token)
-        with _hub_errors(repo_id, "upload to"):
+        with hub_errors(repo_id, "upload to"):
             api.create_repo(repo_id, private=private, exist_ok=True)
             commit = api.upload_folder(
                 repo_id=repo_id,
@@ -76,21 +75,9 @@ def from_pretrained(
 ) -> SparseAutoencoder:
     """An SAE from the hub, or from the local cache where the hub cannot be reached; of any format Legato reads.
 
-    Raises UsageError where there is no such repository, revision or SAE in it.
+    subfolder: of a repository with several SAEs, the folder of one. Raises as `hub_files.download` does.
     """
-    from huggingface_hub import snapshot_download
-
-    with _hub_errors(repo_id, "download from"):
-        snapshot = snapshot_download(
-            repo_id,
-            revision=revision,
-            token=token,
-            allow_patterns=None if subfolder is None else f"{subfolder.strip('/')}/*",
-        )
-    folder = Path(snapshot, subfolder or "")
-    if not folder.exists():
-        raise UsageError(f"{repo_id} holds no {subfolder}: see which folders it has on the hub")
-    return SparseAutoencoder.load(folder)
+    return SparseAutoencoder.load(download(repo_id, subfolder=subfolder, revision=revision, token=token))
 
 
 def model_card(
@@ -162,22 +149,3 @@ def _metrics_of(folder: Path) -> Mapping[str, Any] | None:
     except ValueError as error:
         raise LegatoError(f"the metrics of {folder} are damaged: {error}") from error
     return None
-
-
-@contextmanager
-def _hub_errors(repo_id: str, doing: str) -> Iterator[None]:
-    """The hub client's errors in one line."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        yield
-    except RevisionNotFoundError as error:
-        raise UsageError(f"{repo_id} has no such revision: give one of its branches, tags or commits") from error
-    except (HFValidationError, RepositoryNotFoundError) as error:
-        raise UsageError(f"no repository {repo_id} that you may use: check its name, or `hf auth login`") from error
-    except HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code in (401, 403):
-            raise UsageError(f"you may not {doing} {repo_id}: `hf auth login` with a token that may") from error
-        raise LegatoError(f"cannot {doing} {repo_id}: {one_line(error)}") from error
-    except (OSError, ValueError, RuntimeError) as error:  # no connection, and nothing in the cache
-        raise LegatoError(f"cannot {doing} {repo_id}: {one_line(error)}") from error

@@ -1,0 +1,96 @@
+"""The files of one SAE in a hub repository, brought into the hub client's cache.
+
+`<owner>/<name>` is a repository with one SAE, `<owner>/<name>/<folder>` one SAE of a repository with several, such as
+google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from legato.demo_model import one_line
+from legato.errors import LegatoError, UsageError
+
+SAE_FILES = ("sae_weights.safetensors", "sae.safetensors", "ae.pt", "params.npz")  # a folder with one of them is an SAE
+_LISTED = 6
+
+
+def local_copy(path: str | Path) -> Path:
+    """The path itself, or the files of the SAE on the hub that it names where nothing of it exists here.
+
+    Raises as `download`.
+    """
+    text, path = str(path), Path(path)
+    parts = PurePosixPath(text).parts
+    is_local = text.startswith((".", "/", "~")) or "\\" in text or len(parts) < 2
+    if is_local or path.exists() or Path(parts[0]).exists():
+        return path.expanduser()
+    try:
+        return download("/".join(parts[:2]), subfolder="/".join(parts[2:]))
+    except LegatoError as error:
+        raise type(error)(f"{text} does not exist here, and on the hub: {error}") from error
+
+
+def download(
+    repo_id: str, *, subfolder: str | None = None, revision: str | None = None, token: str | None = None
+) -> Path:
+    """The local folder (or file) of an SAE on the hub; from the cache where the hub cannot be reached.
+
+    Only the SAE's own files are fetched: those in its folder, and a config.json above it.
+    Raises UsageError where there is no such repository, revision or SAE in it, naming those there are; LegatoError
+    where the hub cannot be reached and the cache does not have it.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    where = (subfolder or "").strip("/")
+    with hub_errors(repo_id, "download from"):
+        try:
+            files: list[str] | None = HfApi(token=token).list_repo_files(repo_id, revision=revision)
+        except (HfHubHTTPError, HFValidationError):
+            raise
+        except Exception:  # no connection, in the words of whatever HTTP library the client uses: look into the cache
+            files = None
+        wanted = None if files is None else _of_one_sae(files, where, repo_id)
+        snapshot = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=wanted)
+    found = Path(snapshot, where)
+    if not found.exists():
+        raise UsageError(f"{repo_id} holds no {where}: see which folders it has on the hub")
+    return found
+
+
+def _of_one_sae(files: Sequence[str], where: str, repo_id: str) -> list[str]:
+    """The files of the SAE at `where`, a folder or one file of it."""
+    is_file = where in files
+    folder = PurePosixPath(where).parent if is_file else PurePosixPath(where)
+    inside = [name for name in files if PurePosixPath(name).parent == folder]
+    if not is_file and not any(PurePosixPath(name).name in SAE_FILES for name in inside):
+        others = sorted({str(PurePosixPath(n).parent) for n in files if PurePosixPath(n).name in SAE_FILES})
+        below = [other for other in others if where in ("", ".") or other.startswith(f"{where}/")] or others
+        if not below:
+            raise UsageError(f"{repo_id} holds no SAE that can be read: none of {', '.join(SAE_FILES)}")
+        more = f" and {len(below) - _LISTED} more" if len(below) > _LISTED else ""
+        named = ", ".join(below[:_LISTED])
+        raise UsageError(f"{repo_id} holds no {where or 'SAE at its top'}; name one of its folders: {named}{more}")
+    if is_file:
+        inside = [name for name in inside if name == where or name.endswith(".json")]
+    return [*inside, *(str(above / "config.json") for above in folder.parents if folder != above)]
+
+
+@contextmanager
+def hub_errors(repo_id: str, doing: str) -> Iterator[None]:
+    """The hub client's errors in one line."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        yield
+    except RevisionNotFoundError as error:
+        raise UsageError(f"{repo_id} has no such revision: give one of its branches, tags or commits") from error
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise UsageError(f"no repository {repo_id} that you may use: check its name, or `hf auth login`") from error
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in (401, 403):
+            raise UsageError(f"you may not {doing} {repo_id}: `hf auth login` with a token that may") from error
+        raise LegatoError(f"cannot {doing} {repo_id}: {one_line(error)}") from error
+    except (OSError, ValueError, RuntimeError) as error:  # no connection, and nothing in the cache
+        raise LegatoError(f"cannot {doing} {repo_id}: {one_line(error)}") from error
