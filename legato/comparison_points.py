@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from legato.consistency_losses import leading_count
 from legato.errors import UsageError
 from legato.evaluation.accumulators import Floats
-from legato.evaluation.consistency import DENSE_RATE, RATE_BINS
+from legato.evaluation.consistency import DENSE_RATE, RATE_BINS, rate_bins
+from legato.evaluation.populations import bin_key, latent_groups
 from legato.results import Arm, SavedRun
 from legato.run_dir import changes
 
@@ -29,7 +29,8 @@ class Point:
 
     values: by COSTS; `shuffled/<measure>` on position-shuffled activations; `<population>/<measure>` and
         `<population>/<low>-<high>/<measure>` (and `/latents`) for all latents and for each group, by firing-rate bin.
-    replicates: [R] by measure, over all latents; paired between SAEs judged on the same rows.
+    replicates: [R] by `<population>/<measure>` and `<population>/<low>-<high>/<measure>`; paired between SAEs judged on
+        the same rows.
     """
 
     values: Mapping[str, float]
@@ -130,10 +131,6 @@ def _fingerprint(arm: Arm) -> Any:
     return recipe, post_hoc
 
 
-def bin_key(edges: Sequence[float]) -> str:
-    return f"{edges[0]:g}-{edges[1]:g}"
-
-
 def point_of(run: SavedRun, arm: Arm, *, without: Sequence[str] = ()) -> Point:
     """What the comparison reads of an arm, all costs but those `without`; a number that was not saved is absent."""
     keys = {cost: f"core.{cost}" for cost in COSTS if cost not in without}
@@ -146,22 +143,25 @@ def point_of(run: SavedRun, arm: Arm, *, without: Sequence[str] = ()) -> Point:
         values |= {f"{prefix}/{name}": row[name] for name in (*MEASURES, "latents") if row.get(name) is not None}
     for name, latents in groups_of(arm).items():
         values |= _group_values(run, arm, name, latents)
-    arrays = run.arrays(arm.name)
-    names = {measure: f"bootstrap_{measure}" for measure in MEASURES}
-    return Point(values, {measure: arrays[name] for measure, name in names.items() if name in arrays})
+    return Point(values, _replicates(run.arrays(arm.name)))
+
+
+def _replicates(arrays: Mapping[str, Floats]) -> dict[str, Floats]:
+    """By `<population>/<measure>` what is saved as `bootstrap_<measure>`, `bootstrap_<bin>/<measure>`,
+    `bootstrap_<group>/...`."""
+    replicates = {}
+    for key, values_R in arrays.items():
+        kind, _, name = key.partition("_")
+        if kind == "bootstrap":
+            population, _, _ = name.rpartition("/")
+            of_all = population in ("", *map(bin_key, BINS))
+            replicates[f"{ALL}/{name}" if of_all else name] = values_R
+    return replicates
 
 
 def groups_of(arm: Arm) -> dict[str, slice]:
     """The parts of the dictionary that the arm's objective treats differently; empty for an ordinary SAE."""
-    recipe = (arm.metrics.get("training") or {}).get("recipe") or {}
-    width = recipe.get("d_sae")
-    if width is None:
-        return {}
-    shares = {float(share) for share, _ in recipe.get("groups") or ()}
-    shares |= {float(term["slow_fraction"]) for term in recipe.get("terms") or () if "slow_fraction" in term}
-    ends = sorted({0, width, *(leading_count(width, share) for share in shares)})
-    parts = {f"latents {start} to {end - 1}": slice(start, end) for start, end in pairwise(ends)}
-    return parts if len(parts) > 1 else {}
+    return latent_groups((arm.metrics.get("training") or {}).get("recipe") or {})
 
 
 def _group_values(run: SavedRun, arm: Arm, name: str, latents: slice) -> dict[str, float]:
@@ -170,10 +170,7 @@ def _group_values(run: SavedRun, arm: Arm, name: str, latents: slice) -> dict[st
         return {}
     rate_F = rate_F[latents]
     chosen = {name: rate_F > 0}
-    for low, high in BINS:  # the edge to dense latents belongs to the bin below it, as in consistency.by_rate_bin
-        above = rate_F > low if low == DENSE_RATE else rate_F >= low
-        below = rate_F <= high if high >= DENSE_RATE else rate_F < high
-        chosen[f"{name}/{bin_key((low, high))}"] = above & below
+    chosen |= {f"{name}/{bin_key(edges)}": in_bin_F for edges, in_bin_F in rate_bins(rate_F)}
     values = {f"{prefix}/latents": float(in_F.sum()) for prefix, in_F in chosen.items()}
     for measure in MEASURES:
         column_F = run.latent_column(arm.name, measure)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from legato.comparison_points import ALL, Point
+from legato.comparison_points import Point
 from legato.evaluation.accumulators import Floats
 
 LEVEL = 0.95
@@ -83,8 +83,7 @@ def _over_documents(ours: Sequence[Point], theirs: Sequence[Point], key: str, th
     """Percentiles of the ratio of means over seeds, replicate by replicate; None without replicates that pair."""
     means = []
     for points, name in ((ours, key), (theirs, their_key)):
-        population, _, measure = name.rpartition("/")
-        found = [point.replicates[measure] for point in points if population == ALL and measure in point.replicates]
+        found = [point.replicates[name] for point in points if name in point.replicates]
         if len(found) < len(points) or len({values_R.shape for values_R in found}) > 1:
             return None
         means.append(np.mean(found, axis=0))

@@ -143,12 +143,19 @@ def test_the_interval_over_documents_pairs_the_replicates():
     # ratio of the estimates, .42 / .2 = 2.1, it stays; unpaired it would be several times as wide.
     theirs_R = np.linspace(0.1, 0.5, 101)
     ours_R = theirs_R * np.tile([2.0, 2.2], 51)[:101]
-    ours = [Point({KAPPA: 0.42}, {"kappa1_excess_within": ours_R})]
-    theirs = [Point({KAPPA: 0.2}, {"kappa1_excess_within": theirs_R})]
+    ours = [Point({KAPPA: 0.42}, {KAPPA: ours_R})]
+    theirs = [Point({KAPPA: 0.2}, {KAPPA: theirs_R})]
     mean = float((ours_R / theirs_R).mean())
     interval = between(ours, theirs, KAPPA, KAPPA)["interval95_documents"]
     assert interval == pytest.approx([2.0 * 2.1 / mean, 2.2 * 2.1 / mean])
-    other_rows = [Point({KAPPA: 0.2}, {"kappa1_excess_within": theirs_R[:50]})]
+    # The same of a group against all of the baseline's latents, and of a bin: whatever has replicates on both sides.
+    group, binned = "latents 0 to 4/kappa1_excess_within", f"{ALL}/0.01-0.1/kappa1_excess_within"
+    slow = [Point({group: 0.42}, {group: ours_R})]
+    assert between(slow, theirs, group, KAPPA)["interval95_documents"] == pytest.approx(interval)
+    sides = [[Point({binned: value}, {binned: values_R})] for value, values_R in ((0.42, ours_R), (0.2, theirs_R))]
+    assert between(*sides, binned, binned)["interval95_documents"] == pytest.approx(interval)
+    assert between(slow, theirs, group, binned) is None
+    other_rows = [Point({KAPPA: 0.2}, {KAPPA: theirs_R[:50]})]
     assert between(ours, other_rows, KAPPA, KAPPA)["interval95_documents"] is None
     both = between(ours * 2, theirs * 2, KAPPA, KAPPA)
     assert widest(both) == pytest.approx(interval)  # the seeds do not vary

@@ -5,8 +5,12 @@ the whole statistic, both nulls included, from the weighted sums: no resampling 
 One seed draws the same documents for every SAE judged on the same rows, so replicates of two SAEs are paired and their
 difference or ratio can be formed replicate by replicate.
 
-Shape legend: R replicates, F latents, P active pairs, L positions, N flat tokens, S stretches, M documents.
+Shape legend: R replicates, F latents, Q populations of latents, P active pairs, L positions, N flat tokens,
+S stretches, M documents.
 """
+
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import numba
 import numpy as np
@@ -26,12 +30,13 @@ def bootstrap_documents(
     lag: int = 1,
     replicates: int = 200,
     seed: int = 0,
-    chosen_F: NDArray[np.bool_] | None = None,
+    populations: Mapping[str, NDArray[np.bool_]] = MappingProxyType({}),
 ) -> dict[str, Floats]:
-    """Mean excess over the chosen latents (default: all that fire) per replicate, [R], at one lag.
+    """Mean excess over all latents that fire, and over each population of latents [F], per replicate, [R], at one lag.
 
-    Keys as in STATISTICS with the lag after the name, `kappa1_excess_within`. A latent whose firings all lie in
-    documents that a replicate did not draw is left out of that replicate's mean. Cost O(P R + F L R), memory O(L R).
+    Keys as in STATISTICS with the lag after the name, `kappa1_excess_within`, `<population>/kappa1_excess_within`. A
+    latent whose firings all lie in documents that a replicate did not draw is left out of that replicate's mean, and a
+    mean over none is NaN. Cost O(P R + F L R) whatever the number of populations, memory O((L + Q) R).
     """
     documents, document_N = np.unique(kept.doc_BL.numpy().ravel(), return_inverse=True)
     layout = kept.layout((lag,))
@@ -41,7 +46,7 @@ def bootstrap_documents(
     rng = np.random.default_rng(seed)
     n_present = int(present_M.sum())
     weight_MR[present_M] = rng.multinomial(n_present, np.full(n_present, 1.0 / n_present), size=replicates).T
-    return _weighted_means(kept, lag, weight_MR, document_N, chosen_F)
+    return _weighted_means(kept, lag, weight_MR, document_N, populations)
 
 
 def intervals(replicates: dict[str, Floats], level: float = 0.95) -> dict[str, list[float] | None]:
@@ -58,13 +63,13 @@ def _weighted_means(
     lag: int,
     weight_MR: Floats,
     document_N: NDArray[np.intp],
-    chosen_F: NDArray[np.bool_] | None,
+    populations: Mapping[str, NDArray[np.bool_]] = MappingProxyType({}),
 ) -> dict[str, Floats]:
     layout = kept.layout((lag,))
     order = kept.order(layout)
     B, L = layout.shape
-    if chosen_F is None:
-        chosen_F = np.diff(order.start_F) > 0
+    n_latents = order.n_latents
+    member_FQ = np.stack([np.ones(n_latents, np.bool_), *populations.values()], axis=1)
     valid_N = layout.stretch_N >= 0
     document_S = np.zeros(layout.size_S.size, np.int64)
     document_S[layout.stretch_N[valid_N]] = document_N[valid_N]
@@ -73,11 +78,11 @@ def _weighted_means(
     np.add.at(tokens_LR, position_N[valid_N], weight_MR[document_N[valid_N]])
     left_N = layout.left_N > 0
     np.add.at(pairs_LR, position_N[left_N], weight_MR[document_N[left_N]])
-    total_XR, count_XR = _means(
+    total_QXR, count_QXR = _means(
         order.start_F,
         order.token_P,
         order.value_P,
-        chosen_F,
+        member_FQ,
         lag,
         layout.stretch_N,
         layout.left_N,
@@ -88,8 +93,12 @@ def _weighted_means(
         tokens_LR,
         pairs_LR,
     )
-    means_XR = np.divide(total_XR, count_XR, out=np.full_like(total_XR, np.nan), where=count_XR > 0)
-    return {name.replace("_", f"{lag}_", 1): values_R for name, values_R in zip(STATISTICS, means_XR, strict=True)}
+    means_QXR = np.divide(total_QXR, count_QXR, out=np.full_like(total_QXR, np.nan), where=count_QXR > 0)
+    return {
+        prefix + name.replace("_", f"{lag}_", 1): values_R
+        for prefix, means_XR in zip(["", *(f"{name}/" for name in populations)], means_QXR, strict=True)
+        for name, values_R in zip(STATISTICS, means_XR, strict=True)
+    }
 
 
 @numba.njit(cache=True, parallel=True)
@@ -97,7 +106,7 @@ def _means(  # type: ignore[no-untyped-def]
     start_F,
     token_P,
     value_P,
-    chosen_F,
+    member_FQ,
     lag,
     stretch_N,
     left_N,
@@ -109,15 +118,16 @@ def _means(  # type: ignore[no-untyped-def]
     pairs_LR,
 ):
     R = weight_SR.shape[1]
-    total_GXR = np.zeros((_GROUPS, 4, R))
-    count_GXR = np.zeros((_GROUPS, 4, R))
+    Q = member_FQ.shape[1]
+    total_GQXR = np.zeros((_GROUPS, Q, 4, R))
+    count_GQXR = np.zeros((_GROUPS, Q, 4, R))
     for g in numba.prange(_GROUPS):
         _add_group(
             g,
             start_F,
             token_P,
             value_P,
-            chosen_F,
+            member_FQ,
             lag,
             stretch_N,
             left_N,
@@ -127,10 +137,10 @@ def _means(  # type: ignore[no-untyped-def]
             weight_SR,
             tokens_LR,
             pairs_LR,
-            total_GXR[g],
-            count_GXR[g],
+            total_GQXR[g],
+            count_GQXR[g],
         )
-    return total_GXR.sum(0), count_GXR.sum(0)
+    return total_GQXR.sum(0), count_GQXR.sum(0)
 
 
 @numba.njit(cache=True)
@@ -139,7 +149,7 @@ def _add_group(  # type: ignore[no-untyped-def]
     start_F,
     token_P,
     value_P,
-    chosen_F,
+    member_FQ,
     lag,
     stretch_N,
     left_N,
@@ -149,8 +159,8 @@ def _add_group(  # type: ignore[no-untyped-def]
     weight_SR,
     tokens_LR,
     pairs_LR,
-    total_XR,
-    count_XR,
+    total_QXR,
+    count_QXR,
 ):
     L, R = tokens_LR.shape
     n_R = tokens_LR.sum(0)
@@ -161,7 +171,7 @@ def _add_group(  # type: ignore[no-untyped-def]
     one = np.zeros((2, 6))
     for i in range(g, start_F.size - 1, _GROUPS):
         begin, end = start_F[i], start_F[i + 1]
-        if begin == end or not chosen_F[i]:
+        if begin == end:
             continue
         sums[:] = 0.0
         at[:] = 0.0
@@ -219,7 +229,8 @@ def _add_group(  # type: ignore[no-untyped-def]
                         cross += pairs_LR[t, r] * left * right
                 real = (sums[x, 2, r] - mean * sums[x, 3, r]) / n_pairs_R[r] + mean * mean
                 within = (sums[x, 4, r] - mean * sums[x, 5, r]) / n_pairs_R[r] + mean * mean
-                total_XR[2 * x, r] += (real - within) / variance
-                total_XR[2 * x + 1, r] += (real - cross / n_pairs_R[r]) / variance
-                count_XR[2 * x, r] += 1.0
-                count_XR[2 * x + 1, r] += 1.0
+                for q in range(member_FQ.shape[1]):
+                    if member_FQ[i, q]:
+                        total_QXR[q, 2 * x, r] += (real - within) / variance
+                        total_QXR[q, 2 * x + 1, r] += (real - cross / n_pairs_R[r]) / variance
+                        count_QXR[q, 2 * x : 2 * x + 2, r] += 1.0

@@ -249,13 +249,18 @@ def mean(values_F: np.ndarray, chosen_F: np.ndarray, weight_F: np.ndarray | None
     return float(np.average(values_F[use_F], weights=None if weight_F is None else weight_F[use_F]))
 
 
+def rate_bins(rate_F: Floats) -> list[tuple[tuple[float, float], np.ndarray]]:
+    """((low, high), latents in it) of each bin of the firing rate, dense latents last: an edge belongs to the bin above
+    it, but p = .1 is not dense yet."""
+    chosen = [((low, high), (rate_F >= low) & (rate_F < high)) for low, high in RATE_BINS[:-1]]
+    low, high = RATE_BINS[-1]
+    return [*chosen, ((low, high), (rate_F >= low) & (rate_F <= high)), ((DENSE_RATE, 1.0), rate_F > DENSE_RATE)]
+
+
 def _by_rate_bin(columns: dict[str, np.ndarray], rate_F: Floats, lags: tuple[int, ...]) -> list[dict[str, Any]]:
     names = [
         f"{name}{lags[0]}{suffix}" for name in ("ac", "kappa") for suffix in ("", "_excess_within", "_excess_cross")
     ]
-    chosen = [((low, high), (rate_F >= low) & (rate_F < high)) for low, high in RATE_BINS[:-1]]
-    low, high = RATE_BINS[-1]
-    chosen += [((low, high), (rate_F >= low) & (rate_F <= high)), ((DENSE_RATE, 1.0), rate_F > DENSE_RATE)]
     return [
         {
             "bin": [low, high],
@@ -263,7 +268,7 @@ def _by_rate_bin(columns: dict[str, np.ndarray], rate_F: Floats, lags: tuple[int
             **{name: mean(columns[name], in_bin_F) for name in names},
             "half_life": mean(columns["half_life"], in_bin_F),
         }
-        for (low, high), in_bin_F in chosen
+        for (low, high), in_bin_F in rate_bins(rate_F)
     ]
 
 

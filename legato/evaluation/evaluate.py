@@ -18,12 +18,12 @@ from torch import Tensor
 from legato.activations import ActivationBatch, ActivationSource
 from legato.errors import LegatoError, UsageError
 from legato.evaluation.accumulators import DEFAULT_LAGS, PairCounts, PairSums, Summed, check_lags
-from legato.evaluation.bootstrap import bootstrap_documents, intervals
 from legato.evaluation.consistency import consistency_metrics, raw_stream_metrics
 from legato.evaluation.core import InputSums, reconstruction_metrics, sparsity_metrics, splice_metrics
 from legato.evaluation.features import code_features
 from legato.evaluation.judge import Decoded, Judge, Judged, JudgedBatch, add_splices
 from legato.evaluation.kept_codes import KeptCodes
+from legato.evaluation.populations import add_intervals
 from legato.evaluation.position import position_matrix, position_metrics, position_profile
 from legato.evaluation.saebench_core import saebench_features, saebench_losses, saebench_metrics, weight_statistics
 from legato.language_model import LanguageModel
@@ -59,7 +59,8 @@ def evaluate(
         every position whose token is not pad, EOS or BOS counts; without a model they are left out.
     kept_rows: rows whose codes are kept for the position x position matrix and the bootstrap.
     bootstrap: replicates of a bootstrap over documents: `consistency.interval95` gives the interval of each mean excess
-        at lag 1, "arrays" the replicates by name, paired across SAEs and runs on the same rows.
+        at lag 1, as do its rows by firing rate and by group of the objective; "arrays" the replicates by name, paired
+        across SAEs and runs on the same rows.
     all_reduce: sums a float64 tensor over the ranks in place, where each rank has its own rows. The matrix and the
         bootstrap stay those of the rank's rows.
     failures: for a bank, receives {name: reason} of the SAEs that cannot be judged, and the others are; without it, and
@@ -167,9 +168,9 @@ def _result(sae: Judged, judge: Judge, kept: KeptCodes, shared: _Shared, bootstr
     consistency = consistency_metrics(judge.codes)
     consistency["raw_stream"] = raw_stream_metrics(shared.counts, shared.raw)
     if bootstrap:
-        replicates = bootstrap_documents(kept, replicates=bootstrap)
-        consistency["interval95"] = {**intervals(replicates), "rows": kept.n_rows, "replicates": bootstrap}
-        arrays |= {f"bootstrap_{statistic}": values_R for statistic, values_R in replicates.items()}
+        objective = getattr(sae, "details", {}).get("objective") or {}
+        replicates = add_intervals(consistency, kept, judge.codes, objective, replicates=bootstrap)
+        arrays |= {f"bootstrap_{name}": values_R for name, values_R in replicates.items()}
     return {
         "core": core,
         "consistency": consistency,
