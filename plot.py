@@ -7,6 +7,7 @@ figures/compare_*.png. `python plot.py RUN [RUN...]` compares the folders named.
 import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from legato.errors import LegatoError, UsageError
 from legato.report.comparison import write_comparison
@@ -16,17 +17,34 @@ from legato.results import SavedRun
 labels: dict[str, str] = {}
 
 
-def main() -> None:
+def main(arguments: list[str]) -> int:
+    try:
+        compare(arguments)
+    except LegatoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+def compare(arguments: list[str]) -> None:
     here = Path(__file__).resolve().parent
-    parser = argparse.ArgumentParser(description="Compare runs of experiment.py by their saved results.")
+    parser = _Parser(description="Compare runs of experiment.py by their saved results.")
     parser.add_argument("runs", nargs="*", type=Path, help="run folders (default: the run_* folders beside plot.py)")
     parser.add_argument(
         "--out", type=Path, default=here / "figures", help="folder for the page and the figures (default: %(default)s)"
     )
-    arguments = parser.parse_args()
-    runs = {labels.get(path.name, path.name): SavedRun.open(path) for path in arguments.runs or _found(here)}
-    for path in write_comparison(runs, arguments.out).values():
-        print(path)
+    options = parser.parse_args(arguments)
+    runs = {labels.get(path.name, path.name): SavedRun.open(path) for path in options.runs or _found(here)}
+    try:
+        for path in write_comparison(runs, options.out).values():
+            print(path)
+    except OSError as error:
+        raise UsageError(f"{options.out} cannot be written ({error.strerror}): choose another --out") from error
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}: see --help")
 
 
 def _found(here: Path) -> list[Path]:
@@ -44,8 +62,4 @@ def _found(here: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except LegatoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+    sys.exit(main(sys.argv[1:]))

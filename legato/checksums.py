@@ -5,7 +5,7 @@ A run without one is read as it is: an earlier version made it, or it did not fi
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,17 +101,17 @@ def check_all(root: Path) -> int:
 
 
 @contextmanager
-def rebuilding(root: Path) -> Iterator[None]:
-    """Within it derived files are not vouched for; afterwards they are, as they are then."""
+def rebuilding(root: Path, places: Sequence[str] = DERIVED) -> Iterator[None]:
+    """Within it these derived files and folders are not vouched for; afterwards they are, as they are then."""
     sums = Checksums.read(root)
     if sums is None:
         yield
         return
-    kept = {name: digest for name, digest in sums.of.items() if not is_derived(name)}
+    kept = {name: digest for name, digest in sums.of.items() if not _is_in(name, places)}
     Checksums(root, kept).write()
     yield
-    derived = [name for name in _files(root) if is_derived(name)]
-    Checksums(root, {**kept, **_hashed(root, derived)}).write()
+    rebuilt = [name for name in _files(root) if _is_in(name, places)]
+    Checksums(root, {**kept, **_hashed(root, rebuilt)}).write()
 
 
 def is_derived(name: str) -> bool:
@@ -125,7 +125,7 @@ def _files(root: Path) -> Iterator[str]:
             yield name.as_posix()
 
 
-def _is_in(name: str, places: tuple[str, ...]) -> bool:
+def _is_in(name: str, places: Sequence[str]) -> bool:
     return name.partition("/")[0] in places
 
 

@@ -14,7 +14,8 @@ from typing import NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from legato import bench_sae, exchange_sae, judge_sae, synthetic
+from legato import bench_sae, check_run, exchange_sae, judge_sae, synthetic
+from legato.checksums import rebuilding
 from legato.command import run_command
 from legato.comparison import compare_runs, write_json, write_matched
 from legato.comparison_table import legend, tables
@@ -83,7 +84,7 @@ def _compare(options: argparse.Namespace) -> None:
         console.print(f"- {sentence}", highlight=False, markup=False)
     out = options.out or (runs[0].path / "matched.json" if len(runs) == 1 else None)
     if out is not None:
-        with _writing(out):
+        with _writing(out), rebuilding(out.parent, [out.name]):
             write_json(out, matched)
         console.print(f"\nnumbers: {out}", highlight=False, markup=False)
 
@@ -98,7 +99,7 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 def _report(options: argparse.Namespace) -> None:
     runs = {path: SavedRun.open(path) for path in options.runs}
     for path in runs:
-        with _writing(path):
+        with _writing(path), rebuilding(path):
             for build in (write_ablation, write_matched, write_figures, write_notes, write_final_info, write_report):
                 build(path)
         print(path / "report.html")
@@ -119,6 +120,7 @@ def _writing(target: Path) -> Iterator[None]:
 
 
 COMMANDS = {
+    "check": Command("Whether a run's files are as it wrote them.", check_run.add_arguments, check_run.main),
     "compare": Command("Set methods side by side at the baseline's L0 and FVU.", _compare_arguments, _compare),
     "evaluate": Command("Judge saved SAEs on a model and a text.", judge_sae.add_arguments, judge_sae.main),
     "export": Command(

@@ -5,6 +5,7 @@ Nothing here computes a metric; what a run did not save reads as None.
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
-import yaml
 
+from legato.checksums import check_one, check_read
 from legato.errors import LegatoError, UsageError
+from legato.reading import read_arrays, read_json, read_table, read_yaml
 from legato.run_dir import RunDir
 
 MAX_HIGHLIGHTED = 7  # as many as a reader tells apart by colour, line style and marker
@@ -105,18 +106,18 @@ class SavedRun:
         """Open a run folder; UsageError where it is none, LegatoError where its metrics cannot be read."""
         path = Path(path)
         metrics_path = RunDir(path).metrics
-        if not metrics_path.is_file():
+        if not os.path.isfile(metrics_path):
             raise UsageError(f"{path} is not a finished run: it has no metrics.json")
-        metrics = _read_json(metrics_path)
+        check_read(path)
+        metrics = read_json(metrics_path)
         if not isinstance(metrics, dict) or not metrics or not all(isinstance(m, dict) for m in metrics.values()):
             raise LegatoError(f"{metrics_path} holds no arm; run the evaluation again")
+        if paths := [name for name in metrics if not name or name.startswith(".") or set(name) & set("/\\\0")]:
+            raise LegatoError(f"{metrics_path} names an arm {paths[0]!r}, which is a path: rename it")
         config_path = RunDir(path).config
         config: Any = {}
         if config_path.is_file():
-            try:
-                config = yaml.safe_load(config_path.read_text(encoding="utf-8"))
-            except yaml.YAMLError as error:
-                raise LegatoError(f"{config_path} is damaged: {str(error).splitlines()[0]}") from error
+            config = read_yaml(config_path)
         return cls(path, arms_of(metrics), config if isinstance(config, dict) else {})
 
     @property
@@ -163,30 +164,49 @@ class SavedRun:
     def matched(self) -> dict[str, Any] | None:
         """The matched comparison; None where none was saved."""
         path = RunDir(self.path).matched
-        return _read_json(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        check_one(self.path, path)
+        return read_json(path)
 
     def arrays(self, arm: str) -> dict[str, np.ndarray]:
         """The arrays saved for an arm (`position_matrix` (L, L), ...); empty where none were saved."""
-        path = RunDir(self.path).arrays / f"{arm}.npz"
+        return self._stored(RunDir(self.path).arrays / f"{arm}.npz")
+
+    def redundancy_map(self, arm: str) -> dict[str, np.ndarray]:
+        """The clustered map of lagged correlations (`latents`, `lags`, `c`, `excess`); empty where none was saved."""
+        return self._stored(RunDir(self.path).redundancy / f"{arm}.npz")
+
+    def redundant_pairs(self, arm: str, most: int) -> dict[str, list[dict[str, Any]]]:
+        """The strongest pairs of latents of each class, at most so many; empty where no table of pairs was saved."""
+        path = RunDir(self.path).redundancy / f"{arm}.parquet"
         if not path.is_file():
             return {}
         try:
-            with np.load(path, allow_pickle=False) as stored:
-                return {name: stored[name] for name in stored.files}
-        except (ValueError, OSError) as error:
+            table = read_table(path)
+            classes = table["class"].to_numpy(zero_copy_only=False)
+            return {
+                name: table.take(np.flatnonzero(classes == name)[:most]).to_pylist() for name in dict.fromkeys(classes)
+            }
+        except (ValueError, OSError, KeyError) as error:
             raise LegatoError(f"{path} is damaged: {error}") from error
+
+    @staticmethod
+    def _stored(path: Path) -> dict[str, np.ndarray]:
+        if not path.is_file():
+            return {}
+        return read_arrays(path)
 
     def latent_column(self, arm: str, column: str) -> np.ndarray | None:
         """One column of an arm's feature table as float64; None where the table or the column is absent."""
         path = RunDir(self.path).features / f"{arm}.parquet"
         if not path.is_file():
             return None
+        table = read_table(path, [column])
         try:
-            if column not in pq.read_schema(path).names:
-                return None
-            return pq.read_table(path, columns=[column])[column].to_numpy().astype(np.float64)
-        except (ValueError, OSError) as error:
-            raise LegatoError(f"{path} is damaged: {error}") from error
+            return table[column].to_numpy().astype(np.float64) if column in table.column_names else None
+        except ValueError as error:
+            raise LegatoError(f"{path} is damaged: {column} holds no numbers") from error
 
 
 def arms_of(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[Arm, ...]:
@@ -232,14 +252,21 @@ def _arm_of(name: str, metrics: Mapping[str, Any]) -> Arm:
 def read_log(path: Path) -> dict[str, dict[str, np.ndarray]]:
     """log.jsonl as columns per arm, rows in order of writing, absent values nan; a torn last line is left out."""
     rows: dict[str, list[dict[str, float]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in _lines(path):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and isinstance(record.get("arm"), str):
             rows.setdefault(record["arm"], []).append(dict(_numbers(record)))
     return {arm: _columns(records) for arm, records in rows.items()}
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise LegatoError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
@@ -256,11 +283,6 @@ def _columns(records: list[dict[str, float]]) -> dict[str, np.ndarray]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise LegatoError(f"{path} is damaged: {error}") from error
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < 2**1023  # a larger one is no float
+    return isinstance(value, float) and math.isfinite(value)

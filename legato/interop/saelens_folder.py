@@ -226,8 +226,8 @@ def _read_legato(folder: Path) -> dict[str, Any] | None:
     for name, digest in found.items():
         if as_dict(sums).get(name) != digest:
             raise LegatoError(
-                f"{folder / name} is damaged, or not what was saved with this {LEGATO_FILENAME}: save the SAE again, or "
-                f"take {CHECKSUMS_KEY!r} out of {LEGATO_FILENAME} to read it as it is"
+                f"{folder / name} is damaged, or not what was saved with this {LEGATO_FILENAME}: save the SAE again, "
+                f"or take {CHECKSUMS_KEY!r} out of {LEGATO_FILENAME} to read it as it is"
             )
     return legato
 
