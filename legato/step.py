@@ -19,6 +19,7 @@ from legato.activations import ActivationBatch, Normaliser
 from legato.arm import ArmConfig, TrainConfig
 from legato.consistency_losses import TemporalTerm
 from legato.errors import LegatoError
+from legato.hardware import fast_float32
 from legato.kernels import LatentOrder
 from legato.sequences import SequenceLayout
 from legato.sparsity import Preactivations
@@ -229,6 +230,7 @@ def auxiliary_loss(x_ND: Tensor, residual_ND: Tensor, dead: Parameters, k: int) 
     return (residual_ND + codes_NM @ dead.W_dec_FD).square().sum() / power.clamp_min(1e-30)
 
 
+@fast_float32()
 def _revive(
     parameters: Parameters,
     gradients: Parameters,

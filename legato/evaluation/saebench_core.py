@@ -23,6 +23,7 @@ from torch import Tensor
 from legato.codes import SparseCodes
 from legato.evaluation.accumulators import Floats, Summed
 from legato.evaluation.core import TokenErrors
+from legato.hardware import fast_float32
 
 ROWS_PER_BATCH = 16  # sae-bench's default --batch_size_prompts
 UNDEFINED = -1.0
@@ -135,6 +136,7 @@ def weight_statistics(sae: Weights) -> dict[str, np.ndarray]:
     }
 
 
+@fast_float32()
 def _max_cosine(vectors_DF: Tensor) -> np.ndarray:
     """Largest cosine of each column with any other."""
     unit_DF = torch.nn.functional.normalize(vectors_DF, dim=0)
