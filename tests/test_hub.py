@@ -3,17 +3,15 @@
 import base64
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 
-from legato.errors import UsageError
-from legato.interop.hub import model_card, push_to_hub
+from legato.cli import main
+from legato.errors import LegatoError, UsageError
+from legato.interop.hub import from_pretrained, model_card, push_to_hub
 from legato.sae import SparseAutoencoder
 
 COMMIT = "c" * 40
@@ -100,67 +98,88 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub():
+def hub(tmp_path, monkeypatch):
+    """The client's endpoint and cache are read when it is called, its proxies from the environment."""
     Hub.files = {}
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
+    url = f"http://127.0.0.1:{server.server_port}"
+    for name, value in {
+        "ENDPOINT": url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+    }.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.chdir(tmp_path)  # where nothing is called as the repositories are
+    yield
     server.shutdown()
     thread.join()
     server.server_close()
 
 
-def client(endpoint, home, code):
-    """A process of its own: the client reads its endpoint and cache when it is imported."""
-    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"no_proxy": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    header = (
-        "import torch; from legato.errors import LegatoError\nfrom legato.interop.hub import *\n"
-        "def error(call, *a, **k):\n    try: call(*a, **k)\n    except LegatoError as e: print(type(e).__name__, e)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", header + code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def gone(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
 
 
-def test_what_is_pushed_comes_back(hub, tmp_path):
+def one_line(error, call, *arguments, **named):
+    with pytest.raises(error) as raised:
+        call(*arguments, **named)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+@pytest.mark.usefixtures("hub")
+def test_what_is_pushed_comes_back(tmp_path, monkeypatch):
     sae = an_sae(model="gpt2", layer=6)
-    sae.save(tmp_path / "run" / "saes" / "mine")
+    folder = sae.save(tmp_path / "run" / "saes" / "mine")
     (tmp_path / "run" / "metrics.json").write_text(json.dumps({"mine": METRICS}))
-    folder = str(tmp_path / "run" / "saes" / "mine")
-    url = client(hub, tmp_path / "home", f"print(push_to_hub({folder!r}, 'me/sae', subfolder='a', token='hf_good'))")
-    assert url.strip().endswith(COMMIT)
+    assert push_to_hub(folder, "me/sae", subfolder="a", token="hf_good").endswith(COMMIT)
     assert set(Hub.files) == {
         f"a/{name}" for name in ("README.md", "cfg.json", "legato.json", "metrics.json", "sae_weights.safetensors")
     }
     assert json.loads(Hub.files["a/metrics.json"]) == METRICS
     assert b"| Fraction of variance unexplained | 0.2500 |" in Hub.files["a/README.md"]
+    assert "holds no b; name one of its folders: a" in one_line(UsageError, from_pretrained, "me/sae", subfolder="b")
+    assert "holds no SAE at its top; name one of its folders: a" in one_line(UsageError, from_pretrained, "me/sae")
 
-    load = "from_pretrained('me/sae', subfolder='a').save({!r}); error(from_pretrained, 'me/sae', subfolder='b')"
-    shown = client(hub, tmp_path / "home", load.format(str(tmp_path / "back")))
-    assert shown == "UsageError me/sae holds no b: see which folders it has on the hub\n"
-    back = SparseAutoencoder.load(tmp_path / "back")
+    back = from_pretrained("me/sae", subfolder="a")
     acts_BLD = torch.randn(2, 6, 4)
     assert torch.allclose(back.encode(acts_BLD), sae.encode(acts_BLD), atol=1e-6)  # other strides round otherwise
     assert back.details == sae.details
-
     # The hub is gone: what was downloaded still opens, anything else is one line.
-    offline = "print(from_pretrained('me/sae', subfolder='a').d_sae); error(from_pretrained, 'me/other')"
-    first, second = client("http://127.0.0.1:9", tmp_path / "home", offline).splitlines()
-    assert first == "8"
-    assert second.startswith("LegatoError cannot download from me/other: ")
+    gone(monkeypatch)
+    assert from_pretrained("me/sae", subfolder="a").d_sae == 8
+    assert one_line(LegatoError, from_pretrained, "me/other").startswith("cannot download from me/other: ")
 
 
-def test_mistakes(hub, tmp_path):
-    an_sae().save(tmp_path / "sae")
-    where = str(tmp_path / "sae")
-    code = f"error(push_to_hub, {where!r}, 'me/sae', token='hf_bad')\nerror(from_pretrained, 'nobody/nothing')\n"
-    code += f"error(push_to_hub, {where!r}, 'not a name', token='hf_good')\n"
-    denied, absent, wrong = client(hub, tmp_path / "home", code).splitlines()
-    assert denied.startswith("UsageError you may not upload to me/sae")
-    assert absent.startswith("UsageError no repository nobody/nothing")
-    assert wrong.startswith("UsageError no repository not a name")
+@pytest.mark.usefixtures("hub")
+def test_a_place_on_the_hub_opens_where_a_path_does(tmp_path, capsys):
+    """Only the files of the one SAE are fetched: those of the other cannot be had."""
+    saved = {path.name: path.read_bytes() for path in an_sae().save(tmp_path / "sae").iterdir()}
+    Hub.files = {f"x/one/{name}": content for name, content in saved.items()} | {"x/two/ae.pt": b"much"}
+    assert main(["import", "me/sae/x/one", str(tmp_path / "mine")]) == 0, capsys.readouterr().err
+    assert SparseAutoencoder.load(tmp_path / "mine").architecture == "hysteresis"
+    assert not list((tmp_path / "cache").rglob("ae.pt"))
+    load = SparseAutoencoder.load
+    missing = one_line(UsageError, load, "me/sae/y")
+    assert missing.startswith("me/sae/y does not exist here, and on the hub: me/sae holds no y; name one of its")
+    assert "no repository nobody/nothing" in one_line(UsageError, load, "nobody/nothing")
+    assert one_line(UsageError, load, "sae/absent") == "sae/absent does not exist"  # sae/ is a folder here
+
+
+@pytest.mark.usefixtures("hub")
+def test_mistakes(tmp_path):
+    folder = an_sae().save(tmp_path / "sae")
+    denied = one_line(UsageError, push_to_hub, folder, "me/sae", token="hf_bad")
+    assert denied.startswith("you may not upload to me/sae")
+    assert one_line(UsageError, from_pretrained, "nobody/nothing").startswith("no repository nobody/nothing")
+    wrong = one_line(UsageError, push_to_hub, folder, "not a name", token="hf_good")
+    assert wrong.startswith("no repository not a name")
     assert Hub.files == {}
 
 

@@ -12,6 +12,7 @@ from legato.demo_model import one_line
 from legato.errors import LegatoError, UsageError
 
 SAE_FILES = ("sae_weights.safetensors", "sae.safetensors", "ae.pt", "params.npz")  # a folder with one of them is an SAE
+HUB_TIMEOUT_SECONDS = 10.0
 _LISTED = 6
 
 
@@ -46,17 +47,21 @@ def download(
     where = (subfolder or "").strip("/")
     with hub_errors(repo_id, "download from"):
         try:
-            files: list[str] | None = HfApi(token=token).list_repo_files(repo_id, revision=revision)
+            found = HfApi(token=token).model_info(repo_id, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
+            files: list[str] | None = [sibling.rfilename for sibling in found.siblings or ()]
         except (HfHubHTTPError, HFValidationError):
             raise
         except Exception:  # no connection, in the words of whatever HTTP library the client uses: look into the cache
             files = None
-        wanted = None if files is None else _of_one_sae(files, where, repo_id)
-        snapshot = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=wanted)
-    found = Path(snapshot, where)
-    if not found.exists():
+        if files is None:
+            snapshot = snapshot_download(repo_id, revision=revision, local_files_only=True)
+        else:
+            wanted = _of_one_sae(files, where, repo_id)
+            snapshot = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=wanted)
+    path = Path(snapshot, where)
+    if not path.exists():
         raise UsageError(f"{repo_id} holds no {where}: see which folders it has on the hub")
-    return found
+    return path
 
 
 def _of_one_sae(files: Sequence[str], where: str, repo_id: str) -> list[str]:
