@@ -3,6 +3,7 @@
 import sys
 
 from legato.checkpoint import Checkpoint
+from legato.checksums import seal
 from legato.command import run_command
 from legato.comparison import write_matched
 from legato.config import ExperimentConfig, RunOptions, parse
@@ -38,6 +39,7 @@ def run_experiment(config: ExperimentConfig, options: RunOptions, interrupts: In
         notes = write_notes(run.root)
         report = write_report(run.root)
         write_final_info(run.root)
+        seal(run.root)
         checkpoint.discard()
     say(notes.read_text())
     say(f"results: {run.root}/  report: {report}")

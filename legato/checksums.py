@@ -14,7 +14,7 @@ from legato.cache import sha256_file, sha256_files, write_atomically
 from legato.errors import LegatoError, UsageError
 from legato.reading import read_json
 
-FILENAME = "checksums.json"
+FILENAME = "checksums.json"  # RunDir.checksums
 FORMAT = "legato-run-1"
 # What a person may edit, what only TensorBoard reads, and what has checksums of its own; hidden files too.
 EXEMPT = ("notes.txt", "tensorboard", "wandb", "checkpoint", FILENAME)

@@ -53,6 +53,7 @@ class RunDir:
         self.tensorboard = self.root / "tensorboard"
         self.final_info = self.root / "final_info.json"
         self.checkpoint = self.root / "checkpoint"
+        self.checksums = self.root / "checksums.json"
 
     def sae(self, arm: str) -> Path:
         return self.root / "saes" / arm
@@ -159,6 +160,7 @@ class RunDir:
             self.matched,
             self.root / "notes.txt",
             self.root / "report.html",
+            self.checksums,
         ):
             file.unlink(missing_ok=True)
         content = {"config": config.to_dict(), "resolved": dict(resolved), "environment": environment()}
