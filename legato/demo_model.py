@@ -69,6 +69,8 @@ def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
 
 
 def _fill(folder: Path, fill: Callable[[Path], None]) -> None:
+    for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         fresh = Path(scratch, "fresh")
         fresh.mkdir()

@@ -34,3 +34,7 @@ def small(tmp_path, monkeypatch, capsys) -> SmallExperiment:
     small = small_experiment(tmp_path, capsys)
     capsys.readouterr()
     return small
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=4, help="kills at random moments in test_kill.py")

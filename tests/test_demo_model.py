@@ -81,8 +81,10 @@ def test_a_conversion_killed_half_way_is_done_by_the_next_process(tmp_path: Path
     )
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "m")], check=False)
     assert killed.returncode == -9
+    assert len(list(tmp_path.glob(".m-*"))) == 1
     cached_folder(tmp_path / "m", CountingConversion())
     assert (tmp_path / "m/model.safetensors").stat().st_size == 256 * 64
+    assert not list(tmp_path.glob(".m-*"))
 
 
 def test_of_two_processes_one_converts(tmp_path: Path) -> None:

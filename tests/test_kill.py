@@ -1,0 +1,126 @@
+"""kill -9 at any moment loses nothing: the same command goes on, and ends in the same weights and numbers to the last
+bit.
+
+`--kills N` gives the random part N kills instead of a handful.
+"""
+
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from killing import Attempt, Killable, path_for_children, results
+from small_experiment import write_corpus
+from tiny_models import save_tiny_model
+
+LONGEST_LIFE = 4.0  # seconds, most of a run
+ARMS = "--temporal=hysteresis,tsae,gated,shuffled"
+OPTIONS = {
+    "context_length": 16,
+    "held_out": 0.3,
+    "tokens": 3000,
+    "batch_rows": 4,
+    "d_sae": 64,
+    "k": 4,
+    "eval_rows": 16,
+    "ce_rows": 2,
+    "controls": "ema",
+    "checkpoint_minutes": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("experiment")
+    save_tiny_model(folder / "model", "gpt2", pad_token_id=None)
+    corpus = write_corpus(folder / "corpus")
+    gguf = folder / "model.gguf"
+    gguf.write_bytes(b"what `model` stands for")
+    options = {"model": gguf, "dataset": corpus, **OPTIONS}
+    return [*(f"--{name}={value}" for name, value in options.items()), "--no-ablation", ARMS]
+
+
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory) -> dict:
+    """The results of a run that nobody killed."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path_for_children())  # for the server that the runs fork from
+        attempt = Killable(folder / "run", folder / "cache", flags).start()
+    assert attempt.end() == 0, attempt.output.read_text()
+    return results(attempt.folder)
+
+
+@pytest.fixture
+def killable(whole, flags, tmp_path) -> Killable:
+    return Killable(tmp_path / "run", tmp_path / "cache", flags)
+
+
+def there(pattern: str, count: int = 1, cache: bool = False):
+    """The moment when so many files match."""
+
+    def moment(attempt: Attempt) -> bool:
+        return len(list((attempt.cache if cache else attempt.folder).glob(pattern))) >= count
+
+    return moment
+
+
+def half_a_checkpoint(attempt: Attempt) -> bool:
+    return any(not (step / "state.json").exists() for step in attempt.folder.glob("checkpoint/step_*"))
+
+
+def logged(records: int):
+    def moment(attempt: Attempt) -> bool:
+        log = attempt.folder / "log.jsonl"
+        return log.exists() and log.read_bytes().count(b"\n") >= records
+
+    return moment
+
+
+def after(seconds: float):
+    return lambda attempt: time.monotonic() - attempt.started >= seconds
+
+
+MOMENTS = {
+    "conversion": there("models/.*/fresh/*", 2, cache=True),
+    "harvest": there("activations/*/shard_*", 3, cache=True),
+    "beginning": there("config.yaml"),
+    "training": logged(20),
+    "checkpoint": half_a_checkpoint,
+    "saving": there("saes/*", 2),
+    "judging": there("checkpoint/evaluation/*.json", 2),
+    "results": there("metrics.json"),
+    "figures": there("figures/*.png"),
+}
+
+
+def test_killed_at_every_stage_of_one_run(killable, whole):
+    reached = []
+    for name, moment in MOMENTS.items():
+        attempt = killable.start()
+        if attempt.until(moment):
+            reached.append(name)
+            attempt.kill()
+    assert {"conversion", "harvest", "training", "checkpoint", "judging"} <= set(reached)
+    assert_whole(killable.start(), whole)
+
+
+def test_killed_at_random_moments(killable, whole, pytestconfig):
+    """Runs that end before their kill make room for the next, in a new folder and with a new cache."""
+    rng, stages = np.random.default_rng(0), Counter()
+    for kill in range(pytestconfig.getoption("--kills")):
+        attempt = killable.start()
+        while not attempt.until(after(rng.uniform(0, LONGEST_LIFE))):
+            assert_whole(attempt, whole)
+            killable = killable.anew(str(kill))
+            attempt = killable.start()
+        attempt.kill()
+        stages[attempt.stage()] += 1
+    assert_whole(killable.start(), whole)
+    print(f"killed {dict(stages)}")
+
+
+def assert_whole(attempt: Attempt, whole: dict) -> None:
+    assert attempt.end() == 0, attempt.output.read_text()
+    assert results(attempt.folder) == whole
+    assert not (attempt.folder / "checkpoint").exists()
