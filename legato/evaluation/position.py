@@ -59,9 +59,14 @@ def position_profile(sums: CodeSums) -> tuple[Floats, Floats, Floats]:
     """
     n_L = np.where(sums.counts.tokens_L > 0, sums.counts.tokens_L, np.nan)
     rate_FL = sums.firing.at_FL / n_L
-    centre_FL = (rate_FL + Z95**2 / (2 * n_L)) / (1 + Z95**2 / n_L)
-    half_FL = Z95 / (1 + Z95**2 / n_L) * np.sqrt(rate_FL * (1 - rate_FL) / n_L + Z95**2 / (4 * n_L**2))
-    return rate_FL, centre_FL - half_FL, centre_FL + half_FL
+    return rate_FL, *wilson(rate_FL, n_L)
+
+
+def wilson(rate: Floats, n: Floats) -> tuple[Floats, Floats]:
+    """The 95 % Wilson interval (low, high) of a rate seen in n trials, element by element."""
+    centre = (rate + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = Z95 / (1 + Z95**2 / n) * np.sqrt(rate * (1 - rate) / n + Z95**2 / (4 * n**2))
+    return centre - half, centre + half
 
 
 def l0_by_position(sums: CodeSums) -> tuple[Floats, Floats, Floats]:

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from legato.report.missing import MissingResult
 from legato.report.style import INK, MUTED, SEQUENTIAL, WIDTH, PointLabel
-from legato.report.training_figures import along, draw_arm_points, span_at_least
+from legato.report.tradeoff import outside_in_words, scene
+from legato.report.training_figures import along, draw_arm_points, name_outside
 from legato.results import Arm, SavedRun
 
 
@@ -123,16 +124,12 @@ def _goodness(values: np.ndarray, quantity: Quantity, reference: float | None) -
 
 def consistency_cost(run: SavedRun) -> Figure:
     """Kappa excess against FVU, a point per arm, the front that no arm beats in both, each arm's sweep over k."""
-    points = {
-        arm.name: (x, y)
-        for arm in run.trained
-        if (x := arm.value("core.fvu")) is not None and (y := arm.value("consistency.kappa1_excess_within")) is not None
-    }
+    found = scene(run, "core.fvu", "consistency.kappa1_excess_within", {"x": True})
+    points = {name: point for name, point in found.inside.items() if run.arm(name).trained}
     if len(points) < 2:
         raise MissingResult("fewer than two arms have both core.fvu and consistency.kappa1_excess_within")
     figure = Figure(figsize=(0.86 * WIDTH, 4.1))
     ax = figure.subplots()
-    span_at_least(ax, list(points.values()), 0.1)
     front = pareto_front(points)
     corners = [points[front[0]]]
     for name in front[1:]:
@@ -148,7 +145,8 @@ def consistency_cost(run: SavedRun) -> Figure:
         ax.scatter(*points[arm.name], s=18, c=INK, linewidths=0, zorder=3)
     ax.set_xlabel("fraction of variance unexplained (lower is better)")
     ax.set_title("Kappa excess over the within-document null, lag 1")
-    draw_arm_points(ax, run, points, further_labels=labels, lines=along(stairs))
+    draw_arm_points(ax, run, found, further_labels=labels, lines=along(stairs))
+    name_outside(figure, outside_in_words(run, found, ("FVU", "kappa excess"), (2, 2)))
     return figure
 
 

@@ -1,4 +1,6 @@
-"""Figures of how features hold across tokens: over lag with both nulls, over latents, over firing rate, by position."""
+"""Figures of how features hold across tokens: over lag with both nulls, over latents, over firing rate."""
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -6,8 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
+from legato.report.latents import Latents, latents_of, running_median
 from legato.report.missing import MissingResult
-from legato.report.style import FAINT, INK, MUTED, SEQUENTIAL, SURFACE, WIDTH, ArmStyle, arm_styles
+from legato.report.style import FAINT, INK, MUTED, SURFACE, WIDTH, ArmStyle, arm_styles
 from legato.results import Arm, SavedRun
 
 _MEASURES = {"ac": "autocorrelation", "kappa": "kappa of firing"}
@@ -209,41 +212,68 @@ def _power(edge: float) -> str:
     return "10" + f"{exponent:.0f}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
-def position_matrix(run: SavedRun) -> Figure:
-    """Correlation over sequences of a latent at position t with itself at t', mean over latents, a panel per arm."""
-    matrices = {
-        arm.name: stored["position_matrix"].astype(np.float64)
-        for arm in run.highlighted
-        if "position_matrix" in (stored := run.arrays(arm.name))
-    }
-    if not matrices:
-        raise MissingResult("no position x position matrix (arrays/<arm>.npz) was saved")
-    for matrix in matrices.values():
-        np.fill_diagonal(matrix, np.nan)
-    pooled = np.concatenate([matrix.ravel() for matrix in matrices.values()])
-    low, high = np.nanquantile(pooled, [0.01, 0.995])
-    columns = min(3, len(matrices))
-    rows = -(-len(matrices) // columns)
-    panel = WIDTH / max(2.4, columns)
-    figure = Figure(figsize=(max(panel * columns, 1.2 * panel), panel * rows + 0.75))
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    image = None
-    for ax, (name, matrix) in zip(axes, matrices.items(), strict=False):
-        image = ax.imshow(matrix, vmin=min(0.0, low), vmax=high, cmap=SEQUENTIAL, interpolation="nearest")
-        ax.set_title(name)
-        ax.grid(False)
-        ax.spines[:].set_visible(False)
-        last = len(matrix) - 1
-        ticks = [0, round(last / 2), last]
-        ax.set_xticks(ticks)
-        ax.set_yticks(ticks)
-        ax.set_xlabel("position t'")
-    for ax in axes[::columns]:
-        ax.set_ylabel("position t")
-    for ax in axes[len(matrices) :]:
-        ax.set_visible(False)
-    assert image is not None
-    bar = figure.colorbar(image, ax=list(axes), orientation="horizontal", aspect=50, pad=0.03, extend="max")
-    bar.set_label("mean correlation over sequences (diagonal left out)")
-    bar.outline.set_visible(False)
+def half_life_by_rate(run: SavedRun) -> Figure:
+    """A panel per highlighted arm: how many latents at each firing rate and half-life, with the median over rate."""
+    tables = {arm.name: latents_of(run, arm, ("density", "half_life"), positive=True) for arm in run.highlighted}
+    found = {name: latents for name, latents in tables.items() if latents is not None}
+    if not found:
+        raise MissingResult("no feature table (features/<arm>.parquet) with half_life was saved")
+    figure, axes = density_panels(found, run)
+    base = found.get(run.baseline.name) if run.baseline else None
+    for ax, (name, latents) in zip(axes, found.items(), strict=False):
+        if base is not None and latents is not base:
+            ax.plot(*running_median(*base.columns), color=MUTED, linewidth=1.3, linestyle=(0, (4, 1.6)))
+        ax.plot(*running_median(*latents.columns), color=arm_styles(run.highlighted)[name].colour, linewidth=2)
+        ax.set_yticks([1, 4, 16, 64], ["1", "4", "16", "64"])
+        ax.yaxis.set_minor_locator(NullLocator())
+    label_outer(axes, len(found), "firing rate", "half-life in tokens")
+    handles = [Line2D([], [], color=INK, linewidth=2)]
+    labels = ["median of the arm's latents"]
+    if base is not None and len(found) > 1:
+        handles.append(Line2D([], [], color=MUTED, linewidth=1.3, linestyle=(0, (4, 1.6))))
+        labels.append("the baseline's")
+    figure.legend(handles, labels, loc="outside upper left", ncols=2)
     return figure
+
+
+def density_panels(
+    found: Mapping[str, Latents], run: SavedRun, *, logarithmic: bool = True
+) -> tuple[Figure, list[Axes]]:
+    """A panel per arm on one scale, shaded by how many latents lie where."""
+    columns = min(3, len(found))
+    rows = -(-len(found) // columns)
+    figure = Figure(figsize=(WIDTH if columns > 1 else 0.6 * WIDTH, 2.5 * rows + 0.35))
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten())
+    scale = "log" if logarithmic else "linear"
+    x, y = (np.concatenate([latents.columns[i] for latents in found.values()]) for i in (0, 1))
+    limits = [float(v) for values in (x, y) for v in (values.min(), values.max())]
+    extent = tuple(np.log10(limits)) if logarithmic else tuple(limits)
+    styles = arm_styles(run.highlighted)
+    for ax, (name, latents) in zip(axes, found.items(), strict=False):
+        ax.hexbin(
+            *latents.columns,
+            gridsize=(34, 20),
+            xscale=scale,
+            yscale=scale,
+            extent=extent,
+            mincnt=1,
+            bins="log",
+            cmap="Greys",
+            vmin=0.3,
+            linewidths=0,
+        )
+        ax.set_title(name, color=styles[name].colour)
+    for ax in axes[len(found) :]:
+        ax.set_visible(False)
+    return figure, axes
+
+
+def label_outer(axes: Sequence[Axes], panels: int, x: str, y: str) -> None:
+    """Axis titles below the last and beside the first panels only."""
+    columns = min(3, panels)
+    for number, ax in enumerate(axes[:panels]):
+        if number + columns >= panels:
+            ax.set_xlabel(x)
+            ax.tick_params(labelbottom=True)
+        if number % columns == 0:
+            ax.set_ylabel(y)

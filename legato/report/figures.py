@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from matplotlib.figure import Figure
 
@@ -12,110 +13,196 @@ from legato.report.ablation_figures import ablation_heat_maps, consistency_cost
 from legato.report.consistency_figures import (
     autocorrelation_over_lag,
     excess_by_firing_rate,
+    half_life_by_rate,
     kappa_excess_distribution,
     kappa_over_lag,
-    position_matrix,
 )
+from legato.report.curve_plots import over_lag_plot, training_plot
+from legato.report.latent_figures import kind_map, kinds_of_latents, redundancy_map
+from legato.report.latent_plots import half_life_plot, map_plot, position_measures_plot
+from legato.report.map_plots import position_matrix_plot, redundancy_plot
+from legato.report.matched_figures import matched_comparison
 from legato.report.missing import MissingResult
+from legato.report.plots import Plot
+from legato.report.position_figures import offset_test, position_matrix, position_measures, position_profiles
 from legato.report.style import figure_style
+from legato.report.tradeoff_plots import cost_plot, fidelity_plot
 from legato.report.training_figures import sparsity_fidelity, training_curves
 from legato.results import SavedRun
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class FigureSpec:
-    """A figure by its file name, how the report titles and explains it, and what draws it."""
+    """A figure by its file name, how the report titles and explains it, and what draws it.
+
+    plot: the interactive form that the page shows instead. on_page: False for what the page shows in another figure.
+    """
 
     name: str
     section: str
     title: str
     caption: str
     draw: Callable[[SavedRun], Figure]
+    plot: Callable[[SavedRun], Plot] | None = None
+    on_page: bool = True
 
 
 FIGURES = (
     FigureSpec(
+        "matched",
+        "matched",
+        "Ratios to the baseline where the cost is equal",
+        "To the right of 1 a method holds longer than the baseline; to the right of the dashed line it reaches the "
+        "target. A bar that crosses 1 is no difference.",
+        matched_comparison,
+    ),
+    FigureSpec(
         "training_curves",
         "training",
         "Training curves",
-        "Every arm reads the same activation batches in the same order. The loss sums an arm's own terms, so its level "
-        "compares only between arms with the same terms; FVU, L0 and dead latents compare across all of them.",
+        "Every arm reads the same batches in the same order, so FVU, L0 and dead latents compare directly. The loss "
+        "sums an arm's own terms: it compares only between arms with the same terms.",
         training_curves,
+        training_plot,
     ),
     FigureSpec(
         "fvu_l0",
         "reconstruction",
         "Reconstruction at which sparsity",
-        "Held-out text. Lower and further left is better; arms compare directly only where they sit at the same L0.",
+        "Lower and further left is better; arms compare directly only where they sit at the same L0. Held-out text.",
         sparsity_fidelity,
+        fidelity_plot,
     ),
     FigureSpec(
         "kappa_over_lag",
         "consistency",
-        "Does a latent that fires now fire again later?",
-        "Kappa of firing at increasing distance, mean over alive latents. Shuffling tokens inside a document keeps its "
-        "topic and loses its order; shuffling across documents at the same position keeps only position. The shaded "
-        "gap is what order adds; the last panel compares that gap between arms.",
+        "Does a latent that is active now stay so?",
+        "The gap between the solid and the dashed line is what the order of the text adds: shuffling inside a document "
+        "keeps its topic, shuffling at the same position keeps only position. Means over alive latents.",
         kappa_over_lag,
+        over_lag_plot,
     ),
-    FigureSpec(
-        "ac_over_lag",
-        "consistency",
-        "Autocorrelation of activations",
-        "The same with the strength of activation instead of on and off.",
-        autocorrelation_over_lag,
-    ),
+    FigureSpec("ac_over_lag", "consistency", "Autocorrelation over lag", "", autocorrelation_over_lag, on_page=False),
     FigureSpec(
         "kappa_excess_distribution",
         "consistency",
         "Distribution over latents",
-        "Kappa excess at lag 1 of each alive latent. A mean that moves because of a few latents shows here as a tail.",
+        "A whole hill that moves right is a gain in most latents; a mean that moves because of a few shows as a tail. "
+        "Kappa excess at lag 1 of each alive latent.",
         kappa_excess_distribution,
     ),
     FigureSpec(
         "kappa_by_firing_rate",
         "consistency",
         "Within bins of firing rate",
-        "Latents that fire often hold longer in any SAE. A real gain shows in every bin, not only through a shift "
-        "between bins.",
+        "A real gain shows in every bin. Latents that fire often hold longer in any SAE, so a shift between bins alone "
+        "would look like a gain.",
         excess_by_firing_rate,
+    ),
+    FigureSpec(
+        "half_life",
+        "consistency",
+        "Half-life against firing rate",
+        "The line is the median: where it lies above the baseline's, latents of the same rate hold longer. Half-life: "
+        "tokens until the autocorrelation has halved.",
+        half_life_by_rate,
+        half_life_plot,
     ),
     FigureSpec(
         "position_matrix",
         "position",
         "Position by position correlation",
-        "How alike a latent's activation is at two positions of the same text, mean over latents. A band along the "
-        "diagonal is persistence; marks at fixed rows and columns are attachment to position.",
+        "A band along the diagonal is persistence; marks at fixed rows and columns are attachment to position. "
+        "Correlation over texts of a latent at two positions, mean over latents.",
         position_matrix,
+        position_matrix_plot,
     ),
     FigureSpec(
-        "ablation",
-        "ablation",
-        "Window by coefficient",
-        "One SAE per cell, all trained on the same activations. Darker is better (L0: closer to the baseline's). "
-        "The baseline's value stands under each title and takes part in the colour scale. A silent latent fires on no "
-        "held-out token.",
-        ablation_heat_maps,
+        "position_profiles",
+        "position",
+        "Profiles over position",
+        "A flat line does not depend on position. First panel: L0 of every arm; then, for each arm, the three latents "
+        "that depend on it most. Bands: 95 %.",
+        position_profiles,
+    ),
+    FigureSpec(
+        "position_measures",
+        "position",
+        "Two measures of attachment to position",
+        "Latents near the corner do not care where they stand. Eta² sees the strength of activation, mutual "
+        "information only whether it fires; a latent bound to position is high in both.",
+        position_measures,
+        position_measures_plot,
+    ),
+    FigureSpec(
+        "offset",
+        "position",
+        "The same text at another offset",
+        "Close to 1: the same tokens get the same latents wherever the text stands. Dotted: what another token of the "
+        "document would share by chance.",
+        offset_test,
+    ),
+    FigureSpec(
+        "redundancy_map",
+        "redundancy",
+        "Who fires with whom, and when",
+        "Blocks at lag 0 are latents that say the same thing; what appears only at a later lag is a sequence such as "
+        "the two halves of a name. Correlation in excess of the null that keeps position; latents clustered.",
+        redundancy_map,
+        redundancy_plot,
+    ),
+    FigureSpec(
+        "kinds",
+        "specialisation",
+        "Kinds of latents",
+        "What an arm's latents are, by a fixed rule on each one. Token: a few tokens decide; phrase and passage: it "
+        "holds over the next, over sixteen tokens.",
+        kinds_of_latents,
+    ),
+    FigureSpec(
+        "kind_map",
+        "specialisation",
+        "Map of latents",
+        "Each dot is a latent, near those with similar descriptors, coloured by its cluster. The map and the clusters "
+        "are the same for every arm, so that a region that fills or empties is a difference between arms.",
+        kind_map,
+        map_plot,
     ),
     FigureSpec(
         "fvu_kappa",
         "ablation",
         "What consistency costs",
-        "Up and left is better. The dashed stairs run along the arms that no other arm beats in both; a solid line is "
-        "the baseline at other sparsities, the fair comparison for an arm that pays in FVU.",
+        "Up and left is better. The dashed stairs are the Pareto front, the arms that no other beats in both; a solid "
+        "line is an arm at other sparsities, the fair comparison for one that pays in FVU.",
         consistency_cost,
+        cost_plot,
+    ),
+    FigureSpec(
+        "ablation",
+        "ablation",
+        "Window by coefficient",
+        "Darker is better (L0: closer to the baseline's). One SAE per cell, all on the same activations; the "
+        "baseline's value stands under each title. A silent latent fires on no held-out token.",
+        ablation_heat_maps,
     ),
 )
 
 
-def drawn(run: SavedRun) -> Iterator[tuple[FigureSpec, Figure | MissingResult]]:
-    """Each figure of the run, or what it lacks; the caller saves a figure before asking for the next."""
+def on_page(run: SavedRun) -> Iterator[tuple[FigureSpec, Figure | Plot | MissingResult]]:
+    """What the page shows of each figure, or what it lacks; the caller uses a figure before asking for the next."""
     for spec in FIGURES:
-        with figure_style():
-            try:
-                yield spec, spec.draw(run)
-            except MissingResult as missing:
-                yield spec, missing
+        if spec.on_page:
+            yield spec, _made(spec.plot or spec.draw, run)
+
+
+def _made(make: Callable[[SavedRun], T], run: SavedRun) -> T | MissingResult:
+    with figure_style():
+        try:
+            return make(run)
+        except MissingResult as missing:
+            return missing
 
 
 def write_figures(run: SavedRun | str | Path, out_dir: str | Path | None = None) -> dict[str, Path]:
@@ -127,10 +214,12 @@ def write_figures(run: SavedRun | str | Path, out_dir: str | Path | None = None)
     out = Path(out_dir) if out_dir is not None else run.path / "figures"
     out.mkdir(parents=True, exist_ok=True)
     written = {}
-    for spec, figure in drawn(run):
+    for spec in FIGURES:
+        figure = _made(spec.draw, run)
         if isinstance(figure, Figure):
             written[spec.name] = out / f"{spec.name}.png"
-            figure.savefig(written[spec.name])
+            with figure_style():
+                figure.savefig(written[spec.name])
     return written
 
 

@@ -17,17 +17,22 @@ from legato.notes import (
     scope,
     warnings,
 )
-from legato.report.figures import drawn
+from legato.report.embed import json_island, plotly_island, script
+from legato.report.figures import on_page
 from legato.report.missing import MissingResult
 from legato.report.page import Gap, PageFigure, Section, page_svg, render
+from legato.report.plots import Plot
 from legato.report.style import FAINT, ArmStyle, arm_styles, page_colour
 from legato.results import Arm, SavedRun
 
 _SECTIONS = (
+    ("matched", "Matched comparison"),
     ("training", "Training"),
     ("reconstruction", "Reconstruction and sparsity"),
     ("consistency", "Consistency"),
     ("position", "Position"),
+    ("redundancy", "Redundancy"),
+    ("specialisation", "Specialisation"),
     ("ablation", "Trade-off and ablation"),
 )
 
@@ -46,6 +51,8 @@ def write_report(run: SavedRun | str | Path, path: str | Path | None = None) -> 
 def report_html(run: SavedRun) -> str:
     """The page as text. Every name and number from the run is escaped."""
     styles = arm_styles(run.highlighted)
+    sections = _sections(run)
+    plots = {f.name: f.plot.content() for section in sections for f in section.figures if f.plot}
     return render(
         "template.html",
         run_name=run.name,
@@ -57,7 +64,9 @@ def report_html(run: SavedRun) -> str:
         columns=[column.heading for column in COLUMNS],
         rows=[_row(arm, run.baseline, styles[arm.name]) for arm in _baseline_first(run.highlighted)],
         further_rows=[_row(arm, None, None) for arm in run.arms if arm not in run.highlighted],
-        sections=_sections(run),
+        sections=sections,
+        islands=[json_island("plot-data", plots), plotly_island()] if plots else [],
+        script=script("plots.js") if plots else "",
         raw_stream=raw_stream_sentence(run) or "",
         not_measured=[c.heading for c in COLUMNS if any(c.of(arm) is None for arm in run.arms)],
         settings=_flat(run.config.get("config") or run.config),
@@ -68,12 +77,14 @@ def report_html(run: SavedRun) -> str:
 def _sections(run: SavedRun) -> list[Section]:
     sections = {name: Section(name, title) for name, title in _SECTIONS}
     sections["ablation"].sentences = [" ".join(ablation_in_words(run))] if ablation_in_words(run) else []
-    for spec, figure in drawn(run):
+    for spec, made in on_page(run):
         section = sections[spec.section]
-        if isinstance(figure, MissingResult):
-            section.missing.append(Gap(spec.title, str(figure)))
+        if isinstance(made, MissingResult):
+            section.missing.append(Gap(spec.title, str(made)))
+        elif isinstance(made, Plot):
+            section.figures.append(PageFigure(spec.title, spec.caption, name=spec.name, plot=made))
         else:
-            section.figures.append(PageFigure(spec.title, spec.caption, page_svg(figure, spec.name)))
+            section.figures.append(PageFigure(spec.title, spec.caption, page_svg(made, spec.name), spec.name))
     return [
         Section("overview", "Verdict"),
         Section("arms", "All arms"),

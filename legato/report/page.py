@@ -11,14 +11,19 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from legato.report.figures import svg_markup
+from legato.report.plots import Plot
 from legato.report.style import PAGE_COLOURS, WIDTH, ArmStyle, LineStyle, page_colour
 
 
 @dataclass(frozen=True)
 class PageFigure:
+    """A drawing, or an interactive plot that the page draws; name: its file among the run's figures."""
+
     title: str
     caption: str
-    svg: Markup
+    svg: Markup | None = None
+    name: str = ""
+    plot: Plot | None = None
 
 
 @dataclass(frozen=True)

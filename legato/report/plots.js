@@ -88,10 +88,11 @@ legato.unpack = async name => {
     element.begun = true;
     try {
       await ready();
+      element.querySelector(".waiting").remove();
       draw(element);
       element.classList.add("drawn");
     } catch (error) {
-      element.querySelector(".waiting").textContent = "This browser cannot draw the plot: " + error.message;
+      element.querySelector(".panels").textContent = "This browser cannot draw the plot: " + error.message;
       throw error;
     }
   };

@@ -68,6 +68,11 @@ class Plot:
     step_name: str = ""
     note: str = ""
 
+    @property
+    def rows(self) -> int:
+        """Of panels, where there is room for all columns: what the page keeps free until the plot is drawn."""
+        return -(-max(len(view.panels) for view in self.views) // self.columns)
+
     def content(self) -> dict[str, Any]:
         """What plots.js reads."""
         return {

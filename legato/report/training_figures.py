@@ -1,6 +1,7 @@
 """Figures of how the arms trained and what they reconstruct at which sparsity."""
 
 import itertools
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from legato.report.missing import MissingResult
-from legato.report.style import FAINT, MUTED, WIDTH, ArmStyle, PointLabel, arm_styles, label_points
+from legato.report.style import FAINT, MUTED, SURFACE, WIDTH, ArmStyle, PointLabel, arm_styles, label_points
+from legato.report.tradeoff import Scene, outside_in_words, scene
 from legato.results import Arm, SavedRun
 
 _PANELS = (
@@ -24,16 +26,12 @@ _SETTLED = 0.04  # the first steps, where every curve falls from 1, would squeez
 
 def training_curves(run: SavedRun) -> Figure:
     """Loss, FVU, L0 and dead latents over tokens, one line per arm."""
-    if not run.log:
-        raise MissingResult("no training log (log.jsonl) was saved")
-    panels = [(key, title) for key, title in _PANELS if any(key in columns for columns in run.log.values())]
-    if not panels:
-        raise MissingResult("the training log (log.jsonl) holds none of loss, fvu, l0, dead")
+    panels = log_panels(run)
     rows = (len(panels) + 1) // 2
     figure = Figure(figsize=(WIDTH, 2.35 * rows + 0.45))
     axes = np.atleast_1d(figure.subplots(rows, 2, squeeze=False)).flatten()
     styles = arm_styles(run.highlighted)
-    unit, divisor = _token_unit(run)
+    unit, divisor = token_unit(run)
     for ax, (key, title) in zip(axes, panels, strict=False):
         ceilings = []
         for arm in (*run.background, *reversed(run.highlighted)):
@@ -41,9 +39,8 @@ def training_curves(run: SavedRun) -> Figure:
             if key not in columns:
                 continue
             x = columns.get("tokens", columns.get("step", np.arange(len(columns[key])))) / divisor
-            draw_arm_line(ax, _thin(x), _thin(columns[key]), styles.get(arm.name))
-            settled = columns[key][int(_SETTLED * len(columns[key])) :]
-            ceilings.append(np.nanmax(settled) if np.isfinite(settled).any() else 0.0)
+            draw_arm_line(ax, thin(x), thin(columns[key]), styles.get(arm.name))
+            ceilings.append(ceiling(columns[key]))
         ax.set_title(title)
         ax.set_ylim(None if key == "loss" else 0.0, 1.06 * max(ceilings) if max(ceilings) > 0 else 1.0)
         ax.margins(x=0)
@@ -55,39 +52,57 @@ def training_curves(run: SavedRun) -> Figure:
     return figure
 
 
+def log_panels(run: SavedRun) -> list[tuple[str, str]]:
+    """(logged quantity, title) of each panel that the log allows."""
+    if not run.log:
+        raise MissingResult("no training log (log.jsonl) was saved")
+    panels = [(key, title) for key, title in _PANELS if any(key in columns for columns in run.log.values())]
+    if not panels:
+        raise MissingResult("the training log (log.jsonl) holds none of loss, fvu, l0, dead")
+    return panels
+
+
+def ceiling(values: np.ndarray) -> float:
+    """The largest value of a curve once it has settled; 0 where there is none."""
+    settled = values[int(_SETTLED * len(values)) :]
+    return float(np.nanmax(settled)) if np.isfinite(settled).any() else 0.0
+
+
 def sparsity_fidelity(run: SavedRun) -> Figure:
     """FVU against L0 on held-out text, a point per arm; a line along each arm's sweep over k."""
-    points = {
-        arm.name: (x, y)
-        for arm in run.trained
-        if (x := arm.value("core.l0")) is not None and (y := arm.value("core.fvu")) is not None
-    }
-    if not points:
+    found = scene(run, "core.l0", "core.fvu", {"x": True, "y": True})
+    if not found.inside:
         raise MissingResult("no arm has both core.l0 and core.fvu in metrics.json")
-    figure = Figure(figsize=(0.72 * WIDTH, 3.4))
+    figure = Figure(figsize=(0.86 * WIDTH, 3.9))
     ax = figure.subplots()
-    span_at_least(ax, list(points.values()), 0.1)
-    draw_arm_points(ax, run, points)
+    draw_arm_points(ax, run, found)
     ax.set_xlabel("active latents per token (L0)")
     ax.set_title("Fraction of variance unexplained")
+    name_outside(figure, outside_in_words(run, found, ("L0", "FVU"), (1, 2)))
     return figure
+
+
+def name_outside(figure: Figure, text: str) -> None:
+    """Below the axes, what lies outside them."""
+    if text:
+        wrapped = textwrap.fill(text, int(16 * figure.get_figwidth()))
+        figure.supxlabel(wrapped, fontsize=7.5, color=MUTED, x=0.02, ha="left")
 
 
 def draw_arm_points(
     ax: Axes,
     run: SavedRun,
-    points: dict[str, tuple[float, float]],
+    found: Scene,
     *,
     further_labels: Sequence[PointLabel] = (),
     lines: Sequence[tuple[float, float]] = (),
 ) -> None:
-    """Scatter the arms: grid members faint, each sweep over k joined, baseline, named and sweep arms labelled."""
-    styles = arm_styles(run.highlighted)
+    """Scatter the arms of a scene: grid members faint, controls hollow, each sweep over k joined, the named labelled.
+
+    What lies outside is an arrow at the edge.
+    """
+    styles, points = arm_styles(run.highlighted), found.inside
     of_group = {arm.group: styles[arm.name] for arm in run.highlighted}
-    for arm in run.background:
-        if arm.name in points and arm.role != "sweep":
-            style = of_group.get(arm.group, ArmStyle(FAINT, "-", "o"))
-            ax.scatter(*points[arm.name], s=16, c=style.colour, marker=style.marker, linewidths=0, zorder=2)
     labels, covered = [], list(lines)
     for arm in run.highlighted:
         if arm.name in points:
@@ -95,7 +110,19 @@ def draw_arm_points(
             x, y = points[arm.name]
             ax.scatter(x, y, s=46, c=style.colour, marker=style.marker, linewidths=0, zorder=4)
             labels.append(PointLabel((x, y), arm.name, style.colour))
-    for method, by_k in _sweeps(run, points).items():
+    faint = []
+    for arm in run.arms:
+        if arm.name not in points or arm in run.highlighted or arm.role == "sweep":
+            continue
+        faint.append(points[arm.name])
+        if arm.trained:
+            style = of_group.get(arm.group, ArmStyle(FAINT, "-", "o"))
+            ax.scatter(*points[arm.name], s=16, c=style.colour, marker=style.marker, linewidths=0, zorder=2)
+        else:
+            ax.scatter(*points[arm.name], s=26, c=SURFACE, edgecolors=MUTED, linewidths=1, zorder=3)
+            if arm.group == arm.name:
+                labels.append(PointLabel(points[arm.name], f"{arm.name} (control)", MUTED, required=False))
+    for method, by_k in sweeps(run, {name: p for name, p in points.items() if run.arm(name).trained}).items():
         style = of_group.get(method, ArmStyle(MUTED, "-", "o"))
         line = np.array(sorted(point for _, point in by_k.values()))
         ax.plot(line[:, 0], line[:, 1], color=style.colour, linewidth=1, marker="o", markersize=3.5, zorder=3)
@@ -105,13 +132,18 @@ def draw_arm_points(
             for k, (role, point) in by_k.items()
             if role == "sweep"
         ]
-    ax.margins(0.12)
+    for name in found.outside:
+        x, y, side = found.at_edge(name)
+        ax.scatter(x, y, s=30, c=MUTED, marker=_ARROWS[side], linewidths=0, clip_on=False, zorder=5)
+    ax.set(xlim=found.limits[0], ylim=found.limits[1])
     ax.grid(True, axis="both")
-    faint = [points[arm.name] for arm in run.background if arm.name in points and arm.role != "sweep"]
     label_points(ax, [*labels, *further_labels], lines=covered, faint=faint)
 
 
-def _sweeps(
+_ARROWS = {"right": ">", "left": "<", "above": "^", "below": "v"}
+
+
+def sweeps(
     run: SavedRun, points: dict[str, tuple[float, float]]
 ) -> dict[str, dict[float, tuple[str, tuple[float, float]]]]:
     """By method that was trained at several k, and by k: the role there and the point, the mean over its seeds."""
@@ -127,12 +159,6 @@ def _sweeps(
         for method, by_k in members.items()
         if len(by_k) > 1
     }
-
-
-def span_at_least(ax: Axes, points: Sequence[tuple[float, float]], relative: float) -> None:
-    """Keep both axes at least this wide relative to the points' mean: a difference of a percent must look small."""
-    centre = np.mean(points, axis=0)
-    ax.update_datalim([(1 - relative) * centre, (1 + relative) * centre])
 
 
 def along(corners: np.ndarray) -> list[tuple[float, float]]:
@@ -172,14 +198,14 @@ def _background_label(arms: Sequence[Arm]) -> str:
     return f"{len(arms)} {what or 'further arms'}"
 
 
-def _token_unit(run: SavedRun) -> tuple[str, float]:
+def token_unit(run: SavedRun) -> tuple[str, float]:
     tokens = [float(np.nanmax(columns["tokens"])) for columns in run.log.values() if "tokens" in columns]
     if not tokens:
         return "training step", 1.0
     return ("million tokens", 1e6) if max(tokens) >= 1e6 else ("thousand tokens", 1e3)
 
 
-def _thin(values: np.ndarray) -> np.ndarray:
+def thin(values: np.ndarray) -> np.ndarray:
     if len(values) <= _MAX_POINTS:
         return values
     return values[np.linspace(0, len(values) - 1, _MAX_POINTS).round().astype(int)]

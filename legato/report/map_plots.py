@@ -1,0 +1,92 @@
+"""Interactive heat maps: position by position, and the clustered lagged correlation of redundant latents."""
+
+import numpy as np
+
+from legato.report.missing import MissingResult
+from legato.report.plots import Panel, Plot, Trace, View, rounded
+from legato.results import SavedRun
+
+_SIGNED = [[0, "var(--c2)"], [0.5, "var(--surface)"], [1, "var(--c1)"]]
+
+
+def position_matrix_plot(run: SavedRun) -> Plot:
+    """A panel per highlighted arm on one colour scale, the diagonal left out."""
+    matrices = position_matrices(run)
+    low, high = matrix_range(list(matrices.values()))
+    panels = []
+    for name, matrix in matrices.items():
+        heat = {
+            "type": "heatmap",
+            "z": rounded(matrix),
+            "zmin": low,
+            "zmax": high,
+            "colorscale": "Cividis",
+            "showscale": len(panels) == len(matrices) - 1,
+            "colorbar": _bar("correlation"),
+            "hovertemplate": "positions %{y} and %{x}<br>correlation %{z:.3f}<extra></extra>",
+        }
+        panels.append(Panel([heat], _square("position", "position"), name))
+    return Plot([View("", panels)], columns=3, square=True)
+
+
+def position_matrices(run: SavedRun) -> dict[str, np.ndarray]:
+    """By highlighted arm, the diagonal nan."""
+    matrices = {
+        arm.name: stored["position_matrix"].astype(np.float64)
+        for arm in run.highlighted
+        if "position_matrix" in (stored := run.arrays(arm.name))
+    }
+    if not matrices:
+        raise MissingResult("no position x position matrix (arrays/<arm>.npz) was saved")
+    for matrix in matrices.values():
+        np.fill_diagonal(matrix, np.nan)
+    return matrices
+
+
+def matrix_range(matrices: list[np.ndarray]) -> tuple[float, float]:
+    """Of the colour scale, without the most extreme cells, which would leave the rest one colour."""
+    low, high = np.nanquantile(np.concatenate([matrix.ravel() for matrix in matrices]), [0.01, 0.995])
+    return min(0.0, round(float(low), 4)), round(float(high), 4)
+
+
+def redundancy_plot(run: SavedRun) -> Plot:
+    """The excess over the null at each lag, a view per arm; the lag is the slider's."""
+    views, lags = [], np.array([])
+    for arm in run.highlighted:
+        stored = run.redundancy_map(arm.name)
+        if not stored or len(stored["latents"]) < 2:
+            continue
+        kept = stored["lags"] >= 0
+        lags = stored["lags"][kept]
+        steps: list[Trace] = [{"z": rounded(excess, 2)} for excess in stored["excess"][kept]]
+        latents = [str(latent) for latent in stored["latents"]]
+        heat = {
+            "type": "heatmap",
+            "x": latents,
+            "y": latents,
+            "zmin": -0.6,
+            "zmax": 0.6,
+            "colorscale": _SIGNED,
+            "colorbar": _bar("excess"),
+            "hovertemplate": "latent %{y} now, latent %{x} later<br>excess %{z:.2f}<extra></extra>",
+        }
+        layout = _square("latent, so many tokens later", "latent now", type="category", nticks=8)
+        panel = Panel([heat], layout, "", steps)
+        views.append(View(arm.name, [panel], f"The {len(latents)} latents most involved in pairs."))
+    if not views:
+        raise MissingResult("no clustered correlation map (redundancy/<arm>.npz) was saved")
+    labels = [f"{lag} token" + "s" * int(lag != 1) for lag in lags.tolist()]
+    return Plot(views, columns=1, square=True, steps=labels, step_name="lag")
+
+
+def _bar(title: str) -> Trace:
+    return {"title": {"text": title, "side": "right"}, "thickness": 10, "outlinewidth": 0, "len": 0.9}
+
+
+def _square(x: str, y: str, **settings: object) -> Trace:
+    side = {"constrain": "domain", "showgrid": False, "ticks": "", **settings}
+    return {
+        "xaxis": {**side, "title": {"text": x}},
+        "yaxis": {**side, "title": {"text": y}, "scaleanchor": "x", "autorange": "reversed"},
+        "margin": {"l": 40, "r": 6, "t": 6, "b": 36},
+    }
