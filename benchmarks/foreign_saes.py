@@ -22,7 +22,7 @@ SAELENS = {
     "standard": {"l1_coefficient": 4.0},
     "topk": {"k": K},
     "batchtopk": {"k": float(K)},
-    "jumprelu": {"l0_coefficient": 2.0, "jumprelu_bandwidth": 2.0, "jumprelu_init_threshold": 0.5},
+    "jumprelu": {"l0_coefficient": 0.3, "jumprelu_bandwidth": 0.5, "jumprelu_init_threshold": 0.05},
     "gated": {"l1_coefficient": 4.0},
     "matryoshka_batchtopk": {"k": float(K), "matryoshka_widths": [F // 8, F // 2, F]},
 }

@@ -50,7 +50,8 @@ def _stateless(options: argparse.Namespace) -> SparseAutoencoder:
     differs = plain.details["stateless"]
     say(
         f"without its state, on {differs['tokens']:,} tokens: FVU {differs['fvu']:.4f} "
-        f"({differs['fvu_with_state']:.4f} with it), L0 {differs['l0']:.1f} for both, {differs['same_pairs']:.0%} of the active pairs in common"
+        f"({differs['fvu_with_state']:.4f} with it), L0 {differs['l0']:.1f} for both, "
+        f"{differs['same_pairs']:.0%} of the active pairs in common"
     )
     return plain
 
