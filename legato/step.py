@@ -174,7 +174,7 @@ def forward_backward(
     slope_Q = np.zeros_like(order.value_Q)
     for term, coefficient in terms:
         value = term.sparse(order, batch.layout, step)
-        loss_terms[term.name] = coefficient * value.value
+        loss_terms[term.name] = loss_terms.get(term.name, 0.0) + coefficient * value.value
         slope_Q += slope_Q.dtype.type(coefficient) * value.gradient_Q
 
     gradients = Parameters(

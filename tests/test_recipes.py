@@ -2,10 +2,10 @@
 
 import pytest
 
-from legato.config import NAMED_ARMS, ExperimentConfig
+from legato.config import NAMED_ARMS, TERM_ARMS, ExperimentConfig
 from legato.consistency_losses import Contrastive, WindowVariance
 from legato.errors import UsageError
-from legato.recipes import MATRYOSHKA, arms, recipe
+from legato.recipes import LEGATO_TERM, MATRYOSHKA, arms, recipe
 from legato.sparsity import BatchTopK, Hysteresis, TopK
 
 
@@ -56,6 +56,11 @@ def test_names_combine():
         ({"temporal": ("relu",), "sweep_k": (8,), "sweep_arms": ("relu",)}, "relu: it has no k to sweep"),
         ({"controls": ("ema", "nothing")}, "--controls 'nothing' is unknown"),
         ({"l1": 0.0}, "makes nothing sparse"),
+        ({"term_warmup": 1.5}, "--term_warmup 1.5 is no share of the training steps"),
+        ({"slow_fraction": 0.0}, "--slow_fraction 0.0 must lie above 0"),
+        ({"lags": (1, 1)}, "--lags 1,1 must be different whole numbers from 1 on"),
+        ({"lags": (0,)}, "--lags 0 must be"),
+        ({"temperature": 0.0}, "--temperature 0.0 must be a positive number"),
     ],
 )
 def test_names_that_make_no_sense(options, message):
@@ -73,3 +78,36 @@ def test_sweeps_of_the_baseline_and_of_named_arms_for_every_seed():
     assert made["baseline_k8"].sparsity == BatchTopK(8)
     assert made["hysteresis_k24_seed7"].sparsity == Hysteresis(24, release=0.5)
     assert {arm.seed for name, arm in made.items() if name.endswith("_seed7")} == {7}
+
+
+def test_every_option_of_the_temporal_terms_reaches_them_and_is_saved():
+    options = {
+        **{"window": 16, "coefficient": 0.7, "term_warmup": 0.25, "slow_fraction": 0.2},
+        **{"lags": (2, 5), "temperature": 0.3, "seeds": (0, 1)},
+    }
+    made = bank((*TERM_ARMS, "legato", "tsae"), ablation=True, grid="4x0.1", **options)
+    for name, arm in made.items():
+        saved = recipe(arm)
+        assert saved["term_warmup"] == (0.25 if arm.terms else None), name
+        for term, kept in zip(arm.terms, saved["terms"], strict=True):
+            assert kept == vars(term)
+    for suffix in ("", "_seed1"):
+        own = {name: recipe(made[f"{name}{suffix}"])["terms"][0] for name in ("contrastive", "slowness", "fused_lasso")}
+        shared = {"coefficient": 0.7, "slow_fraction": 0.2}
+        assert shared.items() <= own["fused_lasso"].items()
+        assert {**shared, "window": 16}.items() <= own["slowness"].items()
+        assert {**shared, "lags": (2, 5), "temperature": 0.3}.items() <= own["contrastive"].items()
+    assert recipe(made["window_variance_w4_c0.1"])["terms"][0]["slow_fraction"] == 0.2
+    # What is fixed by name stays what it is: our own arm and the published objective.
+    assert made["legato"].terms == (LEGATO_TERM,)
+    assert made["tsae"].terms[0].slow_fraction == 0.2
+    assert made["tsae"].terms[0].temperature == 48
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.5, 1.0])
+def test_coefficients_grow_over_their_warm_up(warmup):
+    arm = bank(("slowness",), term_warmup=warmup)["slowness"]
+    scales = [arm.term_scale_at(step, 8) for step in range(8)]
+    # a linear rise over warmup * 8 steps, full from its last step on
+    expected = {0.0: [1.0] * 8, 0.5: [0.25, 0.5, 0.75, *[1.0] * 5], 1.0: [n / 8 for n in range(1, 9)]}
+    assert scales == pytest.approx(expected[warmup])

@@ -1,14 +1,17 @@
 """The training loop on small synthetic sequences with planted features."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
 from legato.activations import ActivationBatch, Normaliser
+from legato.config import GROUP_ARMS, SPARSITY_ARMS, TERM_ARMS, ExperimentConfig
 from legato.consistency_losses import Contrastive, Slowness, WindowGroupLasso, WindowVariance
 from legato.errors import LegatoError
 from legato.hardware import fast_matmul_dtype
+from legato.recipes import arms
 from legato.sparsity import BatchTopK, Gated, Hysteresis, JumpReLU, ReLU, TopK
 from legato.step import Parameters
 from legato.train import ArmConfig, TrainBatch, TrainConfig, bank_bytes, train_bank
@@ -137,6 +140,44 @@ def test_shuffled_positions_take_the_order_away_and_nothing_else(normaliser):
     assert first["baseline_shuffled"] == pytest.approx(first["baseline"])
     assert first["variance_shuffled"]["reconstruction"] == pytest.approx(first["variance"]["reconstruction"])
     assert first["variance_shuffled"]["window_variance"] > 1.1 * first["variance"]["window_variance"]
+
+
+def test_every_temporal_term_trains_with_every_sparsity_and_with_groups(normaliser):
+    """All names of --temporal that combine, in one bank: each term of each member takes part in its loss, from the
+    coefficient's first step on, and every step stays finite."""
+    names = [
+        "+".join(part for part in (sparsity, group, term) if part)
+        for sparsity in ("", *SPARSITY_ARMS)
+        for group in ("", *GROUP_ARMS)
+        for term in TERM_ARMS
+    ]
+    options = {
+        **{"temporal": tuple(names), "ablation": False, "window": 4, "coefficient": 0.01, "lags": (1, 3)},
+        **{"slow_fraction": 0.5, "term_warmup": 0.5, "d_sae": F, "k": 4, "l1": 2.0},
+    }
+    bank = arms(ExperimentConfig.from_options("smoke", options), D)
+    assert len(bank) == 1 + (1 + len(SPARSITY_ARMS)) * (1 + len(GROUP_ARMS)) * len(TERM_ARMS)
+    result, log = train(bank, normaliser, TrainConfig(steps=4, lr=3e-3, log_every=1))
+    assert not result.failed
+    for arm in bank:
+        steps = [record["loss_terms"] for record in log if record["arm"] == arm.name]
+        assert len(steps) == 4, arm.name
+        for term in arm.terms:
+            values = [terms[term.name] for terms in steps]
+            assert all(math.isfinite(value) for value in values), arm.name
+            assert any(values), (arm.name, term.name)
+    last = {record["arm"]: record["fvu"] for record in log}
+    assert all(math.isfinite(fvu) for fvu in last.values())
+
+
+def test_two_terms_of_one_name_both_count(normaliser):
+    """`legato+slowness` has two: their sum is logged, and is part of the loss."""
+    term = Slowness(window=4, coefficient=0.5)
+    both = [ArmConfig("one", BatchTopK(4), F, (term,)), ArmConfig("two", BatchTopK(4), F, (term, term))]
+    _, log = train(both, normaliser, TrainConfig(steps=1))
+    one, two = (record["loss_terms"] for record in log)
+    assert two["slowness"] == pytest.approx(2 * one["slowness"])
+    assert log[1]["loss"] - log[0]["loss"] == pytest.approx(one["slowness"])
 
 
 def test_relu_codes_that_nothing_makes_sparse_are_refused():
