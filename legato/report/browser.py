@@ -1,12 +1,36 @@
 """The feature browser of report.html: every latent with the passages it fires on, searched and sorted in the page."""
 
+from pathlib import Path
+
 from markupsafe import Markup
 
+from legato.report.browser_data import browser_islands
 from legato.report.missing import MissingResult
+from legato.report.page import render
 from legato.results import SavedRun
+
+_SCRIPTS = ("browser_unpack.js", "browser_strips.js", "browser_table.js", "browser_latent.js", "browser.js")
 
 
 def browser_section(run: SavedRun) -> Markup | MissingResult:
-    """The browser as one piece of the page, with its own style, script and data; MissingResult where the run saved no
-    passages, its message a phrase that goes on after "is not in this report: "."""
-    return MissingResult("this run saved no passages: run it again with this version of Legato")
+    """The browser as one piece of the page, with its own style, scripts and data; MissingResult where the run saved no
+    passages, its message a phrase that goes on after "is not in this report: ".
+
+    Raises LegatoError, naming the file, for saved passages that are damaged.
+    """
+    try:
+        islands = browser_islands(run)
+    except MissingResult as missing:
+        return missing
+    return Markup(
+        render(
+            "browser.html",
+            style=_own_file("browser.css"),
+            islands=islands,
+            scripts=[_own_file(name) for name in _SCRIPTS],
+        )
+    )
+
+
+def _own_file(name: str) -> Markup:
+    return Markup((Path(__file__).parent / name).read_text(encoding="utf-8"))
