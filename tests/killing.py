@@ -70,6 +70,8 @@ class Attempt:
 
     def stage(self) -> str:
         """How far the run has come, from what lies there."""
+        if any(not (step / "state.json").exists() for step in self.folder.glob("checkpoint/step_*")):
+            return "checkpoint"
         signs = {
             "report": "metrics.json",
             "evaluation": "checkpoint/evaluation/judged.json",

@@ -1,4 +1,4 @@
-"""What is saved of a bank in training is all that its next steps depend on, and what is damaged is passed over by name."""
+"""What is saved of a bank is all that its next steps depend on; what is damaged is passed over by name."""
 
 import dataclasses
 import json

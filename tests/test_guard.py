@@ -71,9 +71,8 @@ def test_bad_steps_in_a_row_end_a_member_in_its_last_good_state(monkeypatch, nor
     result, _ = train(monkeypatch, normaliser, spoil)
     assert [trainer.arm.name for trainer in result.finished] == ["topk"]
     [(trainer, reason)] = result.failed
-    assert (
-        f"baseline: training diverged: loss 0.{str(reason).split('0.')[1][:3]}, gradient norm nan at step 19" in reason
-    )
+    assert reason.startswith("baseline: training diverged: loss ")
+    assert "gradient norm nan at step 19" in reason
     assert f"{IN_A_ROW} bad steps in a row" in reason
     assert "lower --lr" in reason
     assert trainer.steps_done == 15

@@ -13,7 +13,7 @@ from killing import Attempt, Killable, path_for_children, results
 from small_experiment import write_corpus
 from tiny_models import save_tiny_model
 
-LONGEST_LIFE = 4.0  # seconds, most of a run
+LONGEST_DELAY = 0.5  # seconds
 ARMS = "--temporal=hysteresis,tsae,gated,shuffled"
 OPTIONS = {
     "context_length": 16,
@@ -66,7 +66,7 @@ def there(pattern: str, count: int = 1, cache: bool = False):
 
 
 def half_a_checkpoint(attempt: Attempt) -> bool:
-    return any(not (step / "state.json").exists() for step in attempt.folder.glob("checkpoint/step_*"))
+    return attempt.stage() == "checkpoint"
 
 
 def logged(records: int):
@@ -78,7 +78,8 @@ def logged(records: int):
 
 
 def after(seconds: float):
-    return lambda attempt: time.monotonic() - attempt.started >= seconds
+    end = time.monotonic() + seconds
+    return lambda attempt: time.monotonic() >= end
 
 
 MOMENTS = {
@@ -106,16 +107,19 @@ def test_killed_at_every_stage_of_one_run(killable, whole):
 
 
 def test_killed_at_random_moments(killable, whole, pytestconfig):
-    """Runs that end before their kill make room for the next, in a new folder and with a new cache."""
+    """Shortly after a stage drawn at random. A run that came to its end makes room for another, with a new cache."""
     rng, stages = np.random.default_rng(0), Counter()
-    for kill in range(pytestconfig.getoption("--kills")):
+    while stages.total() < pytestconfig.getoption("--kills"):
+        stage, delay = rng.choice(list(MOMENTS)), rng.uniform(0, LONGEST_DELAY)
         attempt = killable.start()
-        while not attempt.until(after(rng.uniform(0, LONGEST_LIFE))):
-            assert_whole(attempt, whole)
-            killable = killable.anew(str(kill))
+        if attempt.until(MOMENTS[stage]) and attempt.until(after(delay)):
+            attempt.kill()
+            stages[attempt.stage()] += 1
+            if attempt.stage() != "report":
+                continue
             attempt = killable.start()
-        attempt.kill()
-        stages[attempt.stage()] += 1
+        assert_whole(attempt, whole)
+        killable = killable.anew(str(stages.total()))
     assert_whole(killable.start(), whole)
     print(f"killed {dict(stages)}")
 
