@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from legato.notes import KAPPA_EXCESS
 from legato.report.comparability import places
-from legato.report.comparison_recipes import Recipe, dot, recipes_of, run_legend
+from legato.report.comparison_recipes import Recipe, dot, recipes_of, run_legend, shortened
 from legato.report.missing import MissingResult
 from legato.report.style import (
     FAINT,
@@ -93,11 +93,11 @@ def _overview(runs: Mapping[str, SavedRun], recipes: Sequence[Recipe]) -> Figure
         ax.spines["left"].set_visible(False)
         for height in rows:
             ax.axhline(height, color=RULE, linewidth=0.6, zorder=0)
-    axes[0].set_yticks(rows, [recipe.name for recipe in recipes])
+    axes[0].set_yticks(rows, [recipe.label for recipe in recipes])
     axes[0].set_ylim(max(rows) + 0.7, 0.6)
     for label, height in headings.items():
         axes[0].annotate(
-            label,
+            shortened(label),
             (0, height),
             (-7, 0),
             xycoords=axes[0].get_yaxis_transform(),
@@ -145,7 +145,7 @@ def _over_lag(key: str, what: str, raw: str = "") -> Draw:
             ax.set_xscale("log", base=2)
             ax.set_xticks(lines[0][1], [f"{lag:g}" for lag in lines[0][1]])
             ax.xaxis.set_minor_locator(NullLocator())
-            ax.set_title(name)
+            ax.set_title(shortened(name))
         for i, ax in enumerate(axes):
             ax.set_visible(i < len(panels))
             if i + columns >= len(panels):
@@ -184,7 +184,7 @@ def _cost(runs: Mapping[str, SavedRun], recipes: Sequence[Recipe]) -> Figure:
         _cost_panel(ax, {label: runs[label] for label in labels}, points)
         ax.set_xlabel("fraction of variance unexplained (lower is better)", fontsize=8)
         if len(panels) > 1:
-            ax.set_title(", ".join(labels))
+            ax.set_title(shortened(", ".join(labels)))
     for ax in axes[::columns]:
         ax.set_ylabel("kappa excess at lag 1, within-document null", fontsize=8)
     for ax in axes[len(panels) :]:
@@ -194,7 +194,7 @@ def _cost(runs: Mapping[str, SavedRun], recipes: Sequence[Recipe]) -> Figure:
     run_legend(figure, runs, [(hollow, "hollow: baseline"), (dots, "dots: ablation, sweeps, seeds")])
     for ax, (_, points) in zip(axes, panels, strict=False):
         names = [(recipe, (fvu[0], excess[0])) for recipe, fvu, excess in points if not recipe.baseline]
-        label_points(ax, [PointLabel(at, recipe.name, recipe.style.colour, required=False) for recipe, at in names])
+        label_points(ax, [PointLabel(at, recipe.label, recipe.style.colour, required=False) for recipe, at in names])
     return figure
 
 

@@ -15,6 +15,7 @@ from legato.report.style import INK, ArmStyle, run_styles
 from legato.results import Arm, SavedRun
 
 LEVEL = 0.95
+_MOST_CHARACTERS = 28  # of a name in a figure
 _LEGEND_CHARACTERS = 105  # in one row, handles included
 
 
@@ -29,6 +30,11 @@ class Recipe:
     @property
     def name(self) -> str:
         return self.arms[0].group
+
+    @property
+    def label(self) -> str:
+        """The name as far as a figure has room for it."""
+        return shortened(self.name)
 
     @property
     def baseline(self) -> bool:
@@ -51,6 +57,10 @@ class Recipe:
         group, _, measure = key.rpartition(".")
         ends = self.arms[0].series(f"{group}.interval95.{measure}")
         return None if ends is None or not all(map(math.isfinite, ends)) else (float(ends[0]), float(ends[1]))
+
+
+def shortened(name: str) -> str:
+    return name if len(name) <= _MOST_CHARACTERS else name[: _MOST_CHARACTERS - 1] + "\u2026"
 
 
 def recipes_of(runs: Mapping[str, SavedRun], *, highlighted: bool = True) -> list[Recipe]:
@@ -84,7 +94,7 @@ def run_legend(figure: Figure, runs: Mapping[str, SavedRun], further: Sequence[t
     """Which colour is which run, above the axes, with `further` lines and their meaning."""
     styles = run_styles(list(runs))
     handles = [Line2D([], [], color=s.colour, linestyle=s.line, marker=s.marker) for s in styles.values()]
-    names = [*styles, *(text for _, text in further)]
+    names = [*map(shortened, styles), *(text for _, text in further)]
     columns = len(names) if sum(len(name) + 9 for name in names) <= _LEGEND_CHARACTERS else 2
     handles += [line for line, _ in further]
     figure.legend(handles, names, loc="outside upper left", ncols=columns, labelcolor=INK)
