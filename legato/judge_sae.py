@@ -6,6 +6,7 @@ saes/ holds a copy of each SAE as it was judged.
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,7 +229,9 @@ def opened(options: argparse.Namespace) -> tuple[dict[str, SparseAutoencoder], J
         held_out = _first(origins, "held_out") or DataConfig().held_out
     if held_out is not None and not 0 < held_out < 1:
         raise UsageError(f"--held_out {held_out} is no share of the text: use one between 0 and 1")
-    context_length = options.context_length or _first(origins, "context_length") or DataConfig().context_length
+    context_length = options.context_length
+    if context_length is None:
+        context_length = _first(origins, "context_length") or DataConfig().context_length
     config = JudgeConfig(
         sources,
         ModelConfig(model, layer, site, options.dtype),
@@ -255,10 +258,12 @@ def named(specifications: Sequence[str]) -> dict[str, str]:
 
 def _split(specification: str) -> tuple[str, str]:
     name, equals, source = specification.partition("=")
-    if not equals or Path(specification).exists():
+    if not equals or os.path.exists(specification):  # unlike Path's, False for a name that is too long
         name, source = "", specification
-    path = Path(source).expanduser()
-    return name, str(path.resolve()) if path.exists() else source
+    if not source:
+        raise UsageError(f"{specification!r} names no SAE: give its folder or file")
+    path = os.path.expanduser(source)
+    return name, os.path.realpath(path) if os.path.exists(path) else source
 
 
 def _agreed(what: str, said: Mapping[str, Any]) -> Any:

@@ -19,7 +19,7 @@ from legato.errors import LegatoError, UsageError
 from legato.interop.formats import read_sae
 from legato.interop.hub_files import local_copy
 from legato.interop.saelens_folder import write_saelens_folder
-from legato.interop.stored import NUMBERS, WEIGHT_SHAPES, StoredSAE, without_input_bias
+from legato.interop.stored import NUMBERS, WEIGHT_SHAPES, StoredSAE, checked_details, without_input_bias
 from legato.nominator import Nominator
 from legato.persistence import leaked
 from legato.sequences import SequenceLayout
@@ -302,7 +302,7 @@ class SparseAutoencoder:
             tail=stored.tail,
             b_gate=weights.get("b_gate"),
             r_mag=weights.get("r_mag"),
-            details=stored.details,
+            details=checked_details(stored.details, what=str(path)),
         )
 
     def _activate(self, pre: Tensor) -> Tensor:

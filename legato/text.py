@@ -6,22 +6,30 @@ import hashlib
 import importlib.util
 import json
 import os
+import time
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 import psutil
 
 from legato.errors import LegatoError, UsageError
+from legato.tracking import say
+
+if TYPE_CHECKING:
+    import datasets
 
 DEMO_ARTICLES = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 MIN_ARTICLE_CHARACTERS = 600  # disambiguation pages and stubs end below, the shortest real article lies at 720
 TEXT_PART_CHARACTERS = 20_000  # a longer .txt becomes several documents, so that held-out text can be told apart
 HUB_TIMEOUT_SECONDS = 10.0
+STREAM_RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+_HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp")
 MAX_LINE_BYTES = 64 * 2**20  # of a .jsonl: one document, and what an archive of some kilobytes could unpack to
 MAX_MEMORY_SHARE = 0.5  # of what is free: text is held while it is tokenised
 LISTED_COLUMNS = 8
@@ -286,14 +294,48 @@ def _hub_documents(dataset: str, text_column: str) -> Iterator[Document]:
         raise LegatoError(f"no local file {name!r}, and the hub cannot be asked for it: {reason}") from error
     import datasets
 
+    def opened() -> "datasets.IterableDataset":
+        return datasets.load_dataset(name, configuration or None, split="train", streaming=True)
+
     try:
-        stream = datasets.load_dataset(name, configuration or None, split="train", streaming=True)
-        for number, record in enumerate(stream, start=1):
+        for number, record in enumerate(_resumed(opened, dataset), start=1):
             yield from _record_document(record, text_column, f"{dataset}:{number}", f"{dataset}:{number}")
     except ValueError as error:  # a configuration to choose, a split that is missing
         raise UsageError(f"hub data set {dataset}: {' '.join(str(error).split())}") from error
-    except OSError as error:
-        raise LegatoError(f"hub data set {dataset} stopped: {' '.join(str(error).split())}") from error
+
+
+def _resumed(opened: "Callable[[], datasets.IterableDataset]", dataset: str) -> Iterator[object]:
+    """The records of a stream; where the connection breaks it is opened again, at the record that was to come.
+
+    After the last of STREAM_RETRY_SECONDS without a record in between, LegatoError.
+    """
+    place: dict[str, object] | None = None
+    failures = 0
+    while True:
+        try:
+            stream = opened()
+            if place is not None:
+                stream.load_state_dict(place)
+            for record in stream:
+                place, failures = stream.state_dict(), 0
+                yield record
+            return
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            if not _is_of_the_connection(error):
+                raise
+            if failures == len(STREAM_RETRY_SECONDS):
+                raise LegatoError(f"hub data set {dataset} stopped: {reason}") from error
+            seconds = STREAM_RETRY_SECONDS[failures]
+            say(f"hub data set {dataset} stopped ({reason}): going on there in {seconds:g} s")
+            time.sleep(seconds)
+            failures += 1
+
+
+def _is_of_the_connection(error: Exception) -> bool:
+    """Timeouts and broken connections, in the words of the HTTP libraries that hub clients have used."""
+    of_http = any(base.__module__.partition(".")[0] in _HTTP_LIBRARIES for base in type(error).__mro__)
+    return (isinstance(error, OSError) and not isinstance(error, FileNotFoundError | PermissionError)) or of_http
 
 
 _READERS: dict[str, Callable[[Path, str, str], Iterator[Document]]] = {

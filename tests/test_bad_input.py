@@ -5,11 +5,12 @@ from dataclasses import replace
 import bad_corpora
 import bad_flags
 import bad_models
+import bad_saes
 import pytest
 from bad_input import Case, World, check, sound
 
 __all__ = ["sound"]
-CASES = [*bad_flags.CASES, *bad_corpora.CASES, *bad_models.CASES]
+CASES = [*bad_flags.CASES, *bad_corpora.CASES, *bad_models.CASES, *bad_saes.CASES]
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=f"{case.command} {case.name[:60]}") for case in CASES])

@@ -4,6 +4,7 @@ SAELens folders (Legato's own are such), dictionary_learning and temporal-saes r
 params.npz, and single safetensors files of Legato. Each format has a module of its own beside this one.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,12 +36,12 @@ def read_sae(path: str | Path) -> StoredSAE:
     cannot be reproduced here.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         for filename, read in _FOLDERS:
             if (path / filename).is_file():
                 return read(path)
         raise UsageError(_nothing_in(path))
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UsageError(f"{path} does not exist")
     if path.suffix == ".pt":
         return dictionary_learning.read_dictionary_learning(path)

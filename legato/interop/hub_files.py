@@ -4,6 +4,7 @@
 google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -24,8 +25,8 @@ def local_copy(path: str | Path) -> Path:
     text, path = str(path), Path(path)
     parts = PurePosixPath(text).parts
     is_local = text.startswith((".", "/", "~")) or "\\" in text or len(parts) < 2
-    if is_local or path.exists() or Path(parts[0]).exists():
-        return path.expanduser()
+    if is_local or os.path.exists(path) or os.path.exists(parts[0]):  # unlike Path's, False for names that are too long
+        return Path(os.path.expanduser(path))
     try:
         return download("/".join(parts[:2]), subfolder="/".join(parts[2:]))
     except LegatoError as error:

@@ -29,7 +29,7 @@ def read_one_file(path: Path) -> StoredSAE:
         architecture, details = header["architecture"], header["details"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LegatoError(f"{path} is damaged: its header does not say what SAE it is") from error
-    if architecture not in WEIGHT_SHAPES or not isinstance(details, dict):
+    if str(architecture) not in WEIGHT_SHAPES or not isinstance(details, dict):
         raise LegatoError(f"{path} holds architecture {architecture!r}; can be read: {', '.join(WEIGHT_SHAPES)}")
     weights = read_safetensors(path)
     if digest not in (None, _digest_of(header, weights)):

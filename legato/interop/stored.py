@@ -32,6 +32,12 @@ NUMBERS: dict[str, tuple[str, ...]] = {
     "persistent": ("tail",),
 }
 
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("model", "site", "module_path", "dataset"), str),
+    **dict.fromkeys(("layer", "context_length"), int),
+    **dict.fromkeys(("objective", "training", "source"), dict),
+    "held_out": (int, float),
+}
 _LATENTS_AT_ONCE = 4096
 
 
@@ -60,6 +66,15 @@ class StoredSAE:
     release: float | None = None
     window: int | None = None
     tail: float | None = None
+
+
+def checked_details(details: Mapping[str, Any], *, what: str) -> dict[str, Any]:
+    """The details as they are. LegatoError where one of those that Legato acts on is of another type."""
+    for name, kind in _KINDS.items():
+        value = details.get(name)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise LegatoError(f"{what}: its details say {name} = {str(value)[:80]!r}, which cannot be: mend the file")
+    return dict(details)
 
 
 def known(**details: Any) -> dict[str, Any]:
@@ -95,10 +110,14 @@ def check_weights(architecture: str, weights: Mapping[str, Tensor], *, what: str
     if weights["W_enc"].ndim != 2:
         raise LegatoError(f"{what}: W_enc has shape {tuple(weights['W_enc'].shape)}, expected (d_in, d_sae)")
     size = dict(zip("DF", weights["W_enc"].shape, strict=True))
+    if 0 in size.values():
+        raise LegatoError(f"{what}: W_enc has shape {tuple(size.values())}: the SAE has no latents, or no width")
     for name, axes in expected.items():
         shape, wanted = tuple(weights[name].shape), tuple(size[axis] for axis in axes)
         if shape != wanted:
             raise LegatoError(f"{what}: {name} has shape {shape}, expected {wanted}")
+        if not weights[name].is_floating_point():
+            raise LegatoError(f"{what}: {name} holds {weights[name].dtype}, not numbers with a fraction")
         if not torch.isfinite(weights[name]).all():
             raise LegatoError(f"{what}: {name} holds values that are not finite")
 
