@@ -179,6 +179,65 @@ def test_hub_streams_documents(monkeypatch: pytest.MonkeyPatch) -> None:
         next(load_documents("owner/known", text_column="body"))
 
 
+class _Breaking:
+    """Shards of a stream: 0 and 1 have 2,000 texts each, and 1 breaks off in its middle the first `breaks` times."""
+
+    def __init__(self, breaks: int, error: Exception) -> None:
+        self.breaks, self.error = breaks, error
+
+    def __call__(self, shards: list[int]) -> Iterator[dict[str, str]]:
+        for shard in shards:
+            for number in range(2000):
+                if shard == 1 and number == 1234 and self.breaks:
+                    self.breaks -= 1
+                    raise self.error
+                yield {"text": f"Text {2000 * shard + number}."}
+
+
+@pytest.fixture
+def pauses(hub: None, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that would have been waited."""
+    made: list[float] = []
+    monkeypatch.setattr(time, "sleep", made.append)
+    return made
+
+
+def _stream(monkeypatch: pytest.MonkeyPatch, breaking: _Breaking) -> list[Document]:
+    import datasets
+
+    def load_dataset(*_: object, **__: object) -> datasets.IterableDataset:
+        return datasets.IterableDataset.from_generator(breaking, gen_kwargs={"shards": [0, 1]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return list(load_documents("owner/known"))
+
+
+def test_a_stream_that_breaks_goes_on_at_the_next_document(
+    pauses: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = _stream(monkeypatch, _Breaking(3, ConnectionError("Server\nDisconnected")))
+    assert found == [Document(f"Text {n}.", f"owner/known:{n + 1}") for n in range(4000)]
+    assert pauses == [1.0, 2.0, 4.0]
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "hub data set owner/known stopped (Server Disconnected): going on there in 1 s"
+
+
+def test_a_stream_that_stays_broken_is_an_error(pauses: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    http = importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")  # the hub client's
+    with pytest.raises(LegatoError, match="hub data set owner/known stopped: no answer") as caught:
+        _stream(monkeypatch, _Breaking(10**6, http.ReadTimeout("no answer")))
+    assert "\n" not in str(caught.value)
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
+
+
+def test_what_is_no_fault_of_the_connection_is_not_tried_again(
+    pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="hub data set owner/known: no such split"):
+        _stream(monkeypatch, _Breaking(1, ValueError("no such split")))
+    assert pauses == []
+
+
 @pytest.mark.usefixtures("hub")
 @pytest.mark.parametrize("dataset", ["owner/unknown", "unknown", "not a name"])
 def test_unknown_hub_data_set(dataset: str) -> None:
