@@ -118,7 +118,14 @@ class SavedRun:
         config: Any = {}
         if config_path.is_file():
             config = read_yaml(config_path)
-        return cls(path, arms_of(metrics), config if isinstance(config, dict) else {})
+            sections = config if isinstance(config, dict) else {}
+            if any(not isinstance(sections.get(part) or {}, dict) for part in ("config", "resolved", "environment")):
+                raise LegatoError(f"{config_path} is damaged: its parts are no sections")
+        try:
+            arms = arms_of(metrics)
+        except (ValueError, TypeError, OverflowError, KeyError) as error:
+            raise LegatoError(f"{metrics_path} is damaged: the recipe of an arm cannot be read ({error})") from error
+        return cls(path, arms, config if isinstance(config, dict) else {})
 
     @property
     def name(self) -> str:
@@ -195,7 +202,10 @@ class SavedRun:
     def _stored(path: Path) -> dict[str, np.ndarray]:
         if not path.is_file():
             return {}
-        return read_arrays(path)
+        arrays = read_arrays(path)
+        if strange := [name for name, array in arrays.items() if array.dtype.kind not in "biuf"]:
+            raise LegatoError(f"{path} is damaged: {strange[0]} holds no numbers")
+        return arrays
 
     def latent_column(self, arm: str, column: str) -> np.ndarray | None:
         """One column of an arm's feature table as float64; None where the table or the column is absent."""

@@ -140,7 +140,8 @@ _SAELENS: list[tuple[str, Prepare, tuple[str, ...], int]] = [
     ("legato.json a list", _folder(_write("legato.json", "[]")), ("legato.json is damaged: expected an object",), 1),
     ("legato.json of another SAE", _folder(_of_another), (f"{WEIGHTS} is damaged, or not what was saved",), 1),
     ("legato.json edited", _folder(_edited), ("legato.json is damaged, or not what was saved",), 1),
-    ("legato.json of wrong types", _folder(_write("legato.json", '{"layer": "deep", "objective": 3}')), ("its details say layer = 'deep'",), 1),
+    ("legato.json of wrong types", _folder(_write("legato.json", '{"layer": "deep", "objective": 3}')),
+     ("its details say layer = 'deep'",), 1),
     ("another model's width", _folder(lambda f: None, d_in=32), ("activations of width 32", "--model"), 2),
 ]  # fmt: skip
 

@@ -3,6 +3,7 @@
 Shape legend: B rows, L positions, D width, F sources, R all rows, P active pairs.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -47,8 +48,8 @@ class BedConfig:
                 raise UsageError(f"synthetic bed: {name} {getattr(self, name)} is too small, use {least} or more")
         if not self.families or min(count for _, count in self.families) < 1:
             raise UsageError("synthetic bed: there must be at least one source of each family")
-        if not (self.noise >= 0 and 0 <= self.noise_persistence < 1):
-            raise UsageError("synthetic bed: noise must be 0 or more, noise_persistence from 0 to less than 1")
+        if not (0 <= self.noise < math.inf and 0 <= self.noise_persistence < 1):
+            raise UsageError("synthetic bed: noise must be a number from 0 on, noise_persistence from 0 to less than 1")
 
     @property
     def l0(self) -> float:

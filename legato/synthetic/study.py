@@ -3,6 +3,7 @@
 Shape legend: F planted sources.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -58,7 +59,7 @@ class StudyConfig:
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise UsageError(f"seeds {self.seeds} must be different whole numbers from 0 on")
-        if self.steps < 1 or self.batch_rows < 1 or not self.lr > 0:
+        if self.steps < 1 or self.batch_rows < 1 or not 0 < self.lr < math.inf:
             raise UsageError("steps, batch_rows and lr must be positive")
 
 
