@@ -233,6 +233,7 @@ def _made_by_itself(arm: Arm, baseline: Arm | None) -> str:
     measured = arm.value("consistency.kappa1_excess_within")
     if shuffled is None or before is None or measured is None:
         return f"Part of a gain of {arm.name} may be made by its mechanism; the shuffled control was not run for it."
+    shuffled, before = round(shuffled, 3) + 0.0, round(before, 3) + 0.0  # no -0.000
     return (
         f"On the same activations in shuffled order, {arm.name} keeps a kappa excess of {shuffled:.3f} (the baseline "
         f"{before:.3f}), against {measured:.3f} in the order of the text: that much its mechanism makes by itself."

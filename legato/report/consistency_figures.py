@@ -236,25 +236,22 @@ def half_life_by_rate(run: SavedRun) -> Figure:
     return figure
 
 
-def density_panels(
-    found: Mapping[str, Latents], run: SavedRun, *, logarithmic: bool = True
-) -> tuple[Figure, list[Axes]]:
-    """A panel per arm on one scale, shaded by how many latents lie where."""
+def density_panels(found: Mapping[str, Latents], run: SavedRun) -> tuple[Figure, list[Axes]]:
+    """A panel per arm on one logarithmic scale, shaded by how many latents lie where."""
     columns = min(3, len(found))
     rows = -(-len(found) // columns)
     figure = Figure(figsize=(WIDTH if columns > 1 else 0.6 * WIDTH, 2.5 * rows + 0.35))
     axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten())
-    scale = "log" if logarithmic else "linear"
     x, y = (np.concatenate([latents.columns[i] for latents in found.values()]) for i in (0, 1))
     limits = [float(v) for values in (x, y) for v in (values.min(), values.max())]
-    extent = tuple(np.log10(limits)) if logarithmic else tuple(limits)
+    extent = tuple(np.log10(limits))
     styles = arm_styles(run.highlighted)
     for ax, (name, latents) in zip(axes, found.items(), strict=False):
         ax.hexbin(
             *latents.columns,
             gridsize=(34, 20),
-            xscale=scale,
-            yscale=scale,
+            xscale="log",
+            yscale="log",
             extent=extent,
             mincnt=1,
             bins="log",

@@ -32,7 +32,11 @@ def training_plot(run: SavedRun) -> Plot:
             traces.append(_curve(arm, thin(x), thin(columns[key]), styles.get(arm.name)))
         top = 1.06 * max(ceilings) if max(ceilings) > 0 else 1.0
         low = min(min(v for v in trace["y"] if v is not None) for trace in traces) if key == "loss" else 0.0
-        found.append(Panel(traces, {"xaxis": {"title": {"text": unit}, "showgrid": False}, "yaxis": {"range": [low, top]}}, title))
+        found.append(
+            Panel(
+                traces, {"xaxis": {"title": {"text": unit}, "showgrid": False}, "yaxis": {"range": [low, top]}}, title
+            )
+        )
     return Plot([View("", found)], height=230, keys=keys_of(run.highlighted, styles), note=_others(run))
 
 
@@ -65,7 +69,10 @@ def over_lag_plot(run: SavedRun) -> Plot:
     if not views:
         raise MissingResult("no arm has consistency.kappa or consistency.ac over lags in metrics.json")
     nulls = "Dashed: tokens shuffled inside their document. Dotted: shuffled across documents at the same position."
-    return Plot(views, height=230, columns=3, keys=keys_of(run.highlighted, arm_styles(run.highlighted)), note=nulls)
+    columns = 2 if len(views[0].panels) in (2, 4) else 3
+    return Plot(
+        views, height=230, columns=columns, keys=keys_of(run.highlighted, arm_styles(run.highlighted)), note=nulls
+    )
 
 
 def _lag_panels(run: SavedRun, measure: str) -> list[Panel]:

@@ -131,8 +131,8 @@ FIGURES = (
         "position_measures",
         "position",
         "Two measures of attachment to position",
-        "Latents near the corner do not care where they stand. Eta² sees the strength of activation, mutual "
-        "information only whether it fires; a latent bound to position is high in both.",
+        "Latents at the upper right are bound to position. Eta² sees the strength of activation, mutual information "
+        "only whether it fires. Both are corrected for chance; latents at or below zero are not drawn.",
         position_measures,
         position_measures_plot,
     ),

@@ -1,10 +1,14 @@
 """report.html: one self-contained page per run, rebuilt from the saved results alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from legato.cache import write_atomically
+from legato.comparison_table import legend
+from legato.evaluation.offset import offset_lines
 from legato.notes import (
     COLUMNS,
     KAPPA_EXCESS,
@@ -15,25 +19,41 @@ from legato.notes import (
     number,
     raw_stream_sentence,
     scope,
+    seed_groups,
     warnings,
 )
+from legato.report.browser import browser_section
 from legato.report.embed import json_island, plotly_island, script
 from legato.report.figures import on_page
+from legato.report.latent_tables import (
+    CARD_COLUMNS,
+    CLASS_TOLD,
+    cluster_cards,
+    pairs_by_arm,
+    redundancy_counts,
+    stability,
+)
 from legato.report.missing import MissingResult
 from legato.report.page import Gap, PageFigure, Section, page_svg, render
 from legato.report.plots import Plot
 from legato.report.style import FAINT, ArmStyle, arm_styles, page_colour
-from legato.results import Arm, SavedRun
+from legato.report.tables import matched_tables, recipe_rows
+from legato.results import SavedRun
 
+# name, title, and what the navigation calls it
 _SECTIONS = (
-    ("matched", "Matched comparison"),
-    ("training", "Training"),
-    ("reconstruction", "Reconstruction and sparsity"),
-    ("consistency", "Consistency"),
-    ("position", "Position"),
-    ("redundancy", "Redundancy"),
-    ("specialisation", "Specialisation"),
-    ("ablation", "Trade-off and ablation"),
+    ("overview", "Verdict", ""),
+    ("arms", "All arms", "Arms"),
+    ("matched", "Matched comparison", "Matched"),
+    ("training", "Training", ""),
+    ("reconstruction", "Reconstruction and sparsity", "Reconstruction"),
+    ("consistency", "Consistency", ""),
+    ("position", "Position", ""),
+    ("redundancy", "Redundancy", ""),
+    ("specialisation", "Specialisation", "Kinds"),
+    ("ablation", "Trade-off and ablation", "Trade-off"),
+    ("features", "Feature browser", "Features"),
+    ("details", "Run details", "Details"),
 )
 
 
@@ -51,7 +71,9 @@ def write_report(run: SavedRun | str | Path, path: str | Path | None = None) -> 
 def report_html(run: SavedRun) -> str:
     """The page as text. Every name and number from the run is escaped."""
     styles = arm_styles(run.highlighted)
-    sections = _sections(run)
+    rows, further_rows = recipe_rows(run)
+    browser = browser_section(run)
+    sections = _sections(run, browser)
     plots = {f.name: f.plot.content() for section in sections for f in section.figures if f.plot}
     return render(
         "template.html",
@@ -62,8 +84,17 @@ def report_html(run: SavedRun) -> str:
         warnings=warnings(run),
         scope=scope(run),
         columns=[column.heading for column in COLUMNS],
-        rows=[_row(arm, run.baseline, styles[arm.name]) for arm in _baseline_first(run.highlighted)],
-        further_rows=[_row(arm, None, None) for arm in run.arms if arm not in run.highlighted],
+        rows=rows,
+        further_rows=further_rows,
+        seeds=max(len(arms) for arms in seed_groups(run).values()),
+        matched=matched_tables(run),
+        matched_legend=[] if run.matched is None else legend(run.matched),
+        redundancy_counts=redundancy_counts(run),
+        pairs=pairs_by_arm(run),
+        cluster_cards=cluster_cards(run),
+        card_columns=CARD_COLUMNS,
+        class_told={name.replace("_", " "): told for name, told in CLASS_TOLD.items()},
+        browser=browser if isinstance(browser, Markup) else "",
         sections=sections,
         islands=[json_island("plot-data", plots), plotly_island()] if plots else [],
         script=script("plots.js") if plots else "",
@@ -74,9 +105,13 @@ def report_html(run: SavedRun) -> str:
     )
 
 
-def _sections(run: SavedRun) -> list[Section]:
-    sections = {name: Section(name, title) for name, title in _SECTIONS}
+def _sections(run: SavedRun, browser: Markup | MissingResult) -> list[Section]:
+    sections = {name: Section(name, title, short=short) for name, title, short in _SECTIONS}
     sections["ablation"].sentences = [" ".join(ablation_in_words(run))] if ablation_in_words(run) else []
+    sections["specialisation"].sentences = [" ".join(stability(run))] if stability(run) else []
+    sections["position"].sentences = _offset_in_words(run)
+    if isinstance(browser, MissingResult):
+        sections["features"].missing.append(Gap("The feature browser", str(browser)))
     for spec, made in on_page(run):
         section = sections[spec.section]
         if isinstance(made, MissingResult):
@@ -85,12 +120,17 @@ def _sections(run: SavedRun) -> list[Section]:
             section.figures.append(PageFigure(spec.title, spec.caption, name=spec.name, plot=made))
         else:
             section.figures.append(PageFigure(spec.title, spec.caption, page_svg(made, spec.name), spec.name))
-    return [
-        Section("overview", "Verdict"),
-        Section("arms", "All arms"),
-        *sections.values(),
-        Section("details", "Run details"),
-    ]
+    return list(sections.values())
+
+
+def _offset_in_words(run: SavedRun) -> list[str]:
+    """What the offset test says of the baseline and the first named arm."""
+    told = []
+    for arm in run.highlighted[:2]:
+        if section := arm.metrics.get("offset"):
+            lines = offset_lines(section)
+            told.append(f"{arm.name}: {'; '.join(lines)}.")
+    return told
 
 
 def _cards(run: SavedRun, styles: Mapping[str, ArmStyle]) -> list[dict[str, Any]]:
@@ -125,27 +165,6 @@ def _cards(run: SavedRun, styles: Mapping[str, ArmStyle]) -> list[dict[str, Any]
             }
         )
     return cards
-
-
-def _baseline_first(arms: Sequence[Arm]) -> list[Arm]:
-    return sorted(arms, key=lambda arm: arm.role != "baseline")
-
-
-def _row(arm: Arm, baseline: Arm | None, style: ArmStyle | None) -> dict[str, Any]:
-    """A row of an arm table, each value with its difference to the baseline where one is given."""
-    cells = []
-    for column in COLUMNS:
-        value, difference, tone = column.of(arm), "", ""
-        reference = None if baseline is None or arm is baseline else column.of(baseline)
-        if value is not None and reference is not None:
-            difference = f"{value - reference:+.{column.digits}f}".replace("-", "\u2212")
-            if float(f"{value - reference:.{column.digits}f}") == 0:
-                difference = "\u00b10"
-            elif column.better:
-                tone = "good" if (value > reference) == (column.better == "higher") else "bad"
-        shown = "" if value is None else f"{value:.6g}"
-        cells.append({"value": shown, "text": column.text(arm), "difference": difference, "tone": tone})
-    return {"arm": arm.name, "baseline": arm.role == "baseline", "style": style, "cells": cells}
 
 
 def _flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -44,15 +44,28 @@ def half_life_plot(run: SavedRun) -> Plot:
 
 
 def position_measures_plot(run: SavedRun) -> Plot:
-    found = _tables(run, ("eta2", "mi"), "eta2 and mi")
-    (x0, x1), (y0, y1) = _ranges(found, np.asarray)
+    """Both measures are corrected for chance, so that about half of the latents lie at or below zero: not drawn."""
+    found = _tables(run, ("eta2", "mi"), "eta2 and mi", positive=True)
+    (x0, x1), (y0, y1) = _ranges(found, np.log10)
+    logarithmic = {"type": "log", "dtick": 1, "tickformat": "~e"}
     layout = {
-        "xaxis": {"title": {"text": "eta²: share of variance explained by position"}, "range": [x0, x1]},
-        "yaxis": {"title": {"text": "mutual information with position, nats"}, "range": [y0, y1]},
+        "xaxis": {
+            **logarithmic,
+            "title": {"text": "eta²: share of variance explained by position"},
+            "range": [max(x0, _SMALLEST), x1],
+        },
+        "yaxis": {
+            **logarithmic,
+            "title": {"text": "mutual information with position, nats"},
+            "range": [max(y0, _SMALLEST), y1],
+        },
     }
-    hover = "latent %{text}<br>eta² %{x:.3f}<br>%{y:.2g} nats<extra></extra>"
+    hover = "latent %{text}<br>eta² %{x:.2g}<br>%{y:.2g} nats<extra></extra>"
     styles = arm_styles(run.highlighted)
     return _views(found, lambda arm, latents: Panel([_points(latents, styles[arm.name], hover)], layout))
+
+
+_SMALLEST = -6.0  # log10; below it no latent is told from one that does not depend on position
 
 
 def map_plot(run: SavedRun) -> Plot:

@@ -21,11 +21,12 @@ def position_matrix_plot(run: SavedRun) -> Plot:
             "zmin": low,
             "zmax": high,
             "colorscale": "Cividis",
-            "showscale": len(panels) == len(matrices) - 1,
-            "colorbar": _bar("correlation"),
+            "colorbar": {"orientation": "h", "thickness": 8, "len": 1, "outlinewidth": 0, "y": -0.16, "yanchor": "top"},
             "hovertemplate": "positions %{y} and %{x}<br>correlation %{z:.3f}<extra></extra>",
         }
-        panels.append(Panel([heat], _square("position", "position"), name))
+        layout = _square("", "position")
+        layout["margin"]["b"] = 64
+        panels.append(Panel([heat], layout, name))
     return Plot([View("", panels)], columns=3, square=True)
 
 
@@ -67,7 +68,12 @@ def redundancy_plot(run: SavedRun) -> Plot:
             "zmin": -0.6,
             "zmax": 0.6,
             "colorscale": _SIGNED,
-            "colorbar": _bar("excess"),
+            "colorbar": {
+                "title": {"text": "excess", "side": "right"},
+                "thickness": 10,
+                "outlinewidth": 0,
+                "len": 0.8,
+            },
             "hovertemplate": "latent %{y} now, latent %{x} later<br>excess %{z:.2f}<extra></extra>",
         }
         layout = _square("latent, so many tokens later", "latent now", type="category", nticks=8)
@@ -77,10 +83,6 @@ def redundancy_plot(run: SavedRun) -> Plot:
         raise MissingResult("no clustered correlation map (redundancy/<arm>.npz) was saved")
     labels = [f"{lag} token" + "s" * int(lag != 1) for lag in lags.tolist()]
     return Plot(views, columns=1, square=True, steps=labels, step_name="lag")
-
-
-def _bar(title: str) -> Trace:
-    return {"title": {"text": title, "side": "right"}, "thickness": 10, "outlinewidth": 0, "len": 0.9}
 
 
 def _square(x: str, y: str, **settings: object) -> Trace:

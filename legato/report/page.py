@@ -34,11 +34,14 @@ class Gap:
 
 @dataclass
 class Section:
+    """short: its title in the navigation, where that is another one."""
+
     name: str
     title: str
     sentences: Sequence[str] = ()
     figures: list[PageFigure] = field(default_factory=list)
     missing: list[Gap] = field(default_factory=list)
+    short: str = ""
 
 
 def render(template: str, **values: Any) -> str:
@@ -55,13 +58,30 @@ def page_svg(figure: Figure, name: str) -> Markup:
 
 
 def swatch(style: ArmStyle | None) -> Markup:
-    """The arm's line as the figures draw it."""
+    """The arm's line and marker as the figures draw them."""
     if style is None:
         return Markup("")
+    colour = page_colour(style.colour)
     return Markup(
         '<svg class="swatch" viewBox="0 0 26 10" aria-hidden="true"><line x1="0" y1="5" x2="26" y2="5" '
-        'stroke-width="2.4" style="stroke:{}" stroke-dasharray="{}"/></svg>'
-    ).format(page_colour(style.colour), _dashes(style.line))
+        'stroke-width="2" style="stroke:{}" stroke-dasharray="{}"/><path d="{}" style="fill:{}"/></svg>'
+    ).format(colour, _dashes(style.line), _MARKERS[style.marker], colour)
+
+
+_MARKERS = {
+    "o": "M9 5a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z",
+    "s": "M9.5 1.5h7v7h-7z",
+    "^": "M13 0.5l4.5 8.5h-9z",
+    "D": "M13 0l5 5l-5 5l-5 -5z",
+    "v": "M13 9.5l4.5 -8.5h-9z",
+    "P": "M11.4 0.5h3.2v2.9h2.9v3.2h-2.9v2.9h-3.2v-2.9h-2.9v-3.2h2.9z",
+    "X": "M10.5 0.5l2.5 2.5l2.5 -2.5l2 2l-2.5 2.5l2.5 2.5l-2 2l-2.5 -2.5l-2.5 2.5l-2 -2l2.5 -2.5l-2.5 -2.5z",
+}
+
+
+def marker(style: ArmStyle) -> Markup:
+    """A dot of a style's colour."""
+    return Markup('<span class="dot" style="background:{}"></span>').format(page_colour(style.colour))
 
 
 def _dashes(line: LineStyle) -> str:
@@ -82,4 +102,4 @@ _ENVIRONMENT = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_ENVIRONMENT.globals.update(version=_version(), swatch=swatch)
+_ENVIRONMENT.globals.update(version=_version(), swatch=swatch, marker=marker)

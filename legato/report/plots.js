@@ -23,7 +23,7 @@ legato.unpack = async name => {
       const name = value.startsWith("var(") && value.slice(4, -1);
       return name ? getComputedStyle(document.documentElement).getPropertyValue(name).trim() : value;
     }
-    if (Array.isArray(value)) return typeof value[0] === "number" || value[0] === null ? value : value.map(painted);
+    if (Array.isArray(value)) return typeof value.at(-1) === "number" || value.at(-1) === null ? value : value.map(painted);
     if (value && typeof value === "object")
       return Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, painted(inner)]));
     return value;
@@ -66,18 +66,20 @@ legato.unpack = async name => {
       Plotly.purge(holder.lastChild.lastChild);
       holder.lastChild.remove();
     }
+    while (holder.children.length < view.panels.length) {
+      const cell = document.createElement("div");
+      cell.append(document.createElement("h4"), document.createElement("div"));
+      holder.append(cell);
+    }
     view.panels.forEach((panel, number) => {
-      let cell = holder.children[number];
-      if (!cell) {
-        cell = document.createElement("div");
-        cell.append(document.createElement("h4"), document.createElement("div"));
-        holder.append(cell);
-      }
+      const cell = holder.children[number];
       cell.firstChild.textContent = panel.title;
       cell.firstChild.hidden = !panel.title;
+    });
+    view.panels.forEach((panel, number) => {
       const traces = panel.traces.slice();
       if (panel.steps.length) traces[0] = {...traces[0], ...panel.steps[element.step]};
-      Plotly.react(cell.lastChild, painted(traces), painted(merged(frame, panel.layout)), config);
+      Plotly.react(holder.children[number].lastChild, painted(traces), painted(merged(frame, panel.layout)), config);
     });
     const note = element.querySelector(".view-note");
     if (note) note.textContent = view.note;

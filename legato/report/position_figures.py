@@ -116,11 +116,11 @@ def _most_bound(run: SavedRun, arm: Arm) -> list[tuple[int, np.ndarray, np.ndarr
 
 def position_measures(run: SavedRun) -> Figure:
     """Mutual information of firing with position against eta², a panel per highlighted arm."""
-    tables = {arm.name: latents_of(run, arm, ("eta2", "mi")) for arm in run.highlighted}
+    tables = {arm.name: latents_of(run, arm, ("eta2", "mi"), positive=True) for arm in run.highlighted}
     found = {name: latents for name, latents in tables.items() if latents is not None}
     if not found:
         raise MissingResult("no feature table (features/<arm>.parquet) with eta2 and mi was saved")
-    figure, axes = density_panels(found, run, logarithmic=False)
+    figure, axes = density_panels(found, run)
     label_outer(axes, len(found), "eta² (share of variance)", "mutual information (nats)")
     return figure
 
