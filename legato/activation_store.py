@@ -13,6 +13,7 @@ import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import count, pairwise
 from pathlib import Path
@@ -281,7 +282,7 @@ class StoreWriter:
         return self
 
     def __exit__(self, exception_type: object, *_: object) -> None:
-        self._queue.put(None)
+        self._hand_over(None)
         self._thread.join()
         for shard in self._open.values():
             shard.discard()
@@ -290,22 +291,31 @@ class StoreWriter:
 
     def put(self, rows: np.ndarray, batch: ActivationBatch, n_outliers_B: np.ndarray) -> None:
         """Hand in rows of the store; rows of a finished shard are passed over. Waits while the disk is behind."""
+        self._hand_over((rows, batch, n_outliers_B))
         self._raise_failure()
-        self._queue.put((rows, batch, n_outliers_B))
+
+    def _hand_over(self, item: tuple[np.ndarray, ActivationBatch, np.ndarray] | None) -> None:
+        while self._thread.is_alive():  # a thread that has ended takes nothing, and has left the reason
+            with suppress(queue.Full):
+                return self._queue.put(item, timeout=0.1)
 
     def _raise_failure(self) -> None:
         if isinstance(self._failure, OSError):
             raise LegatoError(f"cannot write activations to {self._path}: {self._failure.strerror}") from self._failure
-        if self._failure is not None:
+        if isinstance(self._failure, Exception):
             raise self._failure
+        if self._failure is not None:
+            raise LegatoError(
+                f"the thread that writes activations to {self._path} was stopped "
+                f"({type(self._failure).__name__}): harvest again to go on there"
+            ) from self._failure
 
     def _work(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if self._failure is None:  # after a failure the queue is only emptied, so that no `put` waits for ever
-                try:
-                    self._write(*item)
-                except BaseException as error:
-                    self._failure = error
+        try:
+            while (item := self._queue.get()) is not None:
+                self._write(*item)
+        except BaseException as error:  # raised again in the thread that hands in
+            self._failure = error
 
     def _write(self, rows: np.ndarray, batch: ActivationBatch, n_outliers_B: np.ndarray) -> None:
         fields = {

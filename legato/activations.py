@@ -215,6 +215,7 @@ class ActivationStream:
             for rows in row_batches(
                 self.n_rows, rows_per_batch, seed=seed, epochs=epochs, drop_last=drop_last, start_batch=start_batch
             ):
+                self._drop_first_rows()
                 yield self.compute(rows)[0]
             return
         with _locked(self.store_path):
@@ -241,6 +242,11 @@ class ActivationStream:
         store = ActivationStore.open(self.store_path, verify=False)
         yield from store.batches(rows_per_batch, seed=seed, epochs=epochs, drop_last=drop_last, start_batch=start_batch)
 
+    def _drop_first_rows(self) -> None:
+        """Rounding may depend on the rows of a batch: a batch must not depend on those that were asked for before."""
+        assert self.median_norm > 0
+        self._first_rows = None
+
     def key(self) -> str:
         """SHA-256 of all that determines the activations."""
         parts = {
@@ -257,8 +263,9 @@ class ActivationStream:
     def _activations(self, rows: np.ndarray) -> Tensor:
         if self._first_rows is not None:
             known, acts_BLD = self._first_rows
-            if np.array_equal(known, rows):  # in the same company only, which rounding may depend on
-                return acts_BLD
+            places = np.searchsorted(known, rows)
+            if (places < len(known)).all() and (known[places] == rows).all():
+                return acts_BLD[places]
             self._first_rows = None
         return self.language_model.activations(self.tokens.tokens_BL[rows], self.layer, self.site).cpu()
 

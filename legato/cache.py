@@ -79,6 +79,10 @@ def sync_to_disk(path: Path) -> None:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write the file so that a reader, or a crash at any moment, sees the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    sync_to_disk(temporary)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        sync_to_disk(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error

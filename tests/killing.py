@@ -110,8 +110,10 @@ class Killable:
         return Attempt(self.folder, self.cache, output, process)
 
     def anew(self, name: str) -> "Killable":
-        """The same experiment with another folder and cache."""
-        return Killable(self.folder.with_name(f"run_{name}"), self.cache.with_name(f"cache_{name}"), self.flags)
+        """The same experiment elsewhere; out_dir keeps its name, which is in the results."""
+        home = self.folder.parent.with_name(name)
+        home.mkdir()
+        return Killable(home / self.folder.name, home / self.cache.name, self.flags)
 
 
 def results(folder: Path) -> dict[str, Any]:

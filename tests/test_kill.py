@@ -53,7 +53,9 @@ def whole(flags, tmp_path_factory) -> dict:
 
 @pytest.fixture
 def killable(whole, flags, tmp_path) -> Killable:
-    return Killable(tmp_path / "run", tmp_path / "cache", flags)
+    home = tmp_path / "first"
+    home.mkdir()
+    return Killable(home / "run", home / "cache", flags)
 
 
 def there(pattern: str, count: int = 1, cache: bool = False):
