@@ -18,8 +18,8 @@
   const search = find("feature-search"), count = find("feature-count"), holder = find("feature-table");
   const panel = find("latent-panel");
   const narrow = matchMedia("(max-width: 900px)");
-  const FIRST = ["cluster_name", "density", "kappa1_excess_within", "half_life", "kappa1_gain", "match_cosine", "eta2"];
-  const state = {arm: null, other: null, sort: {name: "kappa1_excess_within", down: true}, more: [], sorted: false};
+  const FIRST = ["cluster_name", "density", "kappa1_hold", "half_life", "kappa1_gain", "match_cosine", "eta2"];
+  const state = {arm: null, other: null, sort: {name: "kappa1_hold", down: true}, more: [], sorted: false};
   let table, found;
 
   // --- the table ------------------------------------------------------------------------------------------------------
@@ -36,9 +36,9 @@
       {name: "tokens", heading: "strongest on", text: true, width: 11, cell: tokens,
         meaning: "the tokens at the centres of its strongest passages"},
     ];
-    if (found.share) result.push({
-      name: "found", heading: "on search", width: 4.6, values: found.share, meaning: "share of its activation on what you search for",
-      cell: i => found.share[i] > 1 ? "–" : `${Math.round(100 * found.share[i])} %`,
+    if (found.fit) result.push({
+      name: "fit", heading: "fit", width: 4, values: found.fit, cell: i => found.fit[i] > 1 ? "–" : `${Math.round(100 * found.fit[i])} %`,
+      meaning: "harmonic mean of the share of its activation on what you search for and the share of those tokens where it fires",
     });
     if (arm.byName.cluster_name) result.push({
       name: "cluster_name", heading: "kind", text: true, width: 6, values: arm.byName.cluster_name.values,
@@ -58,7 +58,7 @@
     const query = search.value.trim();
     found = B.search(query, state.arm);
     const all = columns();
-    const sort = found.share && !state.sorted ? {name: "found", down: true} : state.sort;
+    const sort = found.fit && !state.sorted ? {name: "fit", down: true} : state.sort;
     const column = all.find(({name, values}) => name === sort.name && values) || all.find(({name}) => name === "latent");
     B.sorted(found.rows, column.values, sort.down);
     if (!query && !state.sorted) {
@@ -70,7 +70,7 @@
   }
 
   function sortBy(name) {
-    const current = found.share && !state.sorted ? {name: "found", down: true} : state.sort;
+    const current = found.fit && !state.sorted ? {name: "fit", down: true} : state.sort;
     state.sort = {name, down: current.name === name ? !current.down : name !== "latent" && name !== "cluster_name"};
     state.sorted = true;
     refresh();
@@ -153,7 +153,7 @@
   function onKey(event) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const {target, key} = event, writes = target.closest("input, select, textarea");
-    const here = root.contains(target) || (target === document.body && inSight());
+    const here = root.contains(target) || (target.contains(root) && inSight());
     if (key === "/" && !writes) { search.focus(); search.select(); root.scrollIntoView({block: "nearest"}); }
     else if (!here) return;
     else if (key === "Escape") {
@@ -169,7 +169,7 @@
       const page = Math.max(1, Math.floor(holder.clientHeight / 34) - 2), onTable = target === holder;
       const by = {j: 1, k: -1, ...(onTable && {ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -1e9, End: 1e9})}[key];
       if (by) actions.move(by);
-      else if (key === "Enter" && (onTable || target === document.body) && table.current !== undefined) go(table.current);
+      else if (key === "Enter" && (onTable || target.contains(root)) && table.current !== undefined) go(table.current);
       else return;
     }
     event.preventDefault();

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from legato.report.browser_pack import Pack
 
-GAIN, MATCH_COSINE = "kappa1_gain", "match_cosine"
-KAPPA_EXCESS = "kappa1_excess_within"
+HOLD, GAIN, MATCH_COSINE = "kappa1_hold", "kappa1_gain", "match_cosine"
+KAPPA_EXCESS, KAPPA_BEYOND_POSITION = "kappa1_excess_within", "kappa1_excess_cross"
 # The page makes these columns itself: an excess is the number less its null.
 _EXCESS = re.compile(r"^(ac|kappa)(\d+)_excess_(within|cross)$")
 _LAGGED = re.compile(r"^(ac|kappa)(\d+)(_within_null|_cross_null|_excess_within|_excess_cross)?$")
@@ -33,7 +33,8 @@ _KNOWN = {
     "offset_jaccard": ("offset Jaccard", "tokens it fires on before and after the text is shifted: 1 if the same"),
     "max_decoder_cosine_sim": ("nearest cosine", "cosine to the nearest other decoder row"),
     "cluster_name": ("kind", "cluster of latents, by their descriptors"),
-    GAIN: ("hold gained", "kappa excess less that of the best match in the baseline"),
+    HOLD: ("hold", "kappa at lag 1 beyond both nulls: what neither the document nor the position explains"),
+    GAIN: ("gain", "kappa excess less that of the best match in the baseline"),
     MATCH_COSINE: ("match cosine", "decoder cosine to the best match in the other arm"),
 }
 _SUFFIXES = {
@@ -66,7 +67,7 @@ def pack_columns(pack: Pack, table: Mapping[str, NDArray[Any]], kinds: Sequence[
 
     kinds: the clusters' names, which the column of names is given as numbers of.
     """
-    described_columns = []
+    described_columns: list[dict[str, Any]] = []
     for name, values_F in table.items():
         if name in _LEFT_OUT:
             continue
@@ -74,12 +75,12 @@ def pack_columns(pack: Pack, table: Mapping[str, NDArray[Any]], kinds: Sequence[
             measure, lag, null = made.groups()
             parts = [f"{measure}{lag}", f"{measure}{lag}_{null}_null"]
             if all(part in table for part in parts):
-                described_columns.append(described(name) | {"less": parts})
+                described_columns.append({**described(name), "less": parts})
                 continue
         if name == "cluster_name":
             numbers = {kind: number for number, kind in enumerate(kinds)}
             pack.add_indices(name, np.array([numbers.get(kind, -1) for kind in values_F]))
-        elif _LAGGED.match(name) or name in (GAIN, MATCH_COSINE):
+        elif _LAGGED.match(name) or name in (HOLD, GAIN, MATCH_COSINE):
             pack.add_fixed(name, values_F.astype(np.float64))
         else:
             pack.add_floats(name, values_F.astype(np.float64))

@@ -20,7 +20,14 @@ from numpy.typing import NDArray
 
 from legato.evaluation.features import read_features
 from legato.evaluation.strips import QUANTILES, WINDOW
-from legato.report.browser_columns import GAIN, KAPPA_EXCESS, MATCH_COSINE, pack_columns
+from legato.report.browser_columns import (
+    GAIN,
+    HOLD,
+    KAPPA_BEYOND_POSITION,
+    KAPPA_EXCESS,
+    MATCH_COSINE,
+    pack_columns,
+)
 from legato.report.browser_pack import Pack, binary_island, gaps
 from legato.report.browser_showcase import showcase
 from legato.report.missing import MissingResult
@@ -125,6 +132,8 @@ def pack_arm(
     """An arm's header for the page and its bytes. every: the arms it may be matched with. kinds: added to."""
     features = dict(one.features)
     matched = {other.arm.name: other for other in every if other.arm.name in one.strips.matches}
+    if KAPPA_EXCESS in features and KAPPA_BEYOND_POSITION in features:
+        features[HOLD] = np.minimum(features[KAPPA_EXCESS], features[KAPPA_BEYOND_POSITION])
     if one.arm.role != "baseline" and matched:
         features |= _against(one, next(iter(matched.values())))
     kinds += sorted({kind for kind in features.get("cluster_name", ()) if kind is not None} - set(kinds))
@@ -212,7 +221,7 @@ def _in_passages(one: BrowsedArm, matched: Mapping[str, BrowsedArm], context_len
     """Which firings lie in a passage of their latent, or of a latent of another arm whose match it is."""
     strips, N = one.strips, context_length
     latent_P = np.repeat(np.arange(strips.n_latents), strips.count_F)
-    own = [(np.arange(strips.n_latents), strips.centres)]
+    own: list[tuple[NDArray[Any], Mapping[str, NDArray[np.int32]]]] = [(np.arange(strips.n_latents), strips.centres)]
     own += [
         (other.strips.matches[one.arm.name][0], other.strips.centres)
         for other in matched.values()
@@ -236,10 +245,10 @@ def _in_passages(one: BrowsedArm, matched: Mapping[str, BrowsedArm], context_len
 def _profile(rate_FL: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Firing rate over position in POSITION_BINS bins, in 255ths of the latent's largest, and that largest."""
     edges = np.linspace(0, rate_FL.shape[1], min(POSITION_BINS, rate_FL.shape[1]) + 1).astype(int)
-    known_L = np.isfinite(rate_FL).any(0)
+    known_L = np.isfinite(rate_FL).sum(0) > 0
     rate_FK = np.stack(
         [
-            np.nanmean(rate_FL[:, a:b][:, known_L[a:b]], 1) if known_L[a:b].any() else np.zeros(len(rate_FL))
+            rate_FL[:, a:b].compress(known_L[a:b], 1).mean(1) if known_L[a:b].any() else np.zeros(len(rate_FL))
             for a, b in pairwise(edges)
         ],
         1,

@@ -5,7 +5,8 @@
   let measure = "kappa", forced = false;
 
   const FACTS = [
-    ["density", "firing rate"], ["kappa1_excess_within", "kappa 1 excess"], ["kappa1_excess_cross", "beyond position"],
+    ["density", "firing rate"], ["kappa1_hold", "hold"], ["kappa1_excess_within", "kappa 1 excess"],
+    ["kappa1_excess_cross", "beyond position"],
     ["half_life", "half-life, tokens"], ["run_length_ratio", "run length ratio"], ["eta2", "position eta²"],
     ["document_eta2", "document eta²"], ["token_mi_adjusted", "token share, adj."], ["offset_jaccard", "offset Jaccard"],
     ["mean_activation", "mean activation"],
@@ -68,7 +69,7 @@
       return made;
     }));
     return el("div", {class: "charts"},
-      figure("Activation, firings", B.densityChart(arm, latent)),
+      figure("Firings by activation", B.densityChart(arm, latent)),
       figure("Hold over lag ", B.lagChart(refs, measure), choice),
       figure("Firing rate by position", B.positionChart(arm, latent)),
       el("p", {class: "hint"}, "Hold: coloured as the arms; dashed, tokens shuffled inside each document; dotted, position alone."));

@@ -27,7 +27,7 @@ class Pack:
         self.header: dict[str, dict[str, Any]] = {}
         self._planes: list[bytes] = []
 
-    def add_bytes(self, name: str, values: NDArray[np.uint8]) -> None:
+    def add_bytes(self, name: str, values: NDArray[Any]) -> None:
         self._add(name, "u1", values.astype(np.uint8))
 
     def add_indices(self, name: str, values: NDArray[Any]) -> None:
@@ -72,8 +72,8 @@ def gaps(start_F: NDArray[np.int64], token_P: NDArray[np.int32]) -> NDArray[np.u
     gap_P = np.diff(token_P, prepend=0).astype(np.int64)
     first_F = start_F[:-1][np.diff(start_F) > 0]
     gap_P[first_F] = token_P[first_F]
-    n_bytes = 1 + sum((gap_P >> 7 * more > 0).astype(np.int64) for more in range(1, 5))
     place = np.arange(5)
+    n_bytes = np.maximum((gap_P[:, None] >> 7 * place > 0).sum(1), 1)
     digits = (gap_P[:, None] >> 7 * place) & 127
     digits |= 128 * (place < n_bytes[:, None] - 1)
     return digits[place < n_bytes[:, None]].astype(np.uint8)

@@ -53,6 +53,7 @@
       strip.append(token);
     }
     strip.style.setProperty("--own", refs[0].arm.colour);
+    if (refs[0].arm.baseline) strip.style.setProperty("--most", "30%");  // its colour is the text's
     return strip;
   };
 
@@ -121,19 +122,19 @@
     if (text !== null) made.textContent = text;
     return made;
   };
-  const frame = (label, top, low, bottomLabels) => {
+  const frame = (label, top, low, bottomLabels, counts = false) => {
     const chart = svg("svg", {viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": label, class: "chart"});
     const y = value => TOP + (top - value) / (top - low || 1) * (H - TOP - BOTTOM);
     const x = share => LEFT + share * (W - LEFT - RIGHT);
     chart.append(svg("line", {x1: LEFT, x2: W - RIGHT, y1: y(Math.max(low, 0)), y2: y(Math.max(low, 0)), class: "axis"}));
-    chart.append(svg("text", {x: LEFT - 5, y: y(top) + 6, class: "end"}, B.number(top)));
+    chart.append(svg("text", {x: LEFT - 5, y: y(top) + 6, class: "end"}, counts ? top.toLocaleString("en") : B.number(top)));
     chart.append(svg("text", {x: LEFT - 5, y: y(Math.max(low, 0)) + 4, class: "end"}, "0"));
     for (const [share, text] of bottomLabels)
       chart.append(svg("text", {x: x(share), y: H - 4, class: share === 0 ? "" : share === 1 ? "end" : "middle"}, text));
     return {chart, x, y};
   };
-  const bars = (label, values, top, bottomLabels, colour) => {
-    const {chart, x, y} = frame(label, top, 0, bottomLabels);
+  const bars = (label, values, top, bottomLabels, colour, counts = false) => {
+    const {chart, x, y} = frame(label, top, 0, bottomLabels, counts);
     values.forEach((value, i) => {
       if (value > 0) chart.append(svg("rect", {
         x: x(i / values.length) + 0.5, width: Math.max(1, (W - LEFT - RIGHT) / values.length - 1),
@@ -162,7 +163,7 @@
     const shape = [...arm.list("histogram", latent)], sum = shape.reduce((a, b) => a + b, 0), n = arm.arrays.firings[latent];
     const counts = shape.map(value => value / sum * n), most = arm.largest[latent];
     return bars(`Histogram of its ${n} activations, from 0 to ${B.number(most)}`, counts, Math.round(Math.max(...counts)),
-      [[0, "0"], [1, B.number(most)]], arm.colour);
+      [[0, "0"], [1, B.number(most)]], arm.colour, true);
   };
   B.positionChart = (arm, latent) => {
     const shape = [...arm.list("profile", latent)];

@@ -47,37 +47,39 @@
     return {found, times};
   }
 
-  // Which latents the term means, and the share of each one's activation that lies on it.
+  // Which latents the term means, and how well each fits it: the harmonic mean of the share of its activation that lies
+  // on the term and the share of the term's tokens on which it fires.
   function searched(term, arm) {
-    const {found, times} = places(term), share = new Float32Array(arm.latents), fits = new Uint8Array(arm.latents);
+    const {found, times} = places(term), fit = new Float32Array(arm.latents), means = new Uint8Array(arm.latents);
+    const size = found.reduce((sum, one) => sum + one, 0);
     const number = /^#?\d+$/.test(term) ? +term.replace("#", "") : -1;
     for (let i = 0; i < arm.latents; i++) {
-      let on = 0, all = 0;
+      let on = 0, all = 0, hits = 0;
       for (let p = arm.starts[i]; p < arm.starts[i + 1]; p++) {
         const level = arm.level(p);
         all += level;
-        if (found[arm.positions[p]]) on += level;
+        if (found[arm.positions[p]]) { on += level; hits++; }
       }
-      share[i] = all ? on / all : 0;
+      const share = all ? on / all : 0;
+      fit[i] = number === i ? 2 : hits ? 2 / (1 / share + size / hits) : 0;  // a latent asked for comes first
       const named = number === i || arm.kind(i).toLowerCase().startsWith(term);
-      fits[i] = named || share[i] >= FEWEST_SHARE || arm.list("top", i).some(centre => centre >= 0 && found[centre]);
-      if (number === i) share[i] = 2;  // first of all
+      means[i] = named || share >= FEWEST_SHARE || arm.list("top", i).some(centre => centre >= 0 && found[centre]);
     }
-    return {share, fits, times};
+    return {fit, means, times};
   }
 
-  // {rows, share, told} for a query: the latents that satisfy all of it; told: what was understood, for the reader.
+  // {rows, fit, told} for a query: the latents that satisfy all of it; told: what was understood, for the reader.
   B.search = (query, arm) => {
     const {terms, filters, wrong} = parsed(query, arm);
     const results = terms.map(term => searched(term, arm));
     const rows = [];
     for (let i = 0; i < arm.latents; i++)
-      if (results.every(({fits}) => fits[i]) && filters.every(filter => filter(i))) rows.push(i);
-    const share = results.length ? Float32Array.from({length: arm.latents}, (_, i) => Math.min(...results.map(r => r.share[i]))) : null;
+      if (results.every(({means}) => means[i]) && filters.every(filter => filter(i))) rows.push(i);
+    const fit = results.length ? Float32Array.from({length: arm.latents}, (_, i) => Math.min(...results.map(r => r.fit[i]))) : null;
     const told = [`${rows.length.toLocaleString("en")} of ${arm.latents.toLocaleString("en")} latents`,
       ...terms.map((term, i) => /^#?\d+$/.test(term) && !results[i].times ? "" : `“${term}” is in the text ${results[i].times} ×`),
       ...wrong.map(part => `“${part}” is no condition on a column`)].filter(Boolean).join(" · ");
-    return {rows, share, told};
+    return {rows, fit, told};
   };
 
   // Rows in the order of a column, latents without a value last.

@@ -34,10 +34,8 @@ class ShownText:
 
         def opened() -> ShownText:
             table = pq.read_table(path)
-            return cls(
-                *(table[name].to_numpy() for name in ("token", "text", "doc", "valid")),
-                context_length=int(table.schema.metadata[b"context_length"]),
-            )
+            token_N, text_N, doc_N, valid_N = (table[name].to_numpy() for name in ("token", "text", "doc", "valid"))
+            return cls(token_N, text_N, doc_N, valid_N, int(table.schema.metadata[b"context_length"]))
 
         return _opening(path, opened)
 
