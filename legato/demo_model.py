@@ -94,7 +94,10 @@ def one_line(error: Exception) -> str:
 def _is_whole(folder: Path) -> bool:
     try:
         checksums = json.loads(Path(folder, MANIFEST).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
+        return False
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    if not isinstance(checksums, dict) or not checksums or {*checksums, MANIFEST} != files:
         return False
     return sha256_files(folder / name for name in checksums) == list(checksums.values())
 

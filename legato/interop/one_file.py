@@ -31,6 +31,8 @@ def read_one_file(path: Path) -> StoredSAE:
         raise LegatoError(f"{path} is damaged: its header does not say what SAE it is") from error
     if str(architecture) not in WEIGHT_SHAPES or not isinstance(details, dict):
         raise LegatoError(f"{path} holds architecture {architecture!r}; can be read: {', '.join(WEIGHT_SHAPES)}")
+    if strange := sorted(header.keys() - {"architecture", "details", *NUMBERS.get(architecture, ())}):
+        raise LegatoError(f"{path} is damaged, or of a later version: its header holds {strange[0]!r}")
     weights = read_safetensors(path)
     if digest not in (None, _digest_of(header, weights)):
         raise LegatoError(f"{path} is damaged, or was changed after it was saved: save the SAE again")

@@ -35,6 +35,7 @@ from legato.interop.untrusted import as_dict, read_json, read_safetensors, write
 CFG_FILENAME = "cfg.json"
 WEIGHTS_FILENAME = "sae_weights.safetensors"
 LEGATO_FILENAME = "legato.json"
+FORMAT_KEY, FORMAT = "format", "legato-sae-1"
 CHECKSUMS_KEY = "sha256"  # in legato.json: of the two files beside it, and of the rest of itself
 
 # The layout written here. SAELens parses a folder whose metadata.sae_lens_version is below 6 as its older, flat layout.
@@ -159,9 +160,7 @@ def write_saelens_folder(
         save_file(weights, folder / WEIGHTS_FILENAME)
         write_json(folder / CFG_FILENAME, cfg)
         if legato is not None:
-            sums = {name: sha256_file(folder / name) for name in (CFG_FILENAME, WEIGHTS_FILENAME)}
-            sums[LEGATO_FILENAME] = _digest_of(legato)
-            write_json(folder / LEGATO_FILENAME, {**legato, CHECKSUMS_KEY: sums})
+            write_json(folder / LEGATO_FILENAME, {**legato, **_seal(folder, legato)})
     return path
 
 
@@ -214,26 +213,30 @@ def read_saelens_folder(path: str | Path) -> SAELensFolder:
 
 
 def _read_legato(folder: Path) -> dict[str, Any] | None:
-    """legato.json less its checksums, which what lies beside it must match; None where there is none."""
+    """legato.json less its seal, which it and what lies beside it must match; None where there is none."""
     if not (folder / LEGATO_FILENAME).is_file():
         return None
-    legato = read_json(folder / LEGATO_FILENAME)
-    sums = legato.pop(CHECKSUMS_KEY, None)
-    if sums is None:  # of an earlier version, or taken out by who changed a file
+    content = read_json(folder / LEGATO_FILENAME)
+    legato = {key: value for key, value in content.items() if key not in (FORMAT_KEY, CHECKSUMS_KEY)}
+    if len(legato) == len(content):  # of an earlier version, or taken out by who changed a file
         return legato
-    found = {name: sha256_file(folder / name) for name in (CFG_FILENAME, WEIGHTS_FILENAME)}
-    found[LEGATO_FILENAME] = _digest_of(legato)
-    for name, digest in found.items():
-        if as_dict(sums).get(name) != digest:
+    sums, format_of = as_dict(content.get(CHECKSUMS_KEY)), content.get(FORMAT_KEY)
+    if sums and format_of not in (None, FORMAT):
+        raise LegatoError(f"{folder / LEGATO_FILENAME} is of format {format_of!r}, not {FORMAT!r}: use a newer legato")
+    for name, digest in _seal(folder, legato)[CHECKSUMS_KEY].items():
+        if format_of is None or sums.get(name) != digest:
             raise LegatoError(
                 f"{folder / name} is damaged, or not what was saved with this {LEGATO_FILENAME}: save the SAE again, "
-                f"or take {CHECKSUMS_KEY!r} out of {LEGATO_FILENAME} to read it as it is"
+                f"or take {FORMAT_KEY!r} and {CHECKSUMS_KEY!r} out of {LEGATO_FILENAME} to read it as it is"
             )
     return legato
 
 
-def _digest_of(legato: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(legato, sort_keys=True).encode()).hexdigest()
+def _seal(folder: Path, legato: Mapping[str, Any]) -> dict[str, Any]:
+    """What legato.json says beside its content: its format, and the SHA-256 of its content and of the files."""
+    own = hashlib.sha256(json.dumps(legato, sort_keys=True).encode()).hexdigest()
+    sums = {name: sha256_file(folder / name) for name in (CFG_FILENAME, WEIGHTS_FILENAME)}
+    return {FORMAT_KEY: FORMAT, CHECKSUMS_KEY: {LEGATO_FILENAME: own, **sums}}
 
 
 def _details(metadata: Mapping[str, Any], saved_as: str) -> dict[str, Any]:
