@@ -32,6 +32,7 @@ from legato.sparsity import (
     TopK,
     WindowTopK,
 )
+from legato.sparsity.base import OPENING
 from legato.step import Parameters, TrainBatch, Workspace, auxiliary_loss, forward_backward
 
 B, L, D, F = 6, 20, 24, 64
@@ -372,6 +373,10 @@ def test_every_gradient_equals_dense_autograd(sparsity, terms, with_dead, groups
         valid_N = mask_BL.flatten()
         aux = auxiliary_loss(batch.x_ND[valid_N], residual_ND[valid_N].detach(), dead, CONFIG.aux_k)
         loss = loss + CONFIG.aux_coefficient * aux
+        if isinstance(sparsity, JumpReLU):
+            loss = loss + OPENING * leaves.own["log_threshold_F"][dead_F].exp().sum()
+        if isinstance(sparsity, Gated):
+            loss = loss - OPENING * leaves.own["b_gate_F"][dead_F].sum()
     loss.backward()
 
     assert result.loss == pytest.approx(float(loss.detach()), rel=1e-12)

@@ -20,6 +20,20 @@ from legato.sparsity.preactivations import Preactivations
 Array = NDArray[Any]
 
 
+# Weight of `opening`: small beside the other gradients even where all latents are dead; Adam makes steps of it anyway.
+OPENING = 1e-4
+
+
+def opening(threshold_F: Array, dead_F: Array) -> dict[str, float]:
+    """The loss term OPENING * (sum of the thresholds of dead latents), where latents learn thresholds of their own.
+
+    The auxiliary loss teaches dead latents directions, but not to fire: above its threshold a silent latent gets no
+    gradient. The pre-activation loss of Conerly et al. 2025 (Transformer Circuits, January update) does the same
+    through the pre-activations.
+    """
+    return {"opening": OPENING * float(threshold_F[dead_F].sum(dtype=np.float64))} if dead_F.any() else {}
+
+
 @dataclass(frozen=True)
 class Decoding:
     """What the decoder made of the active pairs, and where the gradients go.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from legato import kernels, pair_kernels
 from legato.kernels import Array, Pairs
-from legato.sparsity.base import Decoding, Forward, Sparsity
+from legato.sparsity.base import OPENING, Decoding, Forward, Sparsity, opening
 from legato.sparsity.preactivations import Preactivations, budget_threshold
 
 # The logarithm of the coefficient follows the relative excess of L0, cut to -1..1: its sum over the steps (integral),
@@ -29,7 +29,8 @@ class Gated(Sparsity):
     The gate learns from an L1 penalty on relu(gate), on the scale of ReLU.l1, and from a reconstruction of its own, by
     relu(gate) through the decoder as it stands. With k the coefficient of L1, which starts at l1, is steered: it grows
     while L0 exceeds k and shrinks while it is below. The first batch starts all gates where L0 is k, or 32 without.
-    Under Matryoshka groups both reconstructions are nested.
+    A closed gate gets no gradient from either, so those of dead latents are opened (`opening`). Under Matryoshka groups
+    both reconstructions are nested.
     """
 
     l1: float = 1.0
@@ -56,7 +57,7 @@ class Gated(Sparsity):
         excess = 0.0 if self.k is None else len(pairs.value_P) / pre.n_valid / self.k - 1
         excess = float(np.clip(excess, -1, 1))
         l1 = self.l1 * float(np.exp(memory + _PROPORTIONAL * excess))
-        return _Gates(pairs, memory + _INTEGRAL * excess, gates, code > 0, gain_F, pre.b_enc_F, l1)
+        return _Gates(pairs, memory + _INTEGRAL * excess, gates, code > 0, gain_F, pre.b_enc_F, b_gate_F, l1)
 
     def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
         forward = self.forward(pre, floor, progress)
@@ -73,6 +74,7 @@ class _Gates(Forward):
     active_J: Array
     gain_F: Array
     b_enc_F: Array
+    b_gate_F: Array
     l1: float
 
     def backward(self, decoding: Decoding) -> tuple[dict[str, float], float]:
@@ -93,8 +95,10 @@ class _Gates(Forward):
         )
         squared = d.apart(gates._replace(value_P=by_product_J), pair_kernels.sum_by_latent(latent_P, code_P, F))
         errors_G = squared_GN.sum(1, dtype=np.float64)
+        d.gradients["b_gate_F"][d.seeded_F] -= OPENING
         terms = {
             "sparsity": slope * float(gates.value_P.sum(dtype=np.float64)),
+            **opening(-self.b_gate_F, d.seeded_F),
             "gate": float(d.groups.weights_G @ errors_G) / (D * d.n_valid),
         }
         return terms, squared

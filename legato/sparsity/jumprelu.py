@@ -13,7 +13,7 @@ from torch import Tensor
 
 from legato import kernels, pair_kernels
 from legato.kernels import Array, Pairs
-from legato.sparsity.base import Decoding, Forward, Sparsity
+from legato.sparsity.base import OPENING, Decoding, Forward, Sparsity, opening
 from legato.sparsity.preactivations import Preactivations, budget_threshold
 
 
@@ -24,7 +24,8 @@ class JumpReLU(Sparsity):
     The thresholds learn, as logarithms, from the reconstruction and from the penalty strength * (L0 / k - 1)^2, which
     holds L0 at k; the step at the threshold passes gradient as if it were a slope of width `bandwidth` (straight-
     through estimator, rectangle kernel; in normalised units, where an activation has unit mean square). Temporal terms
-    move the codes and leave the thresholds alone. The first batch starts all thresholds where L0 is k.
+    move the codes and leave the thresholds alone; those of dead latents, which no band reaches any more, are lowered
+    (`opening`). The first batch starts all thresholds where L0 is k.
     """
 
     k: int
@@ -77,4 +78,7 @@ class _Jumped(Forward):
         of_active = 2 * strength * excess / (k * decoding.n_valid)
         total_F = pair_kernels.sum_by_latent(self.latent_J, of_code_J + of_active, len(self.threshold_F))
         decoding.gradients["log_threshold_F"][:] = -self.threshold_F / self.sparsity.bandwidth * total_F
-        return {"sparsity": strength * excess**2}, decoding.through_codes(decoding.slope_Q)
+        dead_F = decoding.seeded_F
+        decoding.gradients["log_threshold_F"][dead_F] += OPENING * self.threshold_F[dead_F]
+        terms = {"sparsity": strength * excess**2, **opening(self.threshold_F, dead_F)}
+        return terms, decoding.through_codes(decoding.slope_Q)
