@@ -7,6 +7,7 @@ and then its line in the manifest, only when it is whole and on the disk.
 Shape legend: B rows (contexts), L positions, D width.
 """
 
+import hashlib
 import json
 import os
 import queue
@@ -59,7 +60,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """key: SHA-256 of everything that determines the activations. provenance: the same for people, json-able."""
+    """key: SHA-256 of everything that determines the activations. provenance: the same for people, json-able.
+
+    rank: of several that write one store, each notes what it finishes in a manifest of its own, until `united`.
+    """
 
     key: str
     n_rows: int
@@ -69,6 +73,7 @@ class Manifest:
     rows_per_shard: int
     provenance: dict[str, Any]
     shards: dict[str, Shard]
+    rank: int = 0
 
     @classmethod
     def new(
@@ -79,21 +84,44 @@ class Manifest:
         return cls(key, n_rows, context_length, d_in, _DTYPE_NAMES[dtype], rows_per_shard, provenance, {})
 
     @classmethod
-    def read(cls, path: Path) -> "Manifest | None":
+    def read(cls, path: Path, rank: int = 0) -> "Manifest | None":
         """The manifest of a store, None where there is none yet; LegatoError for one that cannot be understood."""
         try:
-            content = json.loads((path / MANIFEST).read_text())
-            if content.pop("format") != FORMAT:
+            content = json.loads((path / _manifest_name(rank)).read_text())
+            digest = content.pop("sha256", None)  # earlier versions wrote none
+            if content["format"] != FORMAT:
                 raise LegatoError(f"{path} was written by another version of legato: delete it and harvest again")
+            if digest not in (None, _digest_of(content)):
+                raise LegatoError(f"{path / MANIFEST} is damaged: delete {path} and harvest again")
+            del content["format"]
             shards = {name: Shard(**shard) for name, shard in content.pop("shards").items()}
-            return cls(**content, shards=shards)
+            return cls(**content, shards=shards, rank=rank)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise LegatoError(f"{path / MANIFEST} cannot be read ({error}): delete {path} and harvest again") from error
 
+    @classmethod
+    def united(cls, path: Path) -> "Manifest | None":
+        """As `read`, with what other ranks have finished noted there too, and their own manifests gone."""
+        manifest = cls.read(path)
+        others = list(path.glob(_manifest_name("*")))
+        if manifest is None or not others:
+            return manifest
+        for other in others:
+            found = cls.read(path, rank=int(other.name.split("_")[1].split(".")[0]))
+            if found is not None and found.key == manifest.key:
+                manifest.shards.update(found.shards)
+        manifest.write(path)
+        for other in others:
+            other.unlink()
+        return manifest
+
     def write(self, path: Path) -> None:
-        write_atomically(path / MANIFEST, json.dumps({"format": FORMAT, **asdict(self)}, indent=1).encode())
+        content = {"format": FORMAT, **asdict(self), "shards": {n: asdict(self.shards[n]) for n in sorted(self.shards)}}
+        del content["rank"]
+        content["sha256"] = _digest_of(content)
+        write_atomically(path / _manifest_name(self.rank), json.dumps(content, indent=1).encode())
 
     @property
     def is_whole(self) -> bool:
@@ -112,6 +140,10 @@ class Manifest:
         """Shards named here whose file is missing or not what was written."""
         digests = sha256_files(path / name for name in self.shards)
         return [name for name, digest in zip(self.shards, digests, strict=True) if digest != self.shards[name].sha256]
+
+
+def _manifest_name(rank: int | str) -> str:
+    return f"manifest_{rank}.json" if rank else MANIFEST
 
 
 @dataclass(frozen=True)
@@ -411,6 +443,10 @@ def _runs(rows: np.ndarray, rows_per_shard: int) -> Iterator[tuple[int, int, int
     edges = [0, *breaks.tolist(), len(rows)]
     for start, end in pairwise(edges):
         yield start, end - start, int(shard_of[start]), int(rows[start] % rows_per_shard)
+
+
+def _digest_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

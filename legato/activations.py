@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from legato import distributed
 from legato.activation_store import (
     FORMAT,
     ActivationBatch,
@@ -272,7 +273,7 @@ class ActivationStream:
     def _claim_store(self, path: Path) -> Manifest:
         """The manifest of this stream's store at `path`, less what is damaged there; a new one in an empty folder."""
         key = self.key()
-        manifest = Manifest.read(path)
+        manifest = Manifest.united(path)
         if manifest is None:
             if any(entry.name != LOCK for entry in path.iterdir()):
                 raise UsageError(f"{path} is not empty and holds no activations: choose another folder")
@@ -298,6 +299,12 @@ class ActivationStream:
             del manifest.shards[name]
         return manifest
 
+    def _claim_together(self, path: Path) -> Manifest:
+        """The same for all ranks: one looks, each gets a manifest of its own, as does what it finishes."""
+        manifest = distributed.from_writer(lambda: self._claim_store(path))
+        self._median_norm = manifest.provenance["median_norm"]
+        return replace(manifest, rank=distributed.rank())
+
     def _fill_store(
         self,
         path: Path,
@@ -305,17 +312,21 @@ class ActivationStream:
         batch_rows: int = BATCH_ROWS,
         progress: Callable[[int], None] = lambda rows_done: None,
     ) -> None:
-        """Compute the rows of every shard that the manifest lacks."""
-        names = manifest.shard_names
-        lacking = [np.asarray(manifest.rows_of(n)) for n, name in enumerate(names) if name not in manifest.shards]
-        if not lacking:
-            return
-        rows = np.concatenate(lacking)
+        """Compute the rows of every shard that the manifest lacks; of several ranks each its share of the shards.
+
+        A forward pass stays inside a shard, so that the rows which keep each other company there, on which the last bit
+        may depend, are the same whoever computes the shard and whatever was there before.
+        """
+        lacking = [n for n, name in enumerate(manifest.shard_names) if name not in manifest.shards]
+        done = self.n_rows - sum(len(manifest.rows_of(number)) for number in lacking)
         with StoreWriter(path, manifest) as writer:
-            for start in range(0, len(rows), batch_rows):
-                part = rows[start : start + batch_rows]
-                writer.put(part, *self.compute(part))
-                progress(self.n_rows - len(rows) + start + len(part))
+            for number in distributed.mine(lacking):
+                rows = np.asarray(manifest.rows_of(number))
+                for start in range(0, len(rows), batch_rows):
+                    part = rows[start : start + batch_rows]
+                    writer.put(part, *self.compute(part))
+                    done += len(part) * distributed.size()
+                    progress(min(done, self.n_rows))
 
     def _provenance(self) -> dict[str, Any]:
         return {
@@ -347,15 +358,18 @@ def harvest(
 
     path: folder of the store; by default one in the cache, named by what determines the activations.
     batch_rows: rows a forward pass. outlier_factor: positions whose norm exceeds that many median norms are masked.
-    progress: told the number of rows done.
+    progress: told the number of rows done. Of several ranks each computes its share of the shards; they must see the
+    same folder.
     Raises UsageError for a folder with other content and for a layer or site that does not exist, LegatoError for
     activations that are not finite, rows without text and a disk that cannot be written.
     """
     stream = ActivationStream(language_model, tokens, layer=layer, site=site, outlier_factor=outlier_factor)
     folder = cache_dir() / "activations" / stream.key()[:32] if path is None else Path(path)
-    with _locked(folder):
-        manifest = stream._claim_store(folder)
+    with distributed.held_by_writer(_locked(folder)):
+        manifest = stream._claim_together(folder)
         stream._fill_store(folder, manifest, batch_rows, progress)
+        distributed.barrier()
+        distributed.from_writer(lambda: Manifest.united(folder))
     return ActivationStore.open(folder, verify=False)
 
 

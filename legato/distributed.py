@@ -84,7 +84,7 @@ def _divide_threads(ranks: int) -> None:
     asked = os.environ.get("OMP_NUM_THREADS", "1")
     own = int(asked) if asked.isdigit() and int(asked) > 1 else max(1, len(os.sched_getaffinity(0)) // ranks)
     torch.set_num_threads(own)
-    numba.set_num_threads(min(own, numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(min(own, numba.get_num_threads()))
 
 
 @contextmanager

@@ -141,8 +141,8 @@ def test_outliers_are_masked_and_counted(model: Any, tmp_path: Path) -> None:
 
 def test_a_second_harvest_uses_the_first(model: Any, tmp_path: Path) -> None:
     told: list[int] = []
-    first = harvest(model, token_set(), layer=3, path=tmp_path, batch_rows=10, progress=told.append)
-    assert told == [10, 20, 23]
+    first = harvest(model, token_set(), layer=3, path=tmp_path, batch_rows=4, progress=told.append)
+    assert told == [4, 5, 9, 10, 14, 15, 19, 20, 23]  # shards of 5 rows
     assert model.rows == 23
     second = harvest(model, token_set(), layer=3, path=tmp_path)
     assert model.rows == 23
