@@ -33,7 +33,7 @@ def exchange() -> None:
         distributed.all_reduce(third)
         assert third.tolist() == [sum(1 / 3 + other for other in range(size)), size * 2.0**60]
         assert distributed.from_writer(lambda: os.getpid()) == distributed.gather(os.getpid())[0]
-        assert sorted(sum(distributed.gather(distributed.mine(range(7))), [])) == list(range(7))
+        assert sorted(n for part in distributed.gather(distributed.mine(range(7))) for n in part) == list(range(7))
         both = distributed.merged({"a": {rank: 1}, "n": 5})
         assert both == {"a": dict.fromkeys(range(size), 1), "n": 5}
 
@@ -94,7 +94,7 @@ def harvest_to(model: Path, path: Path, killed: bool = False) -> None:
     with distributed.joined():
 
         def progress(done: int) -> None:
-            if killed and done > 12:
+            if killed and distributed.rank() == 1 and done > 12:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         with torch.no_grad():
