@@ -90,10 +90,11 @@ def kinds_of_latents(run: SavedRun) -> Figure:
 
 def redundancy_map(run: SavedRun) -> Figure:
     """Excess correlation of the latents most involved in pairs, clustered: at lag 0 above, one token later below."""
-    maps = {arm.name: stored for arm in run.highlighted if len((stored := run.redundancy_map(arm.name)).get("c", ()))}
+    saved = {arm.name: run.redundancy_map(arm.name) for arm in run.highlighted}
+    maps = {name: stored for name, stored in saved.items() if len(stored.get("latents", ())) > 1}
     maps = dict(list(maps.items())[:_SHOWN])
     if not maps:
-        raise MissingResult("no clustered correlation map (redundancy/<arm>.npz) was saved")
+        raise MissingResult("no arm has saved a map of correlated latents with something in it (redundancy/<arm>.npz)")
     panel = WIDTH / max(2.4, len(maps))
     figure = Figure(figsize=(max(panel * len(maps), 4.0), 2 * panel + 0.9))
     axes = figure.subplots(2, len(maps), squeeze=False)
