@@ -27,13 +27,13 @@
   const columns = () => {
     const {arm} = state;
     const numeric = ({name, heading, meaning, values}) =>
-      ({name, heading, meaning, width: 5, values, cell: i => B.number(values[i])});
+      ({name, heading, meaning, width: 4.6, values, cell: i => B.number(values[i])});
     const listed = [...new Set([...FIRST, ...state.more])].map(name => arm.byName[name]).filter(Boolean);
     const tokens = i => B.pieces(arm.peaks(i).slice(0, 3));
     const shown = listed.filter(({name}) => name !== "cluster_name").map(numeric);
     const result = [
       {name: "latent", heading: "latent", width: 4.2, values: Int32Array.from({length: arm.latents}, (_, i) => i), cell: String},
-      {name: "tokens", heading: "strongest on", text: true, width: 11, cell: tokens,
+      {name: "tokens", heading: "strongest on", text: true, width: 9.5, cell: tokens,
         meaning: "the tokens at the centres of its strongest passages"},
     ];
     if (found.fit) result.push({
@@ -41,14 +41,16 @@
       meaning: "harmonic mean of the share of its activation on what you search for and the share of those tokens where it fires",
     });
     if (arm.byName.cluster_name) result.push({
-      name: "cluster_name", heading: "kind", text: true, width: 6, values: arm.byName.cluster_name.values,
+      name: "cluster_name", heading: "kind", text: true, width: 5, values: arm.byName.cluster_name.values,
       cell: i => arm.kind(i) || "–", meaning: arm.byName.cluster_name.meaning,
     });
     result.push({
-      name: "firings", heading: "firings", width: 4.6, values: arm.arrays.firings, meaning: "on the text shown",
+      name: "firings", heading: "firings", width: 4.2, values: arm.arrays.firings, meaning: "on the text shown",
       cell: i => arm.arrays.firings[i].toLocaleString("en"),
     });
-    return result.concat(shown);
+    const ahead = ({name}) => name === "kappa1_hold" || name === "kappa1_gain";
+    result.splice(found.fit ? 3 : 2, 0, ...shown.filter(ahead));
+    return result.concat(shown.filter(column => !ahead(column)));
   };
 
   // Small counts make extreme numbers, so with nothing asked for, latents that fire rarely come after the others.
@@ -162,6 +164,7 @@
       else if (target === search) { search.value = ""; refresh(); holder.focus({preventScroll: true}); }
       else return;
     } else if (target === search && (key === "ArrowDown" || key === "Enter")) {
+      refresh();  // what was typed a moment ago counts
       holder.focus({preventScroll: true});
       if (key === "Enter" && table.current !== undefined) go(table.current);
     } else if (writes) return;
