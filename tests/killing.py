@@ -138,6 +138,16 @@ def _scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 
+def differences(one: Any, other: Any, path: str = "") -> list[str]:
+    """Where two trees of results are not the same."""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return [found for key in one for found in differences(one[key], other[key], f"{path}/{key}")]
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = enumerate(zip(one, other, strict=True))
+        return [found for place, pair in pairs for found in differences(*pair, f"{path}/{place}")]
+    return [] if one == other else [f"{path}: {str(one)[:80]} instead of {str(other)[:80]}"]
+
+
 def _timeless(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: _timeless(entry) for key, entry in tree.items() if key not in TIMES}
