@@ -1,3 +1,4 @@
+import tracemalloc
 from dataclasses import replace
 
 import numba
@@ -346,3 +347,20 @@ def test_collapse_names_what_fell():
     assert "51 of 100 latents are dead" in str(collapse(start, {**start, "group_dead": 51.0}))
     nothing = {**start, "group_l0": 0.0, "group_mass_share": 0.0}
     assert collapse(nothing, nothing) is None
+
+
+@pytest.mark.parametrize("make", [WindowVariance, Slowness, WindowGroupLasso])
+def test_a_window_costs_no_memory(make):
+    """Running sums: with windows of 64 a term allocates what it does with windows of 2 (unfolded copies would be 32
+    times as large)."""
+    codes_BLF, mask_BL, doc_BL = example(B=8, L=128, F=64)
+    order, layout = sparse_inputs(codes_BLF), SequenceLayout.of(mask_BL, doc_BL)
+    peaks = []
+    for window in (2, 64):
+        term = make(window, 1.0)
+        term.sparse(order, layout, 0)  # compiled outside of what is measured
+        tracemalloc.start()
+        term.sparse(order, layout, 0)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.05 * peaks[0]
