@@ -31,7 +31,7 @@ def run_experiment(config: ExperimentConfig, options: RunOptions, interrupts: In
         if not checkpoint.goes_on(activations.key):
             run.begin(config, activations.provenance)
             checkpoint.begin(activations.key)
-        bank = train_arms(config, activations, run, checkpoint)
+        bank = train_arms(config, activations, run, checkpoint, wandb=options.wandb)
         evaluate_arms(config, bank, activations, model, run, checkpoint)
         write_ablation(run.root)
         write_matched(run.root)

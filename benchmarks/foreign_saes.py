@@ -21,10 +21,10 @@ F, K, STEPS, BATCH = 1024, 32, 200, 512
 SAELENS = {
     "standard": {"l1_coefficient": 4.0},
     "topk": {"k": K},
-    "batchtopk": {"k": float(K)},
+    "batchtopk": {"k": float(K), "topk_threshold_lr": 0.1},
     "jumprelu": {"l0_coefficient": 0.3, "jumprelu_bandwidth": 0.5, "jumprelu_init_threshold": 0.05},
     "gated": {"l1_coefficient": 4.0},
-    "matryoshka_batchtopk": {"k": float(K), "matryoshka_widths": [F // 8, F // 2, F]},
+    "matryoshka_batchtopk": {"k": float(K), "topk_threshold_lr": 0.1, "matryoshka_widths": [F // 8, F // 2, F]},
 }
 DICTIONARY_LEARNING = ("standard", "top_k", "batch_top_k", "jumprelu", "gdm", "matryoshka_batch_top_k")
 MAKERS = (
@@ -230,7 +230,7 @@ def opened(maker, folder):
         return open_dictionary_learning(folder)
     if maker == "temporal_saes":
         return open_temporal_saes(folder)
-    return OpenSparsify(folder) if maker == "sparsify" else open_gemma_scope(folder)
+    return OpenSparsify(folder) if maker.startswith("sparsify") else open_gemma_scope(folder)
 
 
 def make(maker, train_ND, folder):

@@ -223,6 +223,25 @@ class ExperimentConfig:
 
 _SINGLE: dict[str, Any] = {"ablation": False, "controls": ()}
 
+# Widths, layers and texts as published SAEs of these models have them, so that numbers can be set side by side.
+_PILE: dict[str, Any] = {
+    "dataset": "monology/pile-uncopyrighted",
+    "corpus_tokens": 20_000_000,  # 20 to 31 GB of stored activations
+    "tokens": 100_000_000,
+    "d_sae": 16_384,
+    "lr": 5e-4,
+    "ablation": False,
+}
+_GEMMA_2_2B: dict[str, Any] = {
+    **_PILE,
+    "model": "google/gemma-2-2b",
+    "corpus_tokens": 50_000_000,
+    "tokens": 200_000_000,
+    "k": 64,
+    "lr": 3e-4,
+    "store": False,  # 230 GB otherwise
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
     "smoke": {
@@ -243,24 +262,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "d_sae": 24_576,
         "lr": 5e-4,
     },
-    "gemma-2-2b": {
-        "model": "google/gemma-2-2b",
-        "layer": 12,
-        "dataset": "monology/pile-uncopyrighted",
-        "corpus_tokens": 50_000_000,
-        "tokens": 200_000_000,
-        "d_sae": 16_384,
-        "k": 64,
-        "lr": 3e-4,
-    },
-    "pythia-70m": {
-        "model": "EleutherAI/pythia-70m-deduped",
-        "dataset": "monology/pile-uncopyrighted",
-        "corpus_tokens": 20_000_000,
-        "tokens": 100_000_000,
-        "d_sae": 16_384,
-        "lr": 5e-4,
-    },
+    "gemma-2-2b": {**_GEMMA_2_2B, "layer": 12},
+    "gemma-2-2b-layer19": {**_GEMMA_2_2B, "layer": 19},
+    "gemma-3-270m": {**_PILE, "model": "google/gemma-3-270m", "layer": 9, "lr": 1e-3},
+    "pythia-70m": {**_PILE, "model": "EleutherAI/pythia-70m-deduped", "layer": 3},
+    "pythia-160m": {**_PILE, "model": "EleutherAI/pythia-160m-deduped", "layer": 8},
     # The founding plan's runs, on the demo.
     "baseline": {"temporal": (), **_SINGLE},
     "window8": {"temporal": ("window_variance",), "window": 8, "coefficient": 0.1, **_SINGLE},
@@ -278,6 +284,7 @@ class RunOptions:
     debug: bool = False
     resume: bool = False
     checkpoint_minutes: float = 5.0
+    wandb: str = ""
 
     def __post_init__(self) -> None:
         _not_empty("out_dir", self.out_dir, "name a folder")
@@ -305,6 +312,9 @@ def parse(arguments: Sequence[str]) -> tuple[ExperimentConfig, RunOptions]:
         type=float,
         default=RunOptions.checkpoint_minutes,
         help="minutes of training between two saved states, 0 for every step (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--wandb", default="", metavar="PROJECT", help="log to this Weights & Biases project too (WANDB_MODE=offline)"
     )
     for stage in _stages().values():
         group = parser.add_argument_group(stage.__name__, (stage.__doc__ or "").strip())

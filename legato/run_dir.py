@@ -149,6 +149,7 @@ class RunDir:
             "redundancy",
             "strips",
             "tensorboard",
+            "wandb",
             "figures",
         ):
             shutil.rmtree(self.root / folder, ignore_errors=True)

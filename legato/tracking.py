@@ -8,17 +8,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from legato import distributed
 
 _SECONDS_BETWEEN_LINES = 15.0
 
 
 def say(text: str) -> None:
-    """One line for the person who watches."""
-    print(text, flush=True)
+    """One line for the person who watches; of several ranks only the writer's is said."""
+    if distributed.is_writer():
+        print(text, flush=True)
 
 
 @contextmanager
@@ -26,7 +29,7 @@ def progress_bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yields a function that takes the number of units done: a bar on a terminal, a plain line now and then
     otherwise."""
     console = Console(file=sys.stdout)
-    if console.is_terminal:
+    if console.is_terminal and distributed.is_writer():
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console) as progress:
             task = progress.add_task(name, total=total)
@@ -44,18 +47,27 @@ def progress_bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
     yield plain
 
 
+class Tracker(Protocol):
+    """Takes what log.jsonl takes."""
+
+    def __call__(self, record: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class RunLog:
-    """Appends one record per logged step to log.jsonl and, where TensorBoard is installed, to its event files.
+    """Appends one record per logged step to log.jsonl, to TensorBoard where it is installed, and hands it to `also`.
 
     steps_done: where training goes on after that many; TensorBoard then forgets what it was told of later ones.
     """
 
-    def __init__(self, log: Path, tensorboard: Path, *, steps_done: int = 0) -> None:
+    def __init__(self, log: Path, tensorboard: Path, *, steps_done: int = 0, also: Tracker | None = None) -> None:
         self._steps_done = steps_done
         self._stack = ExitStack()
         self._file = self._stack.enter_context(log.open("a", buffering=1))
         self._writers: dict[str, Any] = {}
         self._tensorboard = tensorboard if find_spec("tensorboard") else None
+        self._also = also
 
     def __enter__(self) -> "RunLog":
         return self
@@ -63,6 +75,8 @@ class RunLog:
     def __exit__(self, *exception: object) -> None:
         for writer in self._writers.values():
             writer.close()
+        if self._also is not None:
+            self._also.close()
         self._stack.close()
 
     def sync(self) -> int:
@@ -75,6 +89,8 @@ class RunLog:
 
     def __call__(self, record: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
+        if self._also is not None:
+            self._also(record)
         if self._tensorboard is not None:
             writer = self._writer(record["arm"])
             for name, value in record.items():

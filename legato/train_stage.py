@@ -31,15 +31,19 @@ from legato.train import (
     bank_bytes,
     train_on,
 )
+from legato.wandb_log import WandbLog
 
 DEAD_AFTER_TOKENS, DEAD_AFTER_SHARE = 250_000, 0.02  # silence that makes a latent dead: in tokens, or of a short run
 MEMORY_SHARE = 0.6  # of what is free, for training; the rest is left to the store's page cache and to evaluation
 
 
-def train_arms(config: ExperimentConfig, activations: Activations, run: RunDir, checkpoint: Checkpoint) -> Bank:
+def train_arms(
+    config: ExperimentConfig, activations: Activations, run: RunDir, checkpoint: Checkpoint, *, wandb: str = ""
+) -> Bank:
     """Train the bank on shared batches and save every SAE; in several passes where it would not fit in memory.
 
     What an earlier attempt has trained is opened, what it was training goes on from the checkpoint.
+    wandb: the Weights & Biases project that the steps are sent to as well, if any.
     """
     wanted = arms(config, activations.train.d_in)
     trained = _trained_before(run, checkpoint)
@@ -51,7 +55,8 @@ def train_arms(config: ExperimentConfig, activations: Activations, run: RunDir, 
         saved = checkpoint.read_bank(missing, stage.train_config)
         _cut_logs(run, checkpoint, missing, saved)
         for state in _passes(missing, saved, stage, config):
-            trained |= _train_pass(state, stage, run, checkpoint)
+            tracker = WandbLog(wandb, run.root) if wandb else None
+            trained |= _train_pass(state, stage, run, checkpoint, tracker)
         checkpoint.drop_steps()
     failures = {name: failure["reason"] for name, failure in checkpoint.progress.failed.items()}
     if not trained:
@@ -133,7 +138,9 @@ def _passes(
         yield BankState.new(members, stage.train_config, source.d_in)
 
 
-def _train_pass(state: BankState, stage: _Stage, run: RunDir, checkpoint: Checkpoint) -> dict[str, TrainedArm]:
+def _train_pass(
+    state: BankState, stage: _Stage, run: RunDir, checkpoint: Checkpoint, tracker: WandbLog | None
+) -> dict[str, TrainedArm]:
     """Train one bank to the end and save its SAEs."""
     training, steps = stage.config.training, stage.train_config.steps
     batches = stage.activations.train.batches(
@@ -142,7 +149,7 @@ def _train_pass(state: BankState, stage: _Stage, run: RunDir, checkpoint: Checkp
     interrupts = checkpoint.interrupts
     with (
         interrupts.held_back(),
-        RunLog(run.log, run.tensorboard, steps_done=state.step) as log,
+        RunLog(run.log, run.tensorboard, steps_done=state.step, also=tracker) as log,
         progress_bar("train", steps) as progress,
     ):
 
