@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from chromium import NARROW, WIDE, check_fits, check_legible, chromium, opened
+from playwright.sync_api import Page, expect
 from synthetic_run import write_synthetic_run
 
 from legato.report.comparison import write_comparison
@@ -94,6 +95,25 @@ def test_every_link_of_the_navigation_leads_to_a_section_that_says_something(bro
             )
 
 
+def draw_plots(page: Page) -> int:
+    """Scroll to every interactive plot and wait until it is drawn; how many there are."""
+    plots = page.locator(".plot")
+    for plot in plots.all():
+        plot.scroll_into_view_if_needed()
+        expect(plot).to_have_class(re.compile("drawn"))
+    return plots.count()
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [WIDE, NARROW])
+def test_every_plot_is_drawn_legibly(browser, pages, width, dark):
+    with opened(browser, pages["report"], width=width, dark=dark) as page:
+        assert draw_plots(page) >= 5
+        assert page.locator(".plot .main-svg").count() >= 10
+        check_legible(page)
+        check_fits(page)
+
+
 def test_arms_sort_by_mouse_and_by_keyboard(browser, pages):
     with opened(browser, pages["report"]) as page:
         table = page.locator("#arms table").first
@@ -154,6 +174,7 @@ def test_hostile_names_are_shown_as_text(browser, tmp_path):
     for path in (write_report(run), compared({"a</script><b>": run, "b": run}, tmp_path / "figures")):
         with opened(browser, path, width=NARROW) as page:
             assert HOSTILE in page.locator("#arms").inner_text()
+            draw_plots(page)
             page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
             assert HOSTILE_END in page.locator("body").inner_text()
             assert "<!--<script>" in page.locator("body").inner_text()
