@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from legato import distributed
 from legato.arm import ArmConfig, TrainConfig
 from legato.cache import sha256_file
 from legato.errors import UsageError
-from legato.interrupts import Interrupts
-from legato.sealed import DamagedError, read_sealed, write_sealed
+from legato.interrupts import Interrupted, Interrupts
+from legato.sealed import DamagedError, check_sealed, read_sealed, write_sealed, write_tensors
 from legato.step import Workspace
 from legato.train import BankState, SAETrainer
 
@@ -100,7 +101,8 @@ class Checkpoint:
         return True
 
     def write_progress(self) -> None:
-        write_sealed(self.folder / "progress.json", vars(self.progress), kind=KIND)
+        if distributed.is_writer():
+            write_sealed(self.folder / "progress.json", vars(self.progress), kind=KIND)
 
     def finish_evaluation(self, failed: Mapping[str, str]) -> None:
         """The results are saved; the SAEs in `failed` (name: reason) could not be judged and are none any more."""
@@ -112,70 +114,102 @@ class Checkpoint:
         self.write_progress()
 
     def discard(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if distributed.is_writer():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     # Training
 
     def after_step(self, bank: BankState, log_bytes: Callable[[], int]) -> None:
-        """Save the bank where it is time to, or a signal is pending, which is then raised.
+        """Save the bank where it is time to, or a signal is pending, which is then raised. All ranks do the same.
 
         log_bytes: brings log.jsonl to the disk and tells its length.
         """
-        stopping = self.interrupts.pending is not None
-        if stopping or time.monotonic() - self._last_saved >= self._seconds:
+        due = time.monotonic() - self._last_saved >= self._seconds
+        ranks = distributed.gather((self.interrupts.pending, due, len(bank.trainers)))
+        bank.elsewhere = sum(training for _, _, training in ranks) - len(bank.trainers)
+        signals = [pending for pending, _, _ in ranks if pending is not None]
+        if signals or ranks[0][1]:
             self.save_bank(bank, log_bytes())
-        self.interrupts.raise_pending()
+        if signals:
+            raise Interrupted(signals[0])
 
     def save_bank(self, bank: BankState, log_bytes: int) -> None:
-        """Raises OSError and SafetensorError where it cannot be written; the step saved before is then still there."""
-        members = [*bank.trainers, *(trainer for trainer, _ in bank.failed)]
-        content = {
-            "step": bank.step,
-            "log_bytes": log_bytes,
-            "failed": {trainer.arm.name: reason for trainer, reason in bank.failed},
-            "members": {trainer.arm.name: trainer.numbers() for trainer in members},
-        }
-        for folder in self._steps()[_KEPT_STEPS - 1 :]:
-            shutil.rmtree(folder)
+        """Raises OSError and SafetensorError where it cannot be written; the step saved before is then still there.
+
+        Every rank writes its own members, the writer what names them all.
+        """
         folder = self.folder / f"step_{bank.step:08d}"
+        distributed.from_writer(lambda: self._make_room(folder))
+        members = [*bank.trainers, *(trainer for trainer, _ in bank.failed)]
+        state = folder / "state.json"
         try:
-            tensors = {trainer.arm.name: trainer.tensors() for trainer in members}
-            write_sealed(folder / "state.json", content, tensors, kind=KIND)
+            parts = distributed.merged(
+                {
+                    "failed": {trainer.arm.name: reason for trainer, reason in bank.failed},
+                    "members": {trainer.arm.name: trainer.numbers() for trainer in members},
+                    "files": {
+                        trainer.arm.name: write_tensors(state, trainer.arm.name, trainer.tensors())
+                        for trainer in members
+                    },
+                }
+            )
+            if distributed.is_writer():
+                content = {"step": bank.step, "log_bytes": log_bytes}
+                content |= {key: parts[key] for key in ("failed", "members")}
+                write_sealed(state, content, kind=KIND, files=parts["files"])
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            if distributed.is_writer():
+                shutil.rmtree(folder, ignore_errors=True)
             raise
         self._last_saved = time.monotonic()
 
+    def _make_room(self, folder: Path) -> None:
+        for old in self._steps()[_KEPT_STEPS - 1 :]:
+            shutil.rmtree(old)
+        folder.mkdir(parents=True, exist_ok=True)
+
     def read_bank(self, arms: Sequence[ArmConfig], config: TrainConfig) -> SavedBank | None:
-        """The newest saved step that is whole, of a bank of any of these arms; None where there is none.
+        """The newest saved step that is whole, of a bank of any of these arms; None where there is none. Each rank
+        gets its share of the members, however many ranks there were when it was saved.
 
         Saved steps that are damaged are named, and deleted; so are those of other arms, without a word.
         """
         by_name = {arm.name: arm for arm in arms}
+        folder = distributed.from_writer(lambda: self._newest_step(by_name))
+        if folder is None:
+            return None
+        content = read_sealed(folder / "state.json", kind=KIND, names=())[0]
+        names = distributed.mine([name for name in by_name if name in content["members"]])
+        tensors = read_sealed(folder / "state.json", kind=KIND, names=names)[1]
+        workspace = Workspace()
+        trainers = {
+            name: SAETrainer.restored(by_name[name], config, workspace, tensors.pop(name), content["members"][name])
+            for name in names
+        }
+        failed = [(trainers.pop(name), reason) for name, reason in content["failed"].items() if name in names]
+        elsewhere = len(content["members"]) - len(content["failed"]) - len(trainers)
+        bank = BankState(list(trainers.values()), failed, content["step"], elsewhere)
+        return SavedBank(bank, content["log_bytes"])
+
+    def _newest_step(self, arms: Collection[str]) -> Path | None:
         for folder in self._steps():
             try:
-                content, tensors = read_sealed(folder / "state.json", kind=KIND)
+                content = check_sealed(folder / "state.json", kind=KIND)
             except (FileNotFoundError, DamagedError) as error:
                 if isinstance(error, DamagedError):
                     _warn(f"{error}: going on from the checkpoint before it")
                 shutil.rmtree(folder)
                 continue
-            if not content["members"].keys() <= by_name.keys():
-                shutil.rmtree(folder)
-                continue
-            workspace = Workspace()
-            trainers = {
-                name: SAETrainer.restored(by_name[name], config, workspace, tensors.pop(name), numbers)
-                for name, numbers in content["members"].items()
-            }
-            failed = [(trainers.pop(name), reason) for name, reason in content["failed"].items()]
-            return SavedBank(BankState(list(trainers.values()), failed, content["step"]), content["log_bytes"])
+            if all(name in arms for name in content["members"]):
+                return folder
+            shutil.rmtree(folder)
         return None
 
     def drop_steps(self) -> None:
         """For when the bank they belong to is trained."""
-        for folder in self._steps():
-            shutil.rmtree(folder)
+        if distributed.is_writer():
+            for folder in self._steps():
+                shutil.rmtree(folder)
         self._last_saved = time.monotonic()
 
     def _steps(self) -> list[Path]:
@@ -184,20 +218,41 @@ class Checkpoint:
     # Evaluation
 
     def part(self, name: str, compute: Callable[[], Any]) -> Any:
-        """What `compute` gives, or gave in an earlier attempt: a tree of dicts, lists, numbers, strings and arrays."""
-        path = self.folder / "evaluation" / f"{name}.json"
+        """What `compute` gives, or gave in an earlier attempt: a tree of dicts, lists, numbers, strings and arrays.
+
+        All ranks compute it together, to one result, which the writer keeps.
+        """
+        found = distributed.from_writer(lambda: self._kept(name))
+        if found is not None:
+            return found
+        computed = compute()
+        return self._keep(name, computed, write=distributed.is_writer())
+
+    def own_part(self, name: str, compute: Callable[[], Any]) -> Any:
+        """As `part`, of one rank alone."""
+        found = self._kept(name)
+        return self._keep(name, compute()) if found is None else found
+
+    def _kept(self, name: str) -> Any:
         try:
-            content, tensors = read_sealed(path, kind=KIND)
+            content, tensors = read_sealed(self._part_path(name), kind=KIND)
             return _tree(content, {key: tensor.numpy() for key, tensor in tensors.get(name, {}).items()})
         except FileNotFoundError:
-            pass
+            return None
         except DamagedError as error:
             _warn(f"{error}: this part of the evaluation is done again")
+            return None
+
+    def _keep(self, name: str, computed: Any, write: bool = True) -> Any:
         arrays: dict[str, np.ndarray] = {}
-        content = json.loads(json.dumps(_flat(compute(), arrays)))
-        tensors_of = {key: torch.from_numpy(array) for key, array in arrays.items()}
-        write_sealed(path, content, {name: tensors_of} if arrays else {}, kind=KIND)
+        content = json.loads(json.dumps(_flat(computed, arrays)))
+        if write:
+            tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
+            write_sealed(self._part_path(name), content, {name: tensors} if arrays else {}, kind=KIND)
         return _tree(content, arrays)  # as it will be read, to the byte order of the arrays
+
+    def _part_path(self, name: str) -> Path:
+        return self.folder / "evaluation" / f"{name}.json"
 
 
 def checksums(folder: Path) -> dict[str, str]:

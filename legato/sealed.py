@@ -6,7 +6,7 @@ written last, so files beside it that it does not name are leftovers of a write 
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +24,67 @@ class DamagedError(LegatoError):
     """A file that is not what was written, or that another version wrote."""
 
 
-def write_sealed(path: Path, content: Any, tensors: Mapping[str, Tensors] | None = None, *, kind: str) -> None:
+def write_sealed(
+    path: Path,
+    content: Any,
+    tensors: Mapping[str, Tensors] | None = None,
+    *,
+    kind: str,
+    files: Mapping[str, Any] | None = None,
+) -> None:
     """Write `path` (JSON: content, which may hold NaN) and `<name>.safetensors` beside it for each name in tensors.
 
-    kind: what such a file is and its version; one of another kind is not read. Raises OSError and SafetensorError.
+    kind: what such a file is and its version; one of another kind is not read. files: by name, what `write_tensors`
+    said of tensors that are there already. Raises OSError and SafetensorError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    files = {}
-    for name, named in (tensors or {}).items():
-        file = _tensor_file(path, name)
-        save_file({key: tensor.contiguous() for key, tensor in named.items()}, file)
-        sync_to_disk(file)
-        files[name] = {"sha256": sha256_file(file), "tensors": list(named)}
-    body = {"kind": kind, "files": files, "content": content}
+    written = {name: write_tensors(path, name, named) for name, named in (tensors or {}).items()}
+    body = {"kind": kind, "files": {**(files or {}), **written}, "content": content}
     write_atomically(path, json.dumps({"sha256": _digest(body), **body}).encode())
 
 
-def read_sealed(path: Path, *, kind: str) -> tuple[Any, dict[str, dict[str, Tensor]]]:
-    """(content, tensors by name) of `write_sealed`. Raises DamagedError, naming the file; FileNotFoundError."""
+def write_tensors(path: Path, name: str, named: Tensors) -> dict[str, Any]:
+    """Write `<name>.safetensors` beside `path`, an existing folder's, and say what `write_sealed` needs to know."""
+    file = _tensor_file(path, name)
+    save_file({key: tensor.contiguous() for key, tensor in named.items()}, file)
+    sync_to_disk(file)
+    return {"sha256": sha256_file(file), "tensors": list(named)}
+
+
+def read_sealed(
+    path: Path, *, kind: str, names: Collection[str] | None = None
+) -> tuple[Any, dict[str, dict[str, Tensor]]]:
+    """(content, tensors by name) of `write_sealed`. Raises DamagedError, naming the file; FileNotFoundError.
+
+    names: of the tensor files only these are checked and read.
+    """
+    body = _sealed_body(path, kind)
+    tensors = {}
+    for name, file in body["files"].items():
+        if names is not None and name not in names:
+            continue
+        _check_file(path, name, file)
+        with safe_open(_tensor_file(path, name), framework="pt") as stored:
+            # Copies, so that the memory is torch's own: aligned, and not a view of the file.
+            tensors[name] = {key: stored.get_tensor(key).clone() for key in file["tensors"]}
+    return body["content"], tensors
+
+
+def check_sealed(path: Path, *, kind: str) -> Any:
+    """As read_sealed, with every file checked and none but `path` read: the content."""
+    body = _sealed_body(path, kind)
+    for name, file in body["files"].items():
+        _check_file(path, name, file)
+    return body["content"]
+
+
+def _check_file(path: Path, name: str, file: Mapping[str, Any]) -> None:
+    place = _tensor_file(path, name)
+    if not place.is_file() or sha256_file(place) != file["sha256"]:
+        raise DamagedError(f"{place} is missing or damaged")
+
+
+def _sealed_body(path: Path, kind: str) -> dict[str, Any]:
     try:
         body = json.loads(path.read_text())
         sealed = body.pop("sha256") == _digest(body)
@@ -54,15 +97,7 @@ def read_sealed(path: Path, *, kind: str) -> tuple[Any, dict[str, dict[str, Tens
         raise DamagedError(f"{path} is damaged")
     if found != kind:
         raise DamagedError(f"{path} was written by another version of legato ({found}, not {kind})")
-    tensors = {}
-    for name, file in body["files"].items():
-        place = _tensor_file(path, name)
-        if not place.is_file() or sha256_file(place) != file["sha256"]:
-            raise DamagedError(f"{place} is missing or damaged")
-        with safe_open(place, framework="pt") as stored:
-            # Copies, so that the memory is torch's own: aligned, and not a view of the file.
-            tensors[name] = {key: stored.get_tensor(key).clone() for key in file["tensors"]}
-    return body["content"], tensors
+    return body
 
 
 def _tensor_file(path: Path, name: str) -> Path:

@@ -220,11 +220,15 @@ class BankResult:
 
 @dataclass
 class BankState:
-    """A bank between two steps: the members in training, those that failed and why, and the steps it has done."""
+    """A bank between two steps: the members in training, those that failed and why, and the steps it has done.
+
+    Of a bank that is spread over several ranks: this rank's members; elsewhere: how many are in training on others.
+    """
 
     trainers: list[SAETrainer]
     failed: list[tuple[SAETrainer, str]] = field(default_factory=list)
     step: int = 0
+    elsewhere: int = 0
 
     @classmethod
     def new(cls, arms: Sequence[ArmConfig], config: TrainConfig, d_in: int) -> "BankState":
@@ -236,11 +240,9 @@ class BankState:
         return [trainer.arm.name for trainer in (*self.trainers, *(trainer for trainer, _ in self.failed))]
 
     def drop(self, trainer: SAETrainer, error: LegatoError) -> None:
-        """Take a member out that went wrong. Raises NoMemberLeftError when it was the last one."""
+        """Take a member out that went wrong."""
         self.trainers.remove(trainer)
         self.failed.append((trainer, str(error)))
-        if not self.trainers:
-            raise NoMemberLeftError(str(error), self.failed) from error
 
 
 class NoMemberLeftError(LegatoError):
@@ -290,7 +292,8 @@ def train_on(
 ) -> BankResult:
     """As `train_bank`, from wherever the bank stands: the first of the batches belongs to its step `bank.step`.
 
-    after_step: called whenever all members have done a step; all that the next steps depend on is in the bank.
+    after_step: called whenever all members have done a step or failed; all that the next steps depend on is in the
+    bank.
     """
     dtype, stream = fast_matmul_dtype(), iter(batches)
     for step in range(bank.step, config.steps):
@@ -311,4 +314,6 @@ def train_on(
                 log(record)
         bank.step = step + 1
         after_step(bank)
+        if not bank.trainers and not bank.elsewhere:
+            raise NoMemberLeftError(bank.failed[-1][1] if bank.failed else "all failed on other ranks", bank.failed)
     return BankResult(bank.trainers, bank.failed)
