@@ -6,6 +6,7 @@ bit.
 
 import time
 from collections import Counter
+from itertools import count
 
 import numpy as np
 import pytest
@@ -110,7 +111,7 @@ def test_killed_at_every_stage_of_one_run(killable, whole):
 
 def test_killed_at_random_moments(killable, whole, pytestconfig):
     """Shortly after a stage drawn at random. A run that came to its end makes room for another, with a new cache."""
-    rng, stages = np.random.default_rng(0), Counter()
+    rng, stages, runs = np.random.default_rng(0), Counter(), count(1)
     while stages.total() < pytestconfig.getoption("--kills"):
         stage, delay = rng.choice(list(MOMENTS)), rng.uniform(0, LONGEST_DELAY)
         attempt = killable.start()
@@ -121,7 +122,7 @@ def test_killed_at_random_moments(killable, whole, pytestconfig):
                 continue
             attempt = killable.start()
         assert_whole(attempt, whole)
-        killable = killable.anew(str(stages.total()))
+        killable = killable.anew(str(next(runs)))
     assert_whole(killable.start(), whole)
     print(f"killed {dict(stages)}")
 
