@@ -91,7 +91,9 @@ def browser_islands(run: SavedRun) -> Markup:
         "arms": [header | {"colour": colours[header["name"]]} for header, _ in packs],
         "left_out": [arm.name for arm in run.trained if arm.name not in colours and arm.role != "grid"],
         "kinds": kinds,
-        "showcase": showcase([(one.arm.name, one.features, one.strips) for one in shown]),
+        "showcase": showcase(
+            [(one.arm.name, one.features, one.strips) for one in shown], run.baseline.name if run.baseline else None
+        ),
         "words": words.words,
     }
     content = json.dumps(meta, allow_nan=False, separators=(",", ":"), ensure_ascii=False).encode()

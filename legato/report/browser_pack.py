@@ -38,7 +38,7 @@ class Pack:
         self._add(name, "u2" if kind is np.uint16 else "u4", np.where(values < 0, none, values).astype(kind))
 
     def add_floats(self, name: str, values: NDArray[Any]) -> None:
-        """To three significant digits, nan for none."""
+        """To three significant digits down to 1e-8 of the largest, nan for none."""
         largest = float(np.nanmax(np.abs(values), initial=0.0)) if np.isfinite(values).any() else 0.0
         scale = largest / HALF_TOP if largest > 0 else 1.0
         bits = (values / scale).astype(np.float16).view(np.uint16)

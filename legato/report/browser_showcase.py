@@ -15,8 +15,10 @@ GAINS, LOSSES, RANDOM = 4, 2, 4
 SEED = 0
 
 
-def showcase(arms: Sequence[tuple[str, Mapping[str, NDArray[Any]], StripTable]]) -> list[dict[str, Any]]:
-    """Per arm that is matched with another: how the matched pairs compare, and a handful of their passages.
+def showcase(
+    arms: Sequence[tuple[str, Mapping[str, NDArray[Any]], StripTable]], baseline: str | None
+) -> list[dict[str, Any]]:
+    """Per arm that is matched with the baseline: how the matched pairs compare, and a handful of their passages.
 
     A pair counts where the decoder cosine is above GOOD_MATCH and both latents fire FEWEST_FIRINGS times on the text
     shown. `gains`, `losses`: the largest differences in kappa excess, the arm's less its match's, each with the
@@ -28,7 +30,7 @@ def showcase(arms: Sequence[tuple[str, Mapping[str, NDArray[Any]], StripTable]])
     found = []
     for name, (features, strips) in tables.items():
         for other, (nearest_F, cosine_F) in strips.matches.items():
-            if other not in tables or other == name or _is_mutual_baseline(strips, tables[other][1], name):
+            if name == baseline or other not in tables:
                 continue
             theirs, their_strips = tables[other]
             if KAPPA_EXCESS not in features or KAPPA_EXCESS not in theirs:
@@ -39,11 +41,6 @@ def showcase(arms: Sequence[tuple[str, Mapping[str, NDArray[Any]], StripTable]])
             pairs = np.flatnonzero(counts & np.isfinite(difference_F))
             found.append({"arm": name, "other": other} | _chosen(pairs, nearest_F, difference_F, strips))
     return found
-
-
-def _is_mutual_baseline(strips: StripTable, others: StripTable, name: str) -> bool:
-    """Of two arms matched both ways, the one that is matched with more (the baseline) is not shown a second time."""
-    return name in others.matches and len(strips.matches) > len(others.matches)
 
 
 def _chosen(
