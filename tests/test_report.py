@@ -1,3 +1,5 @@
+import base64
+import gzip
 import json
 import re
 import shutil
@@ -17,7 +19,11 @@ from legato.report.ablation_figures import pareto_front
 from legato.report.comparison import write_comparison
 from legato.report.figures import FIGURES, write_figures
 from legato.report.html import report_html, write_report
+from legato.report.latent_tables import Piece, pieces
+from legato.report.plots import plain, rounded, significant
 from legato.report.style import arm_colours, arm_styles
+from legato.report.tables import matched_tables, recipe_rows
+from legato.report.tradeoff import cost_scene, outside_in_words
 from legato.results import SavedRun
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +72,12 @@ class Page(HTMLParser):
             self.text += data + " "
 
 
+def island(markup: str, name: str) -> str:
+    """What the page unpacks from its data island of that name."""
+    packed = re.search(rf'<script type="application/octet-stream" id="{name}">([^<]*)</script>', markup)
+    return gzip.decompress(base64.b64decode(packed[1])).decode()
+
+
 def test_a_full_run_gives_every_figure(full_run):
     written = write_figures(full_run)
     assert list(written) == [spec.name for spec in FIGURES]
@@ -86,7 +98,7 @@ def test_the_page_needs_nothing_but_itself(full_run):
     assert page.loads == []
     assert len(page.ids) == len(set(page.ids))
     assert "window_variance holds its features longer" in page.text
-    assert "is not in this report" not in page.text
+    assert page.text.count("is not in this report") == 1  # the feature browser, which has tests of its own
     assert all(spec.title in page.text for spec in FIGURES if spec.on_page)
 
 
@@ -241,3 +253,95 @@ def test_nothing_else_needs_the_report():
     code = "import sys, legato.notes; assert not {'matplotlib', 'legato.report'} & {*sys.modules}, 1"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_page_holds_its_plots_and_what_draws_them(full_run):
+    markup = report_html(SavedRun.open(full_run))
+    plots = json.loads(island(markup, "plot-data"))
+    assert set(plots) == {spec.name for spec in FIGURES if spec.on_page and spec.plot is not None}
+    assert set(re.findall(r'data-plot="([^"]*)"', markup)) == set(plots)
+    assert "plotly.js" in island(markup, "plotly-js")[:200]
+    assert [view["label"] for view in plots["kind_map"]["views"]] == ["baseline", "window_variance", "contrastive"]
+    assert len(plots["redundancy_map"]["views"][0]["panels"][0]["steps"]) == len(plots["redundancy_map"]["steps"]) == 5
+
+
+def test_a_run_of_16k_latents_stays_small(tmp_path):
+    run = write_synthetic_run(tmp_path / "run_1", latents=16384, named=("window_variance",))
+    describe_latents(run, ("baseline", "window_variance"))
+    assert len(report_html(SavedRun.open(run))) < 6e6
+
+
+def test_tables_carry_intervals_and_targets(full_run):
+    run = SavedRun.open(full_run)
+    rows, further = recipe_rows(run)
+    assert [row.arm for row in rows] == ["baseline", "window_variance", "contrastive"]
+    assert len(further) == 17
+    low, high = run.arm("contrastive").series("consistency.interval95.kappa1_excess_within")
+    assert f"{low:.3f} to {high:.3f}" in [cell.difference for cell in rows[2].cells]
+    targets = matched_tables(run)[0]
+    assert len(targets.columns) == 7
+    assert {row.arm for row in targets.rows} == {"window_variance", "contrastive"}
+    assert targets.rows[0].cells[0].difference == "\u2717 missed"
+
+
+def test_seeds_of_a_recipe_are_one_row_with_their_spread(tmp_path):
+    rows, further = recipe_rows(SavedRun.open(write_synthetic_run(tmp_path / "run_1", seeds=3)))
+    assert len(rows) == 3
+    assert len(further) == 9
+    assert rows[1].cells[4].difference.startswith("\u00b1")
+
+
+def test_contexts_of_a_pair_are_cut_at_their_marks():
+    assert pieces("17: of the[ United]\u2081[ States]\u2082 of[[]\u2081\u2082 [1]") == [
+        Piece("of the"),
+        Piece(" United", "a"),
+        Piece(" States", "b"),
+        Piece(" of"),
+        Piece("[", "ab"),
+        Piece(" [1]"),
+    ]
+
+
+def test_a_failed_arm_is_named_beside_the_view(full_run, tmp_path):
+    run_dir = write_synthetic_run(tmp_path / "run_1")
+    edit_metrics(run_dir, lambda metrics: metrics["contrastive"]["core"].update(fvu=0.9))
+    run = SavedRun.open(run_dir)
+    found = cost_scene(run)
+    assert set(found.inside) == {"baseline", "window_variance"}
+    assert found.limits[0][1] < 0.3
+    assert found.at_edge("contrastive")[2] == "right"
+    assert "contrastive (FVU 0.90" in outside_in_words(run, found, ("FVU", "kappa excess"), (2, 2))
+    assert "contrastive (FVU 0.90" in Page(report_html(run)).text
+
+
+def test_names_and_numbers_as_plots_take_them():
+    assert plain("<b>%{x}") == "&lt;b&gt;%&#123;x}"
+    assert significant([0.0123456, float("nan"), 1234.5]) == [0.0123, None, 1230.0]
+    assert rounded([[0.12345, 1.0]], 2) == [[0.12, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("absent", "title"),
+    [
+        ("redundancy", "Who fires with whom, and when"),
+        ("features", "Map of latents"),
+        ("matched.json", "Ratios to the baseline where the cost is equal"),
+    ],
+)
+def test_a_run_without_one_part_says_so(full_run, tmp_path, absent, title):
+    run = tmp_path / "run_1"
+    shutil.copytree(full_run, run)
+    path = run / absent
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    page = Page(report_html(SavedRun.open(run)))
+    assert f"{title} is not in this report" in page.text
+
+
+def test_hostile_tokens_are_shown_as_text(tmp_path):
+    token = "<script>alert(1)</script>\u202e\U0001f600"
+    run = write_synthetic_run(tmp_path / "run_1")
+    harmless = Page(report_html(SavedRun.open(describe_latents(run, ("baseline",)))))
+    other = write_synthetic_run(tmp_path / "run_2")
+    page = Page(report_html(SavedRun.open(describe_latents(other, ("baseline",), token=token))))
+    assert page.open_tags.count("script") == harmless.open_tags.count("script")
+    assert page.text.count("<script>alert(1)</script>") >= 2

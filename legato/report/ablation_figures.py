@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from legato.report.missing import MissingResult
 from legato.report.style import INK, MUTED, SEQUENTIAL, WIDTH, PointLabel
-from legato.report.tradeoff import outside_in_words, scene
+from legato.report.tradeoff import cost_scene, outside_in_words
 from legato.report.training_figures import along, draw_arm_points, name_outside
 from legato.results import Arm, SavedRun
 
@@ -124,7 +124,7 @@ def _goodness(values: np.ndarray, quantity: Quantity, reference: float | None) -
 
 def consistency_cost(run: SavedRun) -> Figure:
     """Kappa excess against FVU, a point per arm, the front that no arm beats in both, each arm's sweep over k."""
-    found = scene(run, "core.fvu", "consistency.kappa1_excess_within", {"x": True})
+    found = cost_scene(run)
     points = {name: point for name, point in found.inside.items() if run.arm(name).trained}
     if len(points) < 2:
         raise MissingResult("fewer than two arms have both core.fvu and consistency.kappa1_excess_within")

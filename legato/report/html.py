@@ -73,6 +73,7 @@ def report_html(run: SavedRun) -> str:
     styles = arm_styles(run.highlighted)
     rows, further_rows = recipe_rows(run)
     browser = browser_section(run)
+    cards = _cards(run, styles)
     sections = _sections(run, browser)
     plots = {f.name: f.plot.content() for section in sections for f in section.figures if f.plot}
     return render(
@@ -80,7 +81,8 @@ def report_html(run: SavedRun) -> str:
         run_name=run.name,
         described=described(run),
         headline=headline(run),
-        cards=_cards(run, styles),
+        cards=[card for card in cards if card["style"]] or cards,
+        further_cards=[card for card in cards if not card["style"]] if any(card["style"] for card in cards) else [],
         warnings=warnings(run),
         scope=scope(run),
         columns=[column.heading for column in COLUMNS],

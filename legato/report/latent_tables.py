@@ -14,6 +14,7 @@ from legato.results import Arm, SavedRun
 
 PAIRS_SHOWN = 6  # of a class and arm
 EXAMPLES_SHOWN = 3
+EXAMPLE_LATENTS = 4  # of a cluster
 _MARKED = re.compile(r"\[([^\[]+?|[^\]]*?\[)\](\u2081\u2082|\u2081|\u2082)")
 _WHO = {"\u2081": "a", "\u2082": "b", "\u2081\u2082": "ab"}
 CLASS_TOLD = {
@@ -126,7 +127,10 @@ def cluster_cards(run: SavedRun) -> list[ClusterCard]:
     for number in sorted(found):
         members = [(arm, c) for arm, clusters in arms for c in clusters if c.number == number]
         shown = next((m for m in members if m[0].role == "named"), members[0])
-        examples = [(e["latent"], e["tokens"]) for e in shown[1].found.get("examples") or []][:4]
+        examples = [
+            (entry["latent"], [token.replace("\n", "\u21b5") for token in entry["tokens"]])
+            for entry in (shown[1].found.get("examples") or [])[:EXAMPLE_LATENTS]
+        ]
         rows = [Row(arm.name, _card_cells(c.found), styles[arm.name]) for arm, c in members]
         cards.append(ClusterCard(found[number].label, found[number].style, rows, shown[0].name, examples))
     return cards

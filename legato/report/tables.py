@@ -191,6 +191,7 @@ def _as_it_is(table: Table, styles: Mapping[str, ArmStyle]) -> PageTable:
             row[0] == "baseline",
         )
         for row in table.rows
+        if row[-1] != "not matched"  # the legend says why
     ]
     return PageTable(table.title, table.headings[1:], rows)
 

@@ -9,8 +9,6 @@ from legato.results import SavedRun
 
 Points = dict[str, tuple[float, float]]
 
-FARTHEST = 1.6  # an arm that costs more than this times the baseline's is named beside the view, not drawn in it
-
 
 @dataclass(frozen=True)
 class Scene:
@@ -27,10 +25,11 @@ class Scene:
         return float(np.clip(x, *xs)), float(np.clip(y, *ys)), side
 
 
-def scene(run: SavedRun, x_key: str, y_key: str, bounded: Mapping[str, bool]) -> Scene:
-    """The arms that have both values. bounded: by axis ("x", "y"), True where the axis is a cost with a farthest value.
+def scene(run: SavedRun, x_key: str, y_key: str, *, farthest: Mapping[str, float]) -> Scene:
+    """The arms that have both values. farthest: by axis ("x", "y"), how many times the baseline's cost is still shown.
 
-    A view is at least a tenth of its values wide: a difference of a percent must look small.
+    Members of a sweep are always inside: their cost is meant to differ. A view is at least a tenth of its values wide:
+    a difference of a percent must look small.
     """
     points: Points = {
         arm.name: (x, y)
@@ -42,18 +41,30 @@ def scene(run: SavedRun, x_key: str, y_key: str, bounded: Mapping[str, bool]) ->
         return Scene({}, points, ((0.0, 1.0), (0.0, 1.0)))
     base = run.baseline
     centre = trained[base.name] if base and base.name in trained else np.median(list(trained.values()), axis=0)
-    costs = [i for i, axis in enumerate(("x", "y")) if bounded.get(axis)]
+    bounds = {i: farthest[axis] for i, axis in enumerate(("x", "y")) if axis in farthest}
 
-    def near(point: tuple[float, float]) -> bool:
-        return all(centre[i] / FARTHEST <= point[i] <= FARTHEST * centre[i] for i in costs)
+    def near(name: str, point: tuple[float, float]) -> bool:
+        return run.arm(name).role == "sweep" or all(
+            centre[i] / factor <= point[i] <= factor * centre[i] for i, factor in bounds.items()
+        )
 
-    inside = {name: point for name, point in points.items() if near(point)}
+    inside = {name: point for name, point in points.items() if near(name, point)}
     corners = np.array(list(inside.values()) or [tuple(centre)])
     low, high = corners.min(0), corners.max(0)
     middle, half = (low + high) / 2, np.maximum((high - low) / 2 * 1.16, 0.05 * np.abs(corners.mean(0)) + 1e-9)
     limits = [(float(m - h), float(m + h)) for m, h in zip(middle, half, strict=True)]
     outside = {name: point for name, point in points.items() if name not in inside}
     return Scene(inside, outside, (limits[0], limits[1]))
+
+
+def fidelity_scene(run: SavedRun) -> Scene:
+    """FVU over L0."""
+    return scene(run, "core.l0", "core.fvu", farthest={"x": 1.6, "y": 1.6})
+
+
+def cost_scene(run: SavedRun) -> Scene:
+    """Kappa excess over FVU."""
+    return scene(run, "core.fvu", "consistency.kappa1_excess_within", farthest={"x": 1.35})
 
 
 def outside_in_words(run: SavedRun, found: Scene, names: tuple[str, str], digits: tuple[int, int]) -> str:

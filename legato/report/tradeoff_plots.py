@@ -6,7 +6,7 @@ from legato.report.ablation_figures import pareto_front
 from legato.report.missing import MissingResult
 from legato.report.plots import FAINT, MUTED, SURFACE, Panel, Plot, Trace, View, keys_of, marker_of, plain, significant
 from legato.report.style import ArmStyle, arm_styles, page_colour
-from legato.report.tradeoff import Scene, outside_in_words, scene
+from legato.report.tradeoff import Scene, cost_scene, fidelity_scene, outside_in_words
 from legato.report.training_figures import sweeps
 from legato.results import Arm, SavedRun
 
@@ -15,7 +15,7 @@ _FVU, _KAPPA = "fraction of variance unexplained", "kappa excess, lag 1"
 
 
 def fidelity_plot(run: SavedRun) -> Plot:
-    found = scene(run, "core.l0", "core.fvu", {"x": True, "y": True})
+    found = fidelity_scene(run)
     if not found.inside:
         raise MissingResult("no arm has both core.l0 and core.fvu in metrics.json")
     note = outside_in_words(run, found, ("L0", "FVU"), (1, 2))
@@ -23,7 +23,7 @@ def fidelity_plot(run: SavedRun) -> Plot:
 
 
 def cost_plot(run: SavedRun) -> Plot:
-    found = scene(run, "core.fvu", "consistency.kappa1_excess_within", {"x": True})
+    found = cost_scene(run)
     trained = {name: point for name, point in found.inside.items() if run.arm(name).trained}
     if len(trained) < 2:
         raise MissingResult("fewer than two arms have both core.fvu and consistency.kappa1_excess_within")

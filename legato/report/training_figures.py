@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from legato.report.missing import MissingResult
 from legato.report.style import FAINT, MUTED, SURFACE, WIDTH, ArmStyle, PointLabel, arm_styles, label_points
-from legato.report.tradeoff import Scene, outside_in_words, scene
+from legato.report.tradeoff import Scene, fidelity_scene, outside_in_words
 from legato.results import Arm, SavedRun
 
 _PANELS = (
@@ -70,7 +70,7 @@ def ceiling(values: np.ndarray) -> float:
 
 def sparsity_fidelity(run: SavedRun) -> Figure:
     """FVU against L0 on held-out text, a point per arm; a line along each arm's sweep over k."""
-    found = scene(run, "core.l0", "core.fvu", {"x": True, "y": True})
+    found = fidelity_scene(run)
     if not found.inside:
         raise MissingResult("no arm has both core.l0 and core.fvu in metrics.json")
     figure = Figure(figsize=(0.86 * WIDTH, 3.9))
