@@ -4,6 +4,10 @@
 class LegatoError(Exception):
     """A failure that the user can act on; the command line prints it without a traceback and exits with 1."""
 
+    def __str__(self) -> str:
+        """One line, whatever stood in the file that it quotes: control characters, which a terminal obeys, escaped."""
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__())
+
 
 class UsageError(LegatoError):
     """Bad flags, bad configuration or missing input; the command line exits with 2."""
