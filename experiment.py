@@ -2,6 +2,7 @@
 
 import sys
 
+from legato import distributed
 from legato.checkpoint import Checkpoint
 from legato.checksums import seal
 from legato.command import run_command
@@ -20,19 +21,20 @@ from legato.tracking import say
 from legato.train_stage import train_arms
 
 
+@distributed.joined()
 def run_experiment(config: ExperimentConfig, options: RunOptions, interrupts: Interrupts) -> None:
-    run = RunDir.claim(options.out_dir, config, resume=options.resume)
+    run = distributed.from_writer(lambda: RunDir.claim(options.out_dir, config, resume=options.resume))
     run.settle_machine()
     model = load_model(config)
-    text = read_text(config, model)
+    text = distributed.from_writer(lambda: read_text(config, model))
     activations = harvest_activations(config, model, text)
-    with run.locked(config):
+    with distributed.held_by_writer(run.locked(config)):
         checkpoint = Checkpoint(run.checkpoint, minutes=options.checkpoint_minutes, interrupts=interrupts)
-        if not checkpoint.goes_on(activations.key):
-            run.begin(config, activations.provenance)
-            checkpoint.begin(activations.key)
+        checkpoint.start(activations.key, lambda: run.begin(config, activations.provenance))
         bank = train_arms(config, activations, run, checkpoint, wandb=options.wandb)
         evaluate_arms(config, bank, activations, model, run, checkpoint)
+        if not distributed.is_writer():
+            return
         write_ablation(run.root)
         write_matched(run.root)
         write_figures(run.root)
@@ -51,7 +53,8 @@ def main(arguments: list[str]) -> int:
     try:
         config, options = parse(arguments)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if distributed.is_writer():
+            print(f"error: {error}", file=sys.stderr)
         return 2
     keep_freed_memory()
     return run_command(

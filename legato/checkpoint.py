@@ -73,6 +73,17 @@ class Checkpoint:
         self._seconds = 60 * minutes
         self._last_saved = time.monotonic()
 
+    def start(self, activations: str, begin_run: Callable[[], None]) -> None:
+        """Go on with the run on the activations of that key, or begin it; all ranks know then what is finished."""
+
+        def found() -> Progress:
+            if not self.goes_on(activations):
+                begin_run()
+                self.begin(activations)
+            return self.progress
+
+        self.progress = distributed.from_writer(found)
+
     def begin(self, activations: str) -> None:
         """For a new run, trained on the activations of that key."""
         self.discard()
@@ -165,7 +176,7 @@ class Checkpoint:
 
     def _make_room(self, folder: Path) -> None:
         for old in self._steps()[_KEPT_STEPS - 1 :]:
-            shutil.rmtree(old)
+            _delete_step(old)
         folder.mkdir(parents=True, exist_ok=True)
 
     def read_bank(self, arms: Sequence[ArmConfig], config: TrainConfig) -> SavedBank | None:
@@ -198,18 +209,18 @@ class Checkpoint:
             except (FileNotFoundError, DamagedError) as error:
                 if isinstance(error, DamagedError):
                     _warn(f"{error}: going on from the checkpoint before it")
-                shutil.rmtree(folder)
+                _delete_step(folder)
                 continue
             if all(name in arms for name in content["members"]):
                 return folder
-            shutil.rmtree(folder)
+            _delete_step(folder)
         return None
 
     def drop_steps(self) -> None:
         """For when the bank they belong to is trained."""
         if distributed.is_writer():
             for folder in self._steps():
-                shutil.rmtree(folder)
+                _delete_step(folder)
         self._last_saved = time.monotonic()
 
     def _steps(self) -> list[Path]:
@@ -253,6 +264,12 @@ class Checkpoint:
 
     def _part_path(self, name: str) -> Path:
         return self.folder / "evaluation" / f"{name}.json"
+
+
+def _delete_step(folder: Path) -> None:
+    """What makes it a saved step goes first: a process killed within leaves none that looks damaged."""
+    (folder / "state.json").unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def checksums(folder: Path) -> dict[str, str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from safetensors import SafetensorError
 
+from legato.distributed import SaidElsewhereError
 from legato.errors import LegatoError, UsageError
 from legato.interrupts import Interrupted, Interrupts
 
@@ -37,7 +38,10 @@ def run_command(command: Callable[[Interrupts], None], *, debug: bool = False, g
 
 
 def one_line(error: Exception) -> str | None:
-    """What went wrong and what to do, in one line; None for an error that can only be a fault of Legato's."""
+    """What went wrong and what to do, in one line; None for an error that can only be a fault of Legato's, nothing for
+    one that another process tells of."""
+    if isinstance(error, SaidElsewhereError):
+        return ""
     if isinstance(error, LegatoError):
         return str(error)
     text = " ".join(str(error).split())
@@ -55,5 +59,7 @@ def one_line(error: Exception) -> str | None:
 
 
 def _say(text: str, code: int) -> int:
+    if not text:
+        return code
     print(f"error: {text}", file=sys.stderr, flush=True)
     return code

@@ -8,7 +8,7 @@ travel between the ranks of a run as pickles, which no file ever does.
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -151,21 +151,10 @@ def barrier() -> None:
 
 @contextmanager
 def held_by_writer(context: AbstractContextManager[Any]) -> Iterator[None]:
-    """A context, such as a lock, that the writer is within while all ranks are within this one."""
-    if size() == 1:
-        with context:
-            yield
-        return
-    from_writer(lambda: context.__enter__() and None)
-    try:
+    """A context, such as a lock, that the writer enters before any rank is within this one, and leaves with it."""
+    with ExitStack() as stack:
+        from_writer(lambda: stack.enter_context(context) and None)
         yield
-    except BaseException as error:
-        if is_writer():
-            context.__exit__(type(error), error, error.__traceback__)
-        raise
-    barrier()
-    if is_writer():
-        context.__exit__(None, None, None)
 
 
 @contextmanager

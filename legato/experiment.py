@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from legato import distributed
 from legato.activations import ActivationStore, ActivationStream, harvest
 from legato.checkpoint import Checkpoint
 from legato.config import DataConfig, ExperimentConfig
@@ -32,6 +33,8 @@ from legato.sae import SparseAutoencoder
 from legato.text import load_documents, split_held_out
 from legato.tokens import TokenSet, tokenise
 from legato.tracking import progress_bar, say
+
+T = TypeVar("T")
 
 CALIBRATION_BATCHES = 8
 CHARACTERS_PER_TOKEN = 6  # of a hub stream, to be on the safe side: English has some 4.5
@@ -76,7 +79,8 @@ class TrainedArm:
 
 def load_model(config: ExperimentConfig) -> LanguageModel:
     """The frozen language model, checked against the layer and context asked for."""
-    model = LanguageModel.load(config.model.model, dtype=config.model.dtype)
+    with distributed.one_first():  # which downloads or converts it
+        model = LanguageModel.load(config.model.model, dtype=config.model.dtype)
     if config.data.context_length > model.max_context:
         raise UsageError(
             f"--context_length {config.data.context_length} is longer than {model.name} allows ({model.max_context})"
@@ -176,7 +180,7 @@ class Bank:
             say(f"  dropped {reason}")
             self.failures[name] = reason
             arm = self.trained.pop(name, None)
-            if arm is not None:
+            if arm is not None and distributed.is_writer():
                 run.fail_sae(name, arm.training["training_steps"], reason)
 
 
@@ -188,13 +192,14 @@ def evaluate_arms(
     run: RunDir,
     checkpoint: Checkpoint | None = None,
 ) -> None:
-    """Judge every SAE on the held-out side in one pass and save the numbers; what cannot be judged fails.
+    """Judge every SAE on the held-out side in one pass and save the numbers; what cannot be judged fails. Of several
+    ranks each judges its share, on all of the activations, and the writer saves.
 
     Parts that an earlier attempt finished come from the checkpoint, and all is done where it says so.
     """
     if checkpoint is not None and checkpoint.progress.evaluated:
         return
-    part = checkpoint.part if checkpoint is not None else _now
+    part, own_part = (checkpoint.part, checkpoint.own_part) if checkpoint is not None else (_now, _now)
     say(f"evaluation: {activations.held_out.n_valid:,} held-out tokens")
     controls = _controls(config, bank, activations)
     judged: dict[str, Judged] = {name: arm.sae for name, arm in bank.trained.items()}
@@ -203,8 +208,8 @@ def evaluate_arms(
     def judge_all() -> dict[str, Any]:
         failures: dict[str, str] = {}
         with progress_bar("evaluate", activations.held_out.n_rows) as progress:
-            results = evaluate(
-                judged,
+            results = _own(judged) and evaluate(
+                _own(judged),
                 activations.held_out,
                 language_model=model if config.evaluation.ce_rows else None,
                 layer=activations.layer,
@@ -214,7 +219,11 @@ def evaluate_arms(
                 failures=failures,
                 progress=progress,
             )
-        return {"results": results, "failures": failures}
+        ranks = distributed.merged({"results": results, "failures": failures})
+        return {
+            "results": {name: ranks["results"][name] for name in judged if name in ranks["results"]},
+            "failures": ranks["failures"],
+        }
 
     found = part("judged", judge_all)
     results, failures = found["results"], found["failures"]
@@ -233,12 +242,17 @@ def evaluate_arms(
         name: Other(bank.trained[name].sae.W_dec, results[name]["features"]["density"] > 0)
         for name in sorted(compared.keys() & bank.trained.keys())
     }
-    for name in others:
+    redundant = {}
+    for name in _own(others):
         partners = {partner: others[partner] for partner in _partners(name, others)}
-        results[name]["redundancy"] = part(
+        redundant[name] = own_part(
             f"redundancy_{name}",
             partial(_redundancy, name, bank.trained[name].sae, partners, activations, vocabulary_V, model, run),
         )
+    for name, section in distributed.merged(redundant).items():
+        results[name]["redundancy"] = section
+    if not distributed.is_writer():
+        return
     _add_specialisation({name: results[name] for name in compared if name in bank.trained}, model)
     metrics = {}
     for name, result in results.items():
@@ -263,6 +277,11 @@ def evaluate_arms(
     bank.fail(failures, run, checkpoint)
 
 
+def _own(members: Mapping[str, T]) -> dict[str, T]:
+    """This rank's share."""
+    return {name: members[name] for name in distributed.mine(list(members))}
+
+
 def _now(name: str, compute: Callable[[], Any]) -> Any:
     """In place of `Checkpoint.part` where nothing is kept."""
     return compute()
@@ -272,10 +291,11 @@ def _shuffled(compared: Mapping[str, Judged], activations: Activations) -> dict[
     """What is left of persistence when the order of the tokens is taken away, for those that still fire."""
     failures: dict[str, str] = {}
     batches = position_shuffled(activations.held_out.batches(CONTROL_ROWS, seed=None))
-    found = evaluate(compared, batches, failures=failures) if compared else {}
-    for reason in failures.values():
+    own = _own(compared)
+    found = evaluate(own, batches, failures=failures) if own else {}
+    for reason in distributed.merged(failures).values():
         say(f"  no shuffled control of {reason}")
-    return {
+    shuffled = {
         name: {
             "l0": result["core"]["l0"],
             "fvu": result["core"]["fvu"],
@@ -283,6 +303,7 @@ def _shuffled(compared: Mapping[str, Judged], activations: Activations) -> dict[
         }
         for name, result in found.items()
     }
+    return distributed.merged(shuffled)
 
 
 def _redundancy(
@@ -326,7 +347,7 @@ def _save_passages(
     """What the report's feature browser shows of an arm."""
     decode = partial(_token_strings, model)
     text, order = passages.gathered()
-    if not run.shown_text.is_file():
+    if distributed.is_writer() and not run.shown_text.is_file():
         write_text(run.shown_text, text, decode)
     promoted = promoted_tokens(model, W_dec, vocabulary_V, decode)
     write_strips(run.strips / f"{name}.parquet", order, text, W_dec, others=others, promoted=promoted)
@@ -339,10 +360,11 @@ def _offsets(
     shifts = [shift for shift in SHIFTS if shift <= model.max_context // 2]
     first = next(activations.held_out.batches(OFFSET_ROWS, seed=None))
     tokens = TokenSet(first.tokens_BL, first.mask_BL, first.doc_BL, bos=activations.provenance["bos"])
+    own = _own(compared)
     if not shifts or not bool(first.mask_BL.any()):
         return {}
-    found = offset_test(compared, model, tokens, layer=activations.layer, site=site, shifts=shifts, rows=OFFSET_ROWS)
-    return {name: vars(result) for name, result in found.items()}
+    found = own and offset_test(own, model, tokens, layer=activations.layer, site=site, shifts=shifts, rows=OFFSET_ROWS)
+    return distributed.merged({name: vars(result) for name, result in found.items()})
 
 
 def _add_specialisation(results: Mapping[str, dict[str, Any]], model: LanguageModel) -> None:

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
+from legato import distributed
 from legato.cache import write_atomically
 from legato.errors import LegatoError, UsageError
 from legato.hardware import fast_matmul_dtype, settle_matmul_dtype
@@ -102,15 +103,20 @@ class RunDir:
         return self.checkpoint.is_dir() and not self.final_info.is_file()
 
     def settle_machine(self) -> None:
-        """Where an earlier attempt left a run to go on with, compute as it did."""
-        if not self.is_unfinished:
-            return
-        before, now = _read_config(self.config).get("environment") or {}, environment()
-        if "matmul_dtype" in before:
-            settle_matmul_dtype(before["matmul_dtype"])
+        """Where an earlier attempt left a run to go on with, compute as it did; and all ranks alike."""
+        if self.is_unfinished or distributed.size() > 1:
+            settle_matmul_dtype(distributed.from_writer(self._settled))
+
+    def _settled(self) -> str:
+        """The matmul's dtype; says where this machine is not the one that the run began on."""
+        now = environment()
+        before: dict[str, Any] = {}
+        if self.is_unfinished:
+            before = _read_config(self.config).get("environment") or {}
         same = {key: now[key] for key in before if key != "matmul_dtype"}
         if difference := changes({key: before[key] for key in same}, same):
             print(f"note: this run began with {difference}; numbers may differ in the last digits", file=sys.stderr)
+        return before.get("matmul_dtype", now["matmul_dtype"])
 
     @contextmanager
     def locked(self, config: Configuration) -> Iterator[None]:
@@ -130,11 +136,13 @@ class RunDir:
         finally:
             lock.release()
 
-    def forget_log(self, arm: str) -> None:
-        """Take an arm's records out of log.jsonl."""
-        lines = self.log.read_bytes().splitlines(keepends=True)
-        mark = f'{{"arm": {json.dumps(arm)},'.encode()
-        write_atomically(self.log, b"".join(line for line in lines if not line.startswith(mark)))
+    def forget_log(self, arms: Iterable[str]) -> None:
+        """Take some arms' records out of log.jsonl."""
+        marks = tuple(f'{{"arm": {json.dumps(arm)},'.encode() for arm in arms)
+        with self.log.open("rb") as log:
+            lines = log.readlines()
+        if any(line.startswith(marks) for line in lines):
+            write_atomically(self.log, b"".join(line for line in lines if not line.startswith(marks)))
 
     def begin(self, config: Configuration, resolved: Mapping[str, Any]) -> None:
         """Write config.yaml and start the log; drops what an unfinished run left behind."""

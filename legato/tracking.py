@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -108,3 +108,37 @@ class RunLog:
             folder = f"{self._tensorboard}/{arm}"
             self._writers[arm] = SummaryWriter(folder, purge_step=purge_step)  # type: ignore[operator]
         return self._writers[arm]
+
+
+class SharedLog:
+    """The log that the writer keeps for all ranks: what they are told lies there after `flush`, in the order of the
+    steps and then of `arms`. flush and sync are for all ranks at once."""
+
+    def __init__(self, log: Callable[[], RunLog], arms: Sequence[str]) -> None:
+        """log: opens it, on the writer only."""
+        self._log = log() if distributed.is_writer() else None
+        self._place = {name: place for place, name in enumerate(arms)}
+        self._records: list[Mapping[str, Any]] = []
+
+    def __enter__(self) -> "SharedLog":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._log is not None:
+            self._log.__exit__(*exception)
+
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        self._records.append(record)
+
+    def flush(self) -> None:
+        ranks = distributed.gather(self._records)
+        self._records = []
+        if self._log is not None:
+            records = [record for rank in ranks for record in rank]
+            for record in sorted(records, key=lambda one: (one["step"], self._place[one["arm"]])):
+                self._log(record)
+
+    def sync(self) -> int:
+        """Bring all records to the disk; returns the length of log.jsonl, on the writer."""
+        self.flush()
+        return 0 if self._log is None else self._log.sync()

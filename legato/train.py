@@ -239,6 +239,10 @@ class BankState:
     def names(self) -> list[str]:
         return [trainer.arm.name for trainer in (*self.trainers, *(trainer for trainer, _ in self.failed))]
 
+    @property
+    def in_training(self) -> list[str]:
+        return [trainer.arm.name for trainer in self.trainers]
+
     def drop(self, trainer: SAETrainer, error: LegatoError) -> None:
         """Take a member out that went wrong."""
         self.trainers.remove(trainer)

@@ -3,15 +3,16 @@
 import dataclasses
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import psutil
 
+from legato import distributed
 from legato.activations import Normaliser
-from legato.checkpoint import Checkpoint, SavedBank, checksums, cut
+from legato.checkpoint import Checkpoint, Progress, SavedBank, checksums, cut
 from legato.config import ExperimentConfig
 from legato.errors import LegatoError
 from legato.experiment import CALIBRATION_BATCHES, Activations, Bank, TrainedArm
@@ -19,7 +20,7 @@ from legato.hardware import fast_matmul_dtype
 from legato.recipes import arms, recipe
 from legato.run_dir import RunDir, environment
 from legato.sae import SparseAutoencoder
-from legato.tracking import RunLog, progress_bar, say
+from legato.tracking import RunLog, SharedLog, progress_bar, say
 from legato.train import (
     ArmConfig,
     BankResult,
@@ -40,24 +41,25 @@ MEMORY_SHARE = 0.6  # of what is free, for training; the rest is left to the sto
 def train_arms(
     config: ExperimentConfig, activations: Activations, run: RunDir, checkpoint: Checkpoint, *, wandb: str = ""
 ) -> Bank:
-    """Train the bank on shared batches and save every SAE; in several passes where it would not fit in memory.
+    """Train the bank on shared batches and save every SAE; in several passes where it would not fit in memory. Of
+    several ranks each trains its share of the members.
 
     What an earlier attempt has trained is opened, what it was training goes on from the checkpoint.
     wandb: the Weights & Biases project that the steps are sent to as well, if any.
     """
     wanted = arms(config, activations.train.d_in)
-    trained = _trained_before(run, checkpoint)
-    for name, failure in checkpoint.progress.failed.items():  # where the earlier attempt was cut off before it moved it
-        run.fail_sae(name, failure["steps"], failure["reason"])
+    checkpoint.progress = distributed.from_writer(lambda: _progress_found(run, checkpoint))
+    trained = {name: _opened(run, name, record) for name, record in checkpoint.progress.trained.items()}
     missing = [arm for arm in wanted if arm.name not in trained and arm.name not in checkpoint.progress.failed]
     if missing:
         stage = _Stage.of(config, activations)
         saved = checkpoint.read_bank(missing, stage.train_config)
-        _cut_logs(run, checkpoint, missing, saved)
+        going_on = distributed.merged(dict.fromkeys(saved.bank.in_training, None)) if saved else {}
+        if distributed.is_writer():
+            _cut_logs(run, missing, going_on, saved.log_bytes if saved else checkpoint.progress.log_bytes)
         for state in _passes(missing, saved, stage, config):
-            tracker = WandbLog(wandb, run.root) if wandb else None
+            tracker = WandbLog(wandb, run.root) if wandb and distributed.is_writer() else None
             trained |= _train_pass(state, stage, run, checkpoint, tracker)
-        checkpoint.drop_steps()
     failures = {name: failure["reason"] for name, failure in checkpoint.progress.failed.items()}
     if not trained:
         checkpoint.discard()  # the next attempt begins anew
@@ -94,38 +96,41 @@ class _Stage:
         return cls(config, activations, train_config, normaliser, calibration, tokens_per_step)
 
 
-def _trained_before(run: RunDir, checkpoint: Checkpoint) -> dict[str, TrainedArm]:
-    """The SAEs that an earlier attempt trained; one whose files have changed since is named and trained again."""
-    trained, progress = {}, checkpoint.progress
+def _progress_found(run: RunDir, checkpoint: Checkpoint) -> Progress:
+    """What an earlier attempt finished; an SAE whose files have changed since is named and trained again."""
+    progress = checkpoint.progress
     for name, record in list(progress.trained.items()):
         folder = run.sae(name)
-        if folder.is_dir() and checksums(folder) == record["files"]:
-            trained[name] = TrainedArm(SparseAutoencoder.load(folder), record["training"])
-        else:
+        if not folder.is_dir() or checksums(folder) != record["files"]:
             say(f"{folder} is missing or damaged: it is trained again")
             del progress.trained[name]
-            run.forget_log(name)
-            progress.log_bytes = run.log.stat().st_size
-    return trained
+    for name, failure in progress.failed.items():  # where the earlier attempt was cut off before it moved it
+        run.fail_sae(name, failure["steps"], failure["reason"])
+    return progress
 
 
-def _cut_logs(run: RunDir, checkpoint: Checkpoint, missing: Sequence[ArmConfig], saved: SavedBank | None) -> None:
+def _opened(run: RunDir, name: str, record: Mapping[str, Any]) -> TrainedArm:
+    return TrainedArm(SparseAutoencoder.load(run.sae(name)), record["training"])
+
+
+def _cut_logs(run: RunDir, missing: Sequence[ArmConfig], going_on: Collection[str], log_bytes: int) -> None:
     """Take out of the logs what is trained again."""
-    going_on = {trainer.arm.name for trainer in saved.bank.trainers} if saved else set()
-    cut(run.log, saved.log_bytes if saved else checkpoint.progress.log_bytes)
-    for arm in missing:
-        if arm.name not in going_on:
-            shutil.rmtree(run.tensorboard / arm.name, ignore_errors=True)
+    cut(run.log, log_bytes)
+    anew = [arm.name for arm in missing if arm.name not in going_on]
+    run.forget_log(anew)  # in vain, but where one of them was trained and then damaged
+    for name in anew:
+        shutil.rmtree(run.tensorboard / name, ignore_errors=True)
 
 
 def _passes(
     missing: Sequence[ArmConfig], saved: SavedBank | None, stage: _Stage, config: ExperimentConfig
 ) -> Iterator[BankState]:
-    """Banks to train, one after the other: the saved one first."""
+    """Banks to train, this rank's part of each, one after the other: the saved one first."""
     source, training = stage.activations.train, config.training
-    started = {*saved.bank.names} if saved else set()
-    passes = split_to_fit(
-        [arm for arm in missing if arm.name not in started], source.d_in, training.batch_rows * source.context_length
+    started = distributed.merged(dict.fromkeys(saved.bank.names, None)) if saved else {}
+    new = [arm for arm in missing if arm.name not in started]
+    passes = distributed.from_writer(
+        lambda: split_to_fit(new, source.d_in, training.batch_rows * source.context_length)
     )
     say(
         f"training: {len(missing)} SAEs of {training.d_sae:,} latents in {len(passes) + bool(saved)} pass(es), "
@@ -135,7 +140,10 @@ def _passes(
         say(f"going on with {len(started)} of them after step {saved.bank.step}")
         yield saved.bank
     for members in passes:
-        yield BankState.new(members, stage.train_config, source.d_in)
+        own = distributed.mine(members)
+        state = BankState.new(own, stage.train_config, source.d_in)
+        state.elsewhere = len(members) - len(own)
+        yield state
 
 
 def _train_pass(
@@ -147,32 +155,43 @@ def _train_pass(
         training.batch_rows, seed=min(training.seeds), epochs=None, drop_last=True, start_batch=state.step
     )
     interrupts = checkpoint.interrupts
+    order = [arm.name for arm in arms(stage.config, stage.activations.train.d_in)]
     with (
         interrupts.held_back(),
-        RunLog(run.log, run.tensorboard, steps_done=state.step, also=tracker) as log,
+        SharedLog(lambda: RunLog(run.log, run.tensorboard, steps_done=state.step, also=tracker), order) as log,
         progress_bar("train", steps) as progress,
     ):
 
         def after_step(bank: BankState) -> None:
             progress(bank.step)
+            if (bank.step - 1) % stage.train_config.log_every == 0:
+                log.flush()
             checkpoint.after_step(bank, log.sync)
 
         try:
             result = train_on(state, batches, stage.normaliser, stage.train_config, log=log, after_step=after_step)
         except NoMemberLeftError as error:  # of this pass; the others may be well
             result = BankResult([], error.failed)
-        trained = {trainer.arm.name: _save(trainer, stage, run) for trainer in result.finished}
+        own = {trainer.arm.name: _save(trainer, stage, run) for trainer in result.finished}
         for trainer, reason in result.failed:
             run.write_failure(trainer.arm.name, dict(trainer.parameters.items()), trainer.steps_done, reason)
-            say(f"  dropped {reason}")
+        ranks = distributed.merged(
+            {
+                "trained": {
+                    name: {"training": arm.training, "files": checksums(run.sae(name))} for name, arm in own.items()
+                },
+                "failed": {trainer.arm.name: _failure(trainer.steps_done, reason) for trainer, reason in result.failed},
+            }
+        )
+        for failure in ranks["failed"].values():
+            say(f"  dropped {failure['reason']}")
         done = checkpoint.progress
         done.log_bytes = log.sync()
-        done.failed |= {trainer.arm.name: _failure(trainer.steps_done, reason) for trainer, reason in result.failed}
-        done.trained |= {
-            name: {"training": arm.training, "files": checksums(run.sae(name))} for name, arm in trained.items()
-        }
+        done.failed |= ranks["failed"]
+        done.trained |= ranks["trained"]
         checkpoint.write_progress()
-    return trained
+        checkpoint.drop_steps()
+    return own | {name: _opened(run, name, record) for name, record in ranks["trained"].items() if name not in own}
 
 
 def _failure(steps: int, reason: str) -> dict[str, Any]:
