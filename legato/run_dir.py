@@ -139,8 +139,7 @@ class RunDir:
     def forget_log(self, arms: Iterable[str]) -> None:
         """Take some arms' records out of log.jsonl."""
         marks = tuple(f'{{"arm": {json.dumps(arm)},'.encode() for arm in arms)
-        with self.log.open("rb") as log:
-            lines = log.readlines()
+        lines = self.log.read_bytes().splitlines(keepends=True) if self.log.is_file() else []
         if any(line.startswith(marks) for line in lines):
             write_atomically(self.log, b"".join(line for line in lines if not line.startswith(marks)))
 

@@ -3,6 +3,7 @@ may not be gone on with is refused."""
 
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -75,23 +76,36 @@ def test_activations_that_are_not_kept_go_on_too(run, monkeypatch):
     assert differences(results(run.out_dir), whole(run, "--no-store")) == []
 
 
-def test_a_bank_in_two_passes_goes_on_in_either(run, monkeypatch):
-    def one_by_one(bank: list[ArmConfig], d_in: int, tokens_per_batch: int) -> list[list[ArmConfig]]:
-        return [[arm] for arm in bank]
+def one_by_one(bank: list[ArmConfig], d_in: int, tokens_per_batch: int) -> list[list[ArmConfig]]:
+    return [[arm] for arm in bank]
 
+
+def interrupt_training_of(arm: str, run: SmallExperiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = SAETrainer.step
+
+    def stop(trainer, batch):
+        if trainer.arm.name == arm and trainer.steps_done == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return step(trainer, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SAETrainer, "step", stop)
+        run.error(*FLAGS, code=143)
+    saved = [path.name for path in (run.out_dir / "checkpoint").glob("step_*")]
+    assert sorted(saved) == ["step_00000005", "step_00000006"]
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_bank_in_two_passes_goes_on_in_either(run, monkeypatch):
     once = whole(run)
     monkeypatch.setattr(legato.train_stage, "split_to_fit", one_by_one)
     for arm in ("baseline", "hysteresis"):
-        with monkeypatch.context() as patch:
-            step = SAETrainer.step
-
-            def stop(trainer, batch, arm=arm, step=step):
-                if trainer.arm.name == arm and trainer.steps_done == 5:
-                    signal.raise_signal(signal.SIGTERM)
-                return step(trainer, batch)
-
-            patch.setattr(SAETrainer, "step", stop)
-            run.error(*FLAGS, code=143)
+        interrupt_training_of(arm, run, monkeypatch)
     assert run.run(*FLAGS) == 0
     assert differences(by_arm(results(run.out_dir)), by_arm(once)) == []
 
@@ -103,13 +117,19 @@ def test_a_trained_sae_that_was_damaged_is_trained_again(run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(RunDir, "write_metrics", cut_off)
         assert "metrics.json: No space left on device: make room" in run.error(*FLAGS, code=1)
-    weights = run.out_dir / "saes" / "hysteresis" / "sae_weights.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-9] ^= 1
-    weights.write_bytes(content)
+    flip_a_bit(run.out_dir / "saes" / "hysteresis" / "sae_weights.safetensors")
     assert run.run(*FLAGS) == 0
     assert "saes/hysteresis is missing or damaged: it is trained again" in run.capture.readouterr().out
     assert differences(by_arm(results(run.out_dir)), by_arm(whole(run))) == []
+
+
+def test_a_trained_sae_is_damaged_while_another_is_in_training(run, monkeypatch):
+    once = whole(run)
+    monkeypatch.setattr(legato.train_stage, "split_to_fit", one_by_one)
+    interrupt_training_of("hysteresis", run, monkeypatch)
+    flip_a_bit(run.out_dir / "saes" / "baseline" / "sae_weights.safetensors")
+    assert run.run(*FLAGS) == 0
+    assert differences(by_arm(results(run.out_dir)), by_arm(once)) == []
 
 
 def test_memory_that_runs_short_keeps_the_last_checkpoint(run, monkeypatch):
