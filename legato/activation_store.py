@@ -26,6 +26,7 @@ from torch import Tensor
 
 from legato.cache import sha256_file, sha256_files, sync_to_disk, write_atomically
 from legato.errors import LegatoError, UsageError
+from legato.remote_store import fetch_store, is_url
 
 FORMAT = "legato-activations-1"
 MANIFEST = "manifest.json"
@@ -199,10 +200,11 @@ class ActivationStore:
     def open(cls, path: str | Path, *, verify: bool = True) -> "ActivationStore":
         """A store that `harvest` finished.
 
+        path: its folder, or an fsspec URL (s3://bucket/folder): it is then read from a copy in the cache.
         verify: check the SHA-256 of every shard (some 3 GB a second), else only their sizes.
         Raises LegatoError, naming the shard, for one that is missing or damaged, and for an unfinished store.
         """
-        path = Path(path)
+        path = fetch_store(path, MANIFEST) if is_url(path) else Path(path)
         manifest = Manifest.read(path)
         if manifest is None:
             raise UsageError(f"{path} holds no activations: there is no {MANIFEST}")

@@ -22,6 +22,7 @@ from torch import Tensor
 from legato import distributed
 from legato.activation_store import (
     FORMAT,
+    MANIFEST,
     ActivationBatch,
     ActivationStore,
     Manifest,
@@ -32,6 +33,7 @@ from legato.activation_store import (
 from legato.cache import cache_dir, locked
 from legato.errors import LegatoError, UsageError
 from legato.language_model import LanguageModel
+from legato.remote_store import is_url, key_at, local_copy_of, put_store
 from legato.tokens import TokenSet
 
 __all__ = [
@@ -356,7 +358,8 @@ def harvest(
 ) -> ActivationStore:
     """A store with the activations of every row; what an earlier call left there whole is used, not made again.
 
-    path: folder of the store; by default one in the cache, named by what determines the activations.
+    path: folder of the store; by default one in the cache, named by what determines the activations. An fsspec URL
+        (s3://bucket/folder): the store is harvested into the cache, unless it lies there already, and put there whole.
     batch_rows: rows a forward pass. outlier_factor: positions whose norm exceeds that many median norms are masked.
     progress: told the number of rows done. Of several ranks each computes its share of the shards; they must see the
     same folder.
@@ -364,12 +367,22 @@ def harvest(
     activations that are not finite, rows without text and a disk that cannot be written.
     """
     stream = ActivationStream(language_model, tokens, layer=layer, site=site, outlier_factor=outlier_factor)
-    folder = cache_dir() / "activations" / stream.key()[:32] if path is None else Path(path)
+    if is_url(path):
+        if (there := key_at(path, MANIFEST)) is None:
+            folder = local_copy_of(path)
+        elif there == stream.key():
+            return ActivationStore.open(path)
+        else:
+            raise UsageError(f"{path} holds other activations: choose another place")
+    else:
+        folder = cache_dir() / "activations" / stream.key()[:32] if path is None else Path(path)
     with distributed.held_by_writer(_locked(folder)):
         manifest = stream._claim_together(folder)
         stream._fill_store(folder, manifest, batch_rows, progress)
         distributed.barrier()
         distributed.from_writer(lambda: Manifest.united(folder))
+        if is_url(path):
+            distributed.from_writer(lambda: put_store(folder, path, MANIFEST))
     return ActivationStore.open(folder, verify=False)
 
 
