@@ -191,15 +191,16 @@ def test_the_page_carries_every_firing_and_every_column(tmp_path: Path) -> None:
         assert words[arrays["top_tokens"][3]] == HOSTILE[3]
 
 
-def test_a_latents_gain_is_over_its_match(tmp_path: Path) -> None:
-    run = save_run(tmp_path)
-    _, _, arms = islands(str(browser_section(run)))
-    match = arms["legato"]["match0"]
+def test_a_latents_gain_is_over_its_match_if_that_is_like_it(tmp_path: Path) -> None:
+    meta, _, arms = islands(str(browser_section(save_run(tmp_path))))
+    match, cosine = arms["legato"]["match0"], arms["legato"]["match_cosine0"]
     own, theirs = some_features(1)["kappa1_excess_within"], some_features(0)["kappa1_excess_within"]
-    np.testing.assert_allclose(arms["legato"]["kappa1_gain"][:-1], (own - theirs[match])[:-1], atol=2e-4)
+    expected = np.where(cosine >= 0.5, own - theirs[match], np.nan)
+    assert 0 < np.isfinite(expected).sum() < LATENTS - 1
+    np.testing.assert_allclose(arms["legato"]["kappa1_gain"], expected, atol=2e-4)
     assert match[-1] == -1
-    assert np.isnan(arms["legato"]["kappa1_gain"][-1])
     assert "kappa1_gain" not in arms["baseline"]
+    assert meta["loose_match"] == 0.5
 
 
 def test_no_string_of_the_corpus_stands_in_the_markup(tmp_path: Path) -> None:

@@ -42,21 +42,22 @@ def promoted_tokens(
 
     Memory: O(V D + ROWS_AT_ONCE V).
     """
-    unembedding_DV = model.model.get_output_embeddings().weight[vocabulary_V.to(model.device)].float().T.contiguous()
+    rows_VD = model.model.get_output_embeddings().weight[vocabulary_V.to(model.device)].float()
+    centred_DV = (rows_VD - rows_VD.mean(0)).T.contiguous()  # so that logits come out centred
     normed_FD = _final_norm(model, W_dec) - _final_norm(model, torch.zeros_like(W_dec[:1]))
-    highest, lowest = [], []
+    highest: list[tuple[Tensor, Tensor]] = []
+    lowest: list[tuple[Tensor, Tensor]] = []
     for rows_RD in normed_FD.split(ROWS_AT_ONCE):
-        logits_RV = rows_RD @ unembedding_DV
-        deviation_RV = logits_RV - logits_RV.mean(1, keepdim=True)
-        z_RV = deviation_RV / deviation_RV.std(1, keepdim=True, correction=0).clamp_min(1e-30)
-        highest.append(z_RV.topk(min(PROMOTED, len(vocabulary_V)), dim=1))
-        lowest.append(z_RV.topk(min(SUPPRESSED, len(vocabulary_V)), dim=1, largest=False))
+        logits_RV = rows_RD @ centred_DV
+        spread_R1 = (logits_RV.norm(dim=1, keepdim=True) / len(vocabulary_V) ** 0.5).clamp_min(1e-30)
+        for found, count, is_largest in ((highest, PROMOTED, True), (lowest, SUPPRESSED, False)):
+            top = logits_RV.topk(min(count, len(vocabulary_V)), dim=1, largest=is_largest)
+            found.append((top.indices, top.values / spread_R1))
     piece_V = np.array(decode(vocabulary_V.tolist()), object)
     (raised, raised_z), (lowered, lowered_z) = (
-        (piece_V[torch.cat([top.indices for top in tops]).cpu().numpy()].tolist(), torch.cat([t.values for t in tops]))
-        for tops in (highest, lowest)
+        [torch.cat(part).cpu().numpy() for part in zip(*found, strict=True)] for found in (highest, lowest)
     )
-    return Promoted(raised, raised_z.cpu().numpy(), lowered, lowered_z.cpu().numpy())
+    return Promoted(piece_V[raised].tolist(), raised_z, piece_V[lowered].tolist(), lowered_z)
 
 
 def _final_norm(model: LanguageModel, directions_FD: Tensor) -> Tensor:

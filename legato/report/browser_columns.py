@@ -34,7 +34,7 @@ _KNOWN = {
     "max_decoder_cosine_sim": ("nearest cosine", "cosine to the nearest other decoder row"),
     "cluster_name": ("kind", "cluster of latents, by their descriptors"),
     HOLD: ("hold", "kappa at lag 1 beyond both nulls: what neither the document nor the position explains"),
-    GAIN: ("gain", "kappa excess less that of the best match in the baseline"),
+    GAIN: ("gain", "kappa excess less that of its match in the baseline, where their cosine is .5 or more"),
     MATCH_COSINE: ("match cosine", "decoder cosine to the best match in the other arm"),
 }
 _SUFFIXES = {

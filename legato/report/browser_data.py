@@ -29,7 +29,7 @@ from legato.report.browser_columns import (
     pack_columns,
 )
 from legato.report.browser_pack import Pack, binary_island, gaps
-from legato.report.browser_showcase import showcase
+from legato.report.browser_showcase import GOOD_MATCH, showcase
 from legato.report.missing import MissingResult
 from legato.report.strip_tables import ShownText, StripTable
 from legato.report.style import arm_styles, page_colour
@@ -41,6 +41,7 @@ BYTES_A_FIRING = 1.5  # about
 BEFORE = 20  # tokens of a passage that stand before its centre
 LEVELS = 32  # of an activation in the page
 POSITION_BINS = 16
+LOOSE_MATCH = 0.5  # decoder cosine below which two latents are not set beside each other unasked
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ def browser_islands(run: SavedRun) -> Markup:
         "quantiles": QUANTILES,
         "levels": LEVELS,
         "whole": whole,
+        "loose_match": LOOSE_MATCH,
+        "close_match": GOOD_MATCH,
         "text": text_pack.header,
         "arms": [header | {"colour": colours[header["name"]]} for header, _ in packs],
         "left_out": [arm.name for arm in run.trained if arm.name not in colours and arm.role != "grid"],
@@ -215,7 +218,7 @@ def _against(one: BrowsedArm, baseline: BrowsedArm) -> dict[str, NDArray[Any]]:
     found = {MATCH_COSINE: np.where(nearest_F < 0, np.nan, cosine_F)}
     if KAPPA_EXCESS in one.features and KAPPA_EXCESS in baseline.features:
         theirs_F = baseline.features[KAPPA_EXCESS][nearest_F]
-        found[GAIN] = np.where(nearest_F < 0, np.nan, one.features[KAPPA_EXCESS] - theirs_F)
+        found[GAIN] = np.where(cosine_F < LOOSE_MATCH, np.nan, one.features[KAPPA_EXCESS] - theirs_F)
     return found
 
 

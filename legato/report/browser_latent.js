@@ -1,7 +1,6 @@
 // The panel of one latent, and what stands there while none is open: passages of two arms side by side.
 (() => {
   const B = legato.browser, {el} = B;
-  const CLOSE_MATCH = 0.7, SOME_MATCH = 0.5;
   let measure = "kappa", forced = false;
 
   const FACTS = [
@@ -21,7 +20,7 @@
     const theirs = other && arm.matches.includes(other) ? await B.arm(other) : null;
     const match = theirs && arm.match(latent, other);
     const fires = arm.arrays.firings[latent] > 0;
-    const beside = match && (match.cosine >= SOME_MATCH || forced);
+    const beside = match && (match.cosine >= B.meta.loose_match || forced);
     const own = {arm, latent}, refs = beside ? [own, {arm: theirs, latent: match.latent}] : [own];
     const redraw = () => B.showLatent(panel, arm, latent, other, actions);
     panel.style.setProperty("--own", arm.colour);
@@ -54,7 +53,7 @@
     return el("dl", {class: "facts-grid"}, ...FACTS.filter(([name]) => arm.byName[name]).map(([name, label]) => {
       const value = arm.value(name, latent), shown = name === "half_life" && arm.value("half_life_censored", latent) > 0
         ? `> ${B.number(value)}` : B.number(value);
-      const set = theirs && match.cosine >= SOME_MATCH ? B.number(theirs.value(name, match.latent)) : null;
+      const set = theirs && match.cosine >= B.meta.loose_match ? B.number(theirs.value(name, match.latent)) : null;
       return el("div", {title: arm.byName[name].meaning}, el("dt", {}, label), el("dd", {}, shown,
         set === null ? null : el("small", {title: `its match, ${theirs.name} ${match.latent}`}, `${theirs.baseline ? "base" : theirs.name} ${set}`)));
     }));
@@ -79,10 +78,10 @@
     if (!theirs) return null;
     if (!match) return el("p", {class: "match"}, `No latent of ${theirs.name} to set beside it.`);
     const link = B.latentLink(theirs, match.latent, cosine(match.cosine));
-    const words = match.cosine >= CLOSE_MATCH ? ` Best match in ${theirs.name}: ` : match.cosine >= SOME_MATCH
+    const words = match.cosine >= B.meta.close_match ? ` Best match in ${theirs.name}: ` : match.cosine >= B.meta.loose_match
       ? `Only a loose match in ${theirs.name}: ` : `No good match in ${theirs.name}; the nearest direction is `;
     const line = el("p", {class: "match"}, words, link);
-    if (match.cosine < SOME_MATCH) {
+    if (match.cosine < B.meta.loose_match) {
       const made = el("button", {type: "button", "aria-pressed": String(forced)}, forced ? "leave it out" : "show it all the same");
       made.addEventListener("click", () => { forced = !forced; redraw(); });
       line.append(" ", made);
@@ -177,7 +176,7 @@
       })) : null;
     return el("div", {class: "pairs"},
       el("p", {class: "facts"}, `${n.toLocaleString("en")} latents of ${own.name} have a close match in ${theirs.name} (decoder cosine above ${
-        CLOSE_MATCH}, both firing 20 times or more). ${Math.round(100 * share)} % of them hold better than their match; the median difference of the `
+        B.meta.close_match}, both firing 20 times or more). ${Math.round(100 * share)} % of them hold better than their match; the median difference of the `
         + `kappa excess at lag 1 is ${B.signed(median)}.`),
       el("p", {class: "lanes-legend"}, "Bars under the tokens: ", el("span", {}, el("i", {class: "dot", "--colour": own.colour}), `upper ${own.name}`),
         el("span", {}, el("i", {class: "dot", "--colour": theirs.colour}), `lower ${theirs.name}`)),
