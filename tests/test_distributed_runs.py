@@ -1,0 +1,94 @@
+"""experiment.py by several ranks: the same weights and numbers as by one process, and nothing lost when a rank dies."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from killing import differences, path_for_children, results
+from ranks import ends, run_ranks, start_ranks
+from small_experiment import experiment_main, write_corpus
+from tiny_models import save_tiny_model
+
+from legato import activation_store, distributed
+from legato.checkpoint import Checkpoint
+from legato.report import figures, html
+
+OPTIONS = {
+    "context_length": 16,
+    "held_out": 0.3,
+    "tokens": 3000,
+    "batch_rows": 4,
+    "d_sae": 64,
+    "k": 4,
+    "eval_rows": 16,
+    "ce_rows": 2,
+    "controls": "ema",
+    "checkpoint_minutes": 0,
+}
+MEMBERS = "--temporal=hysteresis,tsae,gated,shuffled"
+
+
+def experiment(flags: list[str], cache: Path, dies: tuple[int, int] | None = None) -> int:
+    """dies: a rank, and the step of the training after which it kills itself."""
+    os.environ["LEGATO_CACHE"] = str(cache)
+    vars(activation_store)["SHARD_BYTES"] = 20_000
+    for module, name in ((figures, "write_figures"), (html, "write_report")):
+        vars(module)[name] = lambda root: root
+    if dies is not None:
+        after_step = Checkpoint.after_step
+
+        def dying(checkpoint, bank, log_bytes):
+            after_step(checkpoint, bank, log_bytes)
+            if (distributed.rank(), bank.step) == dies:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Checkpoint.after_step = dying
+    return experiment_main()(flags)
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("experiment")
+    save_tiny_model(folder / "model", "gpt2", pad_token_id=None)
+    options = {"model": folder / "model", "dataset": write_corpus(folder / "corpus"), **OPTIONS}
+    return [*(f"--{name}={value}" for name, value in options.items()), "--no-ablation"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def children_find_the_tests():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path_for_children())
+        yield
+
+
+def finished(n_ranks: int, flags: list[str], folder: Path) -> dict:
+    run_ranks(n_ranks, experiment, [*flags, f"--out_dir={folder / 'run'}"], folder / "cache", folder=folder)
+    return results(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def one(flags, tmp_path_factory) -> dict:
+    return finished(1, [*flags, MEMBERS], tmp_path_factory.mktemp("one"))
+
+
+@pytest.mark.parametrize("n_ranks", [2, 4])
+def test_members_spread_over_ranks_end_in_the_bits_of_one_process(n_ranks, flags, one, tmp_path):
+    assert differences(finished(n_ranks, [*flags, MEMBERS], tmp_path), one) == []
+    said = [(tmp_path / f"rank_{rank}.txt").read_text() for rank in range(n_ranks)]
+    assert "results: " in said[0]
+    assert said[1:] == [""] * (n_ranks - 1)
+
+
+@pytest.mark.parametrize("resumed_by", [1, 4])
+def test_when_a_rank_is_killed_the_rest_stop_and_any_number_go_on(resumed_by, flags, one, tmp_path):
+    arguments = [*flags, MEMBERS, f"--out_dir={tmp_path / 'run'}"]
+    dying = start_ranks(2, experiment, arguments, tmp_path / "cache", (1, 17), folder=tmp_path)
+    assert ends(dying) == [1, -9]
+    lost = (tmp_path / "rank_0.txt").read_text().splitlines()[-1]
+    assert lost == (
+        "error: rank 0 stops because another one failed or was killed: the same command goes on where it stopped"
+    )
+    assert (tmp_path / "run" / "checkpoint" / "step_00000016").is_dir()
+    assert differences(finished(resumed_by, [*flags, MEMBERS], tmp_path), one) == []
+    assert "after step 1" in (tmp_path / "rank_0.txt").read_text()
