@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from legato.report.latents import Latents, latents_of, running_median
 from legato.report.missing import MissingResult
@@ -222,10 +222,11 @@ def half_life_by_rate(run: SavedRun) -> Figure:
     base = found.get(run.baseline.name) if run.baseline else None
     for ax, (name, latents) in zip(axes, found.items(), strict=False):
         if base is not None and latents is not base:
-            ax.plot(*running_median(*base.columns), color=MUTED, linewidth=1.3, linestyle=(0, (4, 1.6)))
-        ax.plot(*running_median(*latents.columns), color=arm_styles(run.highlighted)[name].colour, linewidth=2)
-        ax.set_yticks([1, 4, 16, 64], ["1", "4", "16", "64"])
-        ax.yaxis.set_minor_locator(NullLocator())
+            ax.plot(*running_median(base), color=MUTED, linewidth=1.3, linestyle=(0, (4, 1.6)))
+        ax.plot(*running_median(latents), color=arm_styles(run.highlighted)[name].colour, linewidth=2)
+        limits = ax.get_ylim()
+        ax.set_yticks([0.5, 1, 2, 4, 8, 16, 32, 64], ["0.5", "1", "2", "4", "8", "16", "32", "64"])
+        ax.set_ylim(limits)
     label_outer(axes, len(found), "firing rate", "half-life in tokens")
     handles = [Line2D([], [], color=INK, linewidth=2)]
     labels = ["median of the arm's latents"]
@@ -243,7 +244,7 @@ def density_panels(found: Mapping[str, Latents], run: SavedRun) -> tuple[Figure,
     figure = Figure(figsize=(WIDTH if columns > 1 else 0.6 * WIDTH, 2.5 * rows + 0.35))
     axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten())
     x, y = (np.concatenate([latents.columns[i] for latents in found.values()]) for i in (0, 1))
-    limits = [float(v) for values in (x, y) for v in (values.min(), values.max())]
+    limits = [max(float(v), _SMALLEST) for values in (x, y) for v in (values.min(), values.max())]
     extent = tuple(np.log10(limits))
     styles = arm_styles(run.highlighted)
     for ax, (name, latents) in zip(axes, found.items(), strict=False):
@@ -260,9 +261,16 @@ def density_panels(found: Mapping[str, Latents], run: SavedRun) -> tuple[Figure,
             linewidths=0,
         )
         ax.set_title(name, color=styles[name].colour)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_minor_locator(NullLocator())
+            axis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
+        ax.set(xlim=(0.8 * limits[0], 1.25 * limits[1]), ylim=(0.8 * limits[2], 1.25 * limits[3]))
     for ax in axes[len(found) :]:
         ax.set_visible(False)
     return figure, axes
+
+
+_SMALLEST = 1e-6  # what is smaller lies at the edge
 
 
 def label_outer(axes: Sequence[Axes], panels: int, x: str, y: str) -> None:

@@ -130,7 +130,7 @@ def _points(latents: Latents, style: ArmStyle, hover: str) -> Trace:
 
 
 def _median(latents: Latents, colour: str, name: str) -> Trace:
-    x, y = running_median(*latents.columns)
+    x, y = running_median(latents)
     line: dict[str, Any] = {"color": colour, "width": 2.2}
     trace = {"type": "scatter", "mode": "lines", "x": significant(x), "y": significant(y), "line": line, "name": name}
     return {**trace, "hovertemplate": "%{y:.2f} tokens<extra>%{fullData.name}</extra>"}

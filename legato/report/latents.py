@@ -41,8 +41,9 @@ def latents_of(run: SavedRun, arm: Arm, names: Sequence[str], *, positive: bool 
     return Latents(kept, tuple(table[:, kept])) if kept.size else None
 
 
-def running_median(x: np.ndarray, y: np.ndarray, bins: int = 18) -> tuple[np.ndarray, np.ndarray]:
-    """Median of y in bins of equal width in log x, at the bins' centres; sparse bins are left out."""
+def running_median(latents: Latents, bins: int = 18) -> tuple[np.ndarray, np.ndarray]:
+    """Median of the second column in bins of equal width in the log of the first; sparse bins are left out."""
+    x, y = latents.columns
     edges = np.geomspace(x.min(), x.max() * (1 + 1e-9), bins + 1)
     inside = np.digitize(x, edges) - 1
     kept = [b for b in range(bins) if (inside == b).sum() >= _MIN_IN_MEDIAN]

@@ -59,7 +59,7 @@ def scene(run: SavedRun, x_key: str, y_key: str, *, farthest: Mapping[str, float
 
 def fidelity_scene(run: SavedRun) -> Scene:
     """FVU over L0."""
-    return scene(run, "core.l0", "core.fvu", farthest={"x": 1.6, "y": 1.6})
+    return scene(run, "core.l0", "core.fvu", farthest={"x": 1.6, "y": 1.35})
 
 
 def cost_scene(run: SavedRun) -> Scene:
