@@ -55,11 +55,14 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_files(paths: Iterable[Path]) -> list[str | None]:
-    """SHA-256 of each file in the order given, None for one that cannot be read; one thread a processor."""
+    """SHA-256 of each file in the order given, None for one that cannot be read; one thread a processor.
+
+    A device or a FIFO, which may never end, counts as one that cannot be read.
+    """
 
     def digest(path: Path) -> str | None:
         try:
-            return sha256_file(path)
+            return sha256_file(path) if path.is_file() else None
         except OSError:
             return None
 

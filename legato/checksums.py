@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from legato.cache import sha256_file, sha256_files, write_atomically
 from legato.errors import LegatoError, UsageError
@@ -45,6 +45,10 @@ class Checksums:
             raise LegatoError(f"{path} is damaged: delete it to read the run unchecked") from error
         if not whole:
             raise LegatoError(f"{path} is damaged, or of another version: delete it to read the run unchecked")
+        if strange := [name for name in files if PurePosixPath(name).is_absolute() or ".." in name.split("/")]:
+            raise LegatoError(
+                f"{path} names {strange[0]}, which is not in the run: delete it to read the run unchecked"
+            )
         return cls(root, files)
 
     def write(self) -> None:

@@ -166,7 +166,9 @@ def _local_documents(path: Path, text_column: str) -> Iterator[Document]:
     files = [
         file
         for file in sorted(path.rglob("*"))
-        if file.is_file() and _suffix(file) and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        if os.path.isfile(file)
+        and _suffix(file)
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
     ]
     if not files:
         raise UsageError(f"no .txt, .jsonl, .jsonl.gz or .parquet file in the folder {path}")

@@ -46,6 +46,8 @@ def download(
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     where = (subfolder or "").strip("/")
+    if ".." in PurePosixPath(where).parts or "\\" in where:
+        raise UsageError(f"{subfolder} leads out of {repo_id}: name a folder in it")
     with hub_errors(repo_id, "download from"):
         try:
             found = HfApi(token=token).model_info(repo_id, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
