@@ -222,7 +222,9 @@ def half_life_by_rate(run: SavedRun) -> Figure:
     base = found.get(run.baseline.name) if run.baseline else None
     for ax, (name, latents) in zip(axes, found.items(), strict=False):
         if base is not None and latents is not base:
+            ax.plot(*running_median(base), color=SURFACE, linewidth=3)
             ax.plot(*running_median(base), color=MUTED, linewidth=1.3, linestyle=(0, (4, 1.6)))
+        ax.plot(*running_median(latents), color=SURFACE, linewidth=3.6)
         ax.plot(*running_median(latents), color=arm_styles(run.highlighted)[name].colour, linewidth=2)
         limits = ax.get_ylim()
         ax.set_yticks([0.5, 1, 2, 4, 8, 16, 32, 64], ["0.5", "1", "2", "4", "8", "16", "32", "64"])
