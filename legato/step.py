@@ -22,8 +22,9 @@ from legato.errors import LegatoError
 from legato.hardware import fast_float32
 from legato.kernels import LatentOrder
 from legato.sequences import SequenceLayout
+from legato.sharing import WHOLE, Share
 from legato.sparsity import Preactivations
-from legato.sparsity.base import Decoding
+from legato.sparsity.base import Decoding, decode
 
 Array = NDArray[Any]
 
@@ -98,18 +99,23 @@ class Parameters:
         own = {name: changed.pop(name) for name in self.own}
         return Parameters(**changed, own=own)
 
-    def preactivations(self, low_W_enc_FD: Tensor, batch: TrainBatch, out_NF: Tensor) -> Preactivations:
-        """The encoder's dense output on a batch, in the dtype of low_W_enc_FD, written to out_NF."""
-        torch.addmm(self.b_enc_F.to(out_NF.dtype), batch.low_ND, low_W_enc_FD.T, out=out_NF)
+    def preactivations(
+        self, low_W_enc_FD: Tensor, batch: TrainBatch, out_NF: Tensor, share: Share = WHOLE
+    ) -> Preactivations:
+        """The encoder's dense output on this rank's share of a batch, in the dtype of low_W_enc_FD, written to
+        out_NF."""
+        part = share.part(len(out_NF))
+        torch.addmm(self.b_enc_F.to(out_NF.dtype), batch.low_ND[part], low_W_enc_FD.T, out=out_NF[part])
         own = {name: tensor.numpy() for name, tensor in self.own.items()}
         arrays = (batch.x_ND.numpy(), self.W_enc_FD.numpy(), self.b_enc_F.numpy())
-        return Preactivations(out_NF, *arrays, batch.layout, own)
+        return Preactivations(out_NF, *arrays, batch.layout, own, share)
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What one forward and backward pass gives: named loss terms (each already times its coefficient), the gradients
-    (in the workspace, valid until its next use; decoder rows projected), their norm, the active pairs."""
+    (in the workspace, valid until its next use; decoder rows projected; of W_enc, W_dec and b_enc only the rank's share
+    of the latents), their norm, the active pairs."""
 
     loss_terms: dict[str, float]
     gradients: Parameters
@@ -151,6 +157,7 @@ def forward_backward(
     progress: float = 1.0,
     dead_F: Tensor | None = None,
     config: TrainConfig,
+    share: Share = WHOLE,
 ) -> StepResult:
     """One exact pass. Loss = mean over valid tokens of ||x - xhat||^2 / D (a weighted sum over nested groups)  +
     sparsity penalty  +  sum of coefficient * temporal term  +  auxiliary loss. With the normaliser's unit power the
@@ -158,16 +165,17 @@ def forward_backward(
 
     terms: (term of the arm, coefficient now). memory: what the sparsity carried over from the last step, 0 at the
     start. dead_F: bool, latents that the auxiliary loss revives (None: none). A frozen decoder's gradient is zero.
+    share: of several ranks that do this step together, with the same arguments otherwise, this one's.
     """
     x_ND = batch.x_ND
     N, D = x_ND.shape
     F = parameters.W_enc_FD.shape[0]
     W_dec_FD, b_dec_D = parameters.W_dec_FD.numpy(), parameters.b_dec_D.numpy()
     pre_NF = workspace.get("pre", (N, F), batch.low_ND.dtype)
-    forward = arm.sparsity.forward(parameters.preactivations(low_W_enc_FD, batch, pre_NF), memory, progress)
+    forward = arm.sparsity.forward(parameters.preactivations(low_W_enc_FD, batch, pre_NF, share), memory, progress)
     order = kernels.by_latent(forward.pairs, F)
     groups = arm.nested()
-    pull_GND, squared_GN = kernels.decode(forward.pairs, groups, W_dec_FD, b_dec_D, x_ND.numpy(), batch.layout.valid_N)
+    pull_GND, squared_GN = decode(forward.pairs, groups, W_dec_FD, b_dec_D, x_ND.numpy(), batch.layout.valid_N, share)
     mean_squared_G = squared_GN.sum(1, dtype=np.float64) / batch.n_valid
     loss_terms = {"reconstruction": float(groups.weights_G @ mean_squared_G) / D}
 
@@ -203,12 +211,14 @@ def forward_backward(
             slope_Q=slope_Q,
             gradients={name: tensor.numpy() for name, tensor in gradients.items()},
             seeded_F=seeded_F,
+            share=share,
         )
     )
     torch.sum(torch.from_numpy(pull_GND[0]), dim=0, out=gradients.b_dec_D).mul_(scale)
     if arm.freeze_decoder:
-        squared -= float(gradients.W_dec_FD.square().sum())
+        squared -= float(gradients.W_dec_FD[share.part(F)].square().sum())
         gradients.W_dec_FD.zero_()
+    squared = share.total(squared)
     squared += sum(float(tensor.square().sum()) for tensor in (gradients.b_dec_D, *gradients.own.values()))
     return StepResult(
         loss_terms=loss_terms | own_terms,

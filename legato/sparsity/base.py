@@ -6,6 +6,7 @@ Shape legend: N flat tokens, D width, F latents, P / Q active pairs by token / b
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from legato import kernels, pair_kernels
 from legato.kernels import Groups, LatentOrder, Pairs
 from legato.sequences import SequenceLayout
+from legato.sharing import WHOLE, Share
 from legato.sparsity.preactivations import Preactivations
 
 Array = NDArray[Any]
@@ -41,7 +43,8 @@ class Decoding:
     The reconstruction loss is scale / 2 * (sum over groups of weight * ||residual||^2); pull_GND as in kernels.decode.
     order: the active pairs by latent. slope_Q: derivative of the temporal terms by their codes.
     gradients: arrays to fill, by parameter name. seeded_F: latents whose rows of W_enc, W_dec and b_enc hold a gradient
-    already, to be added to.
+    already, to be added to. share: of several ranks each fills in the gradients of its share of the latents, and the
+    squared norms are theirs.
     """
 
     x_ND: Array
@@ -56,45 +59,74 @@ class Decoding:
     slope_Q: Array
     gradients: Mapping[str, Array]
     seeded_F: Array
+    share: Share = WHOLE
 
     def code_gradient(self, token_P: Array, latent_P: Array, pull_GND: Array | None = None) -> Array:
         """Derivative of the reconstruction loss by the codes of any pairs, whether they are active or not."""
         pull = self.pull_GND if pull_GND is None else pull_GND
-        return pair_kernels.code_gradients(pull, self.groups, self.scale, self.W_dec_FD, token_P, latent_P)
+        compute = partial(pair_kernels.code_gradients, pull, self.groups, self.scale, self.W_dec_FD)
+        return self.share.split(compute, token_P, latent_P)
+
+    def _own(self) -> tuple[slice, Array]:
+        """This rank's latents, and where the groups end counted from the first of them."""
+        part = self.share.part(len(self.seeded_F))
+        return part, self.groups.ends_G - part.start
 
     def through_codes(self, slope_Q: Array) -> float:
         """Fill in W_enc, b_enc and W_dec where every active code is its pre-activation; slope_Q: derivative of all but
         the reconstruction by the codes. Returns the squared norm."""
-        out = self.gradients
+        out, (own, ends_G) = self.gradients, self._own()
         return kernels.gradients(
             self.x_ND,
             self.pull_GND,
-            self.groups,
+            self.groups._replace(ends_G=ends_G),
             self.scale,
-            self.W_dec_FD,
-            self.order,
+            self.W_dec_FD[own],
+            _only(self.order, own),
             slope_Q,
-            self.seeded_F,
-            out["W_enc_FD"],
-            out["W_dec_FD"],
-            out["b_enc_F"],
+            self.seeded_F[own],
+            out["W_enc_FD"][own],
+            out["W_dec_FD"][own],
+            out["b_enc_F"][own],
         )
 
     def apart(self, encoder: Pairs, bias_F: Array) -> float:
         """Fill in W_dec from the active codes, W_enc from pairs whose value_P is the derivative by <x_n, W_enc_f>, and
         b_enc. Returns the squared norm."""
-        out, order = self.gradients, kernels.by_latent(encoder, len(self.seeded_F))
+        own, ends_G = self._own()
+        W_enc_FD, W_dec_FD, b_enc_F = (self.gradients[name][own] for name in ("W_enc_FD", "W_dec_FD", "b_enc_F"))
+        order, seeded_F = _only(kernels.by_latent(encoder, len(self.seeded_F)), own), self.seeded_F[own]
         weight_Q = self.order.value_Q * self.order.value_Q.dtype.type(self.scale)
-        ends_G = self.groups.ends_G
-        out["b_enc_F"][~self.seeded_F] = 0
-        out["b_enc_F"] += bias_F.astype(self.x_ND.dtype)
+        b_enc_F[~seeded_F] = 0
+        b_enc_F += bias_F[own].astype(self.x_ND.dtype)
+        decoder_order = _only(self.order, own)
         return (
-            float(np.square(out["b_enc_F"], dtype=np.float64).sum())
-            + pair_kernels.add_rows(self.x_ND[None], ends_G[-1:], order, order.value_Q, self.seeded_F, out["W_enc_FD"])
+            float(np.square(b_enc_F, dtype=np.float64).sum())
+            + pair_kernels.add_rows(self.x_ND[None], ends_G[-1:], order, order.value_Q, seeded_F, W_enc_FD)
             + pair_kernels.add_rows(
-                self.pull_GND, ends_G, self.order, weight_Q, self.seeded_F, out["W_dec_FD"], self.W_dec_FD
+                self.pull_GND, ends_G, decoder_order, weight_Q, seeded_F, W_dec_FD, self.W_dec_FD[own]
             )
         )
+
+
+def _only(order: LatentOrder, own: slice) -> LatentOrder:
+    """The latents of a slice; their pairs lie where they did."""
+    return order._replace(ptr_F=order.ptr_F[own.start : own.stop + 1])
+
+
+def decode(
+    pairs: Pairs, groups: Groups, W_dec_FD: Array, b_dec_D: Array, x_ND: Array, valid_N: Array, share: Share
+) -> tuple[Array, Array]:
+    """kernels.decode, of which every rank does its share of the tokens."""
+    if share.size == 1:
+        return kernels.decode(pairs, groups, W_dec_FD, b_dec_D, x_ND, valid_N)
+    part = share.part(len(x_ND))
+    ptr_N = pairs.ptr_N[part.start : part.stop + 1]
+    own = slice(ptr_N[0], ptr_N[-1])
+    pairs = Pairs(ptr_N - ptr_N[0], pairs.token_P[own], pairs.latent_P[own], pairs.value_P[own])
+    pull_GND, squared_GN = kernels.decode(pairs, groups, W_dec_FD, b_dec_D, x_ND[part], valid_N[part])
+    pull_NGD, squared_NG = share.united(pull_GND.swapaxes(0, 1)), share.united(squared_GN.T)
+    return np.ascontiguousarray(pull_NGD.swapaxes(0, 1)), np.ascontiguousarray(squared_NG.T)
 
 
 @dataclass(frozen=True)

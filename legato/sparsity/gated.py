@@ -13,7 +13,7 @@ from torch import Tensor
 
 from legato import kernels, pair_kernels
 from legato.kernels import Array, Pairs
-from legato.sparsity.base import OPENING, Decoding, Forward, Sparsity, opening
+from legato.sparsity.base import OPENING, Decoding, Forward, Sparsity, decode, opening
 from legato.sparsity.preactivations import Preactivations, budget_threshold
 
 # The logarithm of the coefficient follows the relative excess of L0, cut to -1..1: its sum over the steps (integral),
@@ -80,7 +80,7 @@ class _Gates(Forward):
     def backward(self, decoding: Decoding) -> tuple[dict[str, float], float]:
         d, gates, latent_P = decoding, self.gates, self.pairs.latent_P
         F, D = d.W_dec_FD.shape
-        pull_GND, squared_GN = kernels.decode(gates, d.groups, d.W_dec_FD, d.b_dec_D, d.x_ND, d.layout.valid_N)
+        pull_GND, squared_GN = decode(gates, d.groups, d.W_dec_FD, d.b_dec_D, d.x_ND, d.layout.valid_N, d.share)
         slope = self.l1 / (D * d.n_valid)
         gate_J = d.code_gradient(gates.token_P, gates.latent_P, pull_GND) + d.x_ND.dtype.type(slope)
         code_P = np.empty_like(d.slope_Q)

@@ -41,9 +41,7 @@ class Hysteresis(Sparsity):
         if floor <= 0:
             floor = quantile_floor(pre, self.k)
         while True:
-            token_P, latent_P = kernels.scan(
-                pre.ordered, pre.layout.valid_N, pre.constant_floor(release * floor), 3 * count + F
-            )
+            token_P, latent_P = pre.nominated(pre.constant_floor(release * floor), 3 * count + F)
             # The matmul's own values nominate what may be on; only that is computed exactly.
             rough_P = pre.critical(token_P, latent_P, pre.rough(token_P, latent_P), release)
             if int((rough_P > floor).sum()) >= count or floor <= 0:

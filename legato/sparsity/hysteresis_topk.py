@@ -49,8 +49,8 @@ def held_top_pairs(pre: Preactivations, k: int, release: float, rough_share: flo
             layout.start_N, layout.end_N, token_P, latent_P, value_P, n_latents=F, k=k, release=release, margin=margin
         )
 
-    floor_N = pre.lowered(kernels.row_floors(pre.ordered, layout.valid_N, k), rough_share * release)
-    token_P, latent_P = kernels.scan(pre.ordered, layout.valid_N, floor_N, 6 * k * N)
+    floor_N = pre.lowered(pre.row_floors(k), rough_share * release)
+    token_P, latent_P = pre.nominated(floor_N, 6 * k * N)
     near_P = top(pre.rough(token_P, latent_P), rough_share)
     token_P, latent_P = token_P[near_P], latent_P[near_P]
     value_P = pre.exact(token_P, latent_P)

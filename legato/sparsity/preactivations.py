@@ -6,7 +6,7 @@ precision, and the choice is made on those.
 Shape legend: N flat tokens, S sampled tokens, D width, F latents, P pairs in token order.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from legato import kernels, pair_kernels
 from legato.sequences import SequenceLayout
+from legato.sharing import WHOLE, Share
 
 Array = NDArray[Any]
 
@@ -29,7 +30,8 @@ _MARGIN, _LEAST_MARGIN = 0.05, 0.01
 
 class Preactivations(NamedTuple):
     """pre_NF: the encoder's dense output, the inputs beside it for exact values; layout: tokens that take part,
-    runs; own: what the sparsity learns per latent (F), by name."""
+    runs; own: what the sparsity learns per latent (F), by name; share: of several ranks, which hold pre_NF for their
+    share of the tokens only, this one's. The methods give all ranks the same, about all tokens."""
 
     pre_NF: Tensor
     x_ND: Array
@@ -37,6 +39,7 @@ class Preactivations(NamedTuple):
     b_enc_F: Array
     layout: SequenceLayout
     own: Mapping[str, Array] = MappingProxyType({})
+    share: Share = WHOLE
 
     @property
     def n_valid(self) -> int:
@@ -44,8 +47,12 @@ class Preactivations(NamedTuple):
 
     def scan(self, floor_N: Array, expected: int) -> tuple[Array, Array, Array]:
         """(token_P, latent_P, exact value_P) of the pairs whose pre_NF lies above the floor (in `ordered` units)."""
-        token_P, latent_P = kernels.scan(self.ordered, self.layout.valid_N, floor_N, expected)
-        return token_P, latent_P, self.exact(token_P, latent_P)
+        return self._with_exact(*self._own_pairs(kernels.scan, self.ordered, floor_N[self._part], expected))
+
+    def nominated(self, floor_N: Array, expected: int) -> tuple[Array, Array]:
+        """(token_P, latent_P) of the pairs whose pre_NF lies above the floor (in `ordered` units)."""
+        token_P, latent_P = self._own_pairs(kernels.scan, self.ordered, floor_N[self._part], expected)
+        return self.share.united(token_P), self.share.united(latent_P)
 
     def above(self, threshold_F: Array, expected: int) -> tuple[Array, Array, Array]:
         """(token_P, latent_P, exact value_P) of the pairs with a value above the latent's threshold (F)."""
@@ -64,11 +71,45 @@ class Preactivations(NamedTuple):
             pre_NF = pre_NF.float()  # the bits of bfloat16 have the order of positive numbers only
         floor = torch.from_numpy(floor_F).to(pre_NF.dtype)
         rough, bits = self._replace(pre_NF=pre_NF), floor.view(torch.int16) if floor.dtype == torch.bfloat16 else floor
-        token_P, latent_P = pair_kernels.scan_above(rough.ordered, self.layout.valid_N, bits.numpy(), expected)
-        return token_P, latent_P, self.exact(token_P, latent_P)
+        return self._with_exact(*self._own_pairs(pair_kernels.scan_above, rough.ordered, bits.numpy(), expected))
 
     def exact(self, token_P: Array, latent_P: Array) -> Array:
+        return self.share.split(self._exact, token_P, latent_P)
+
+    def _exact(self, token_P: Array, latent_P: Array) -> Array:
         return kernels.exact_values(self.x_ND, self.W_enc_FD, self.b_enc_F, token_P, latent_P)
+
+    @property
+    def _part(self) -> slice:
+        """The tokens that pre_NF is there for."""
+        return self.share.part(len(self.x_ND))
+
+    def _own_pairs(
+        self, scan: Callable[..., tuple[Array, Array]], ordered_NF: Array, floor: Array, expected: int
+    ) -> tuple[Array, Array]:
+        part = self._part
+        token_P, latent_P = scan(ordered_NF[part], self.layout.valid_N[part], floor, expected // self.share.size)
+        return token_P + token_P.dtype.type(part.start), latent_P
+
+    def _with_exact(self, token_P: Array, latent_P: Array) -> tuple[Array, Array, Array]:
+        """The pairs of all ranks, with their values, from this one's."""
+        value_P = self._exact(token_P, latent_P)
+        return self.share.united(token_P), self.share.united(latent_P), self.share.united(value_P)
+
+    def row_floors(self, k: int) -> Array:
+        """See kernels.row_floors; zero for tokens that are another rank's share."""
+        floor_N = np.zeros(len(self.x_ND), self.ordered.dtype)
+        floor_N[self._part] = kernels.row_floors(self.ordered[self._part], self.layout.valid_N[self._part], k)
+        return floor_N
+
+    def dense(self, rows: Array | slice) -> Tensor:
+        """pre_NF of these tokens (ascending)."""
+        if self.share.size == 1:
+            return self.pre_NF[rows]
+        rows = np.arange(len(self.x_ND))[rows]
+        own = rows[(rows >= self._part.start) & (rows < self._part.stop)]
+        found = self.share.united(self.ordered[own])
+        return torch.from_numpy(found).view(self.pre_NF.dtype)
 
     @property
     def ordered(self) -> Array:
@@ -78,7 +119,12 @@ class Preactivations(NamedTuple):
 
     def rough(self, token_P: Array, latent_P: Array) -> Array:
         """The matmul's own values of the given pairs, float32 or finer."""
-        values_P = self.ordered[token_P, latent_P]
+        own = (
+            slice(*np.searchsorted(token_P, [self._part.start, self._part.stop]))
+            if self.share.size > 1
+            else slice(None)
+        )
+        values_P = self.share.united(self.ordered[token_P[own], latent_P[own]])
         if self.pre_NF.dtype == torch.bfloat16:
             return (values_P.astype(np.int32) << 16).view(np.float32)  # bfloat16 is the upper half of a float32
         return values_P
@@ -118,6 +164,6 @@ def budget_threshold(batches: Sequence[Preactivations], k: float, release: float
 def quantile_floor(pre: Preactivations, k: float) -> float:
     """A first guess: the value that 1.2 k latents of a token exceed on average, from a sample of tokens."""
     rows = np.flatnonzero(pre.layout.valid_N)
-    sample_SF = pre.pre_NF[torch.from_numpy(rows[:: max(1, len(rows) // 64)])].float().flatten()
+    sample_SF = pre.dense(rows[:: max(1, len(rows) // 64)]).float().flatten()
     rank = max(1, round(sample_SF.numel() * (1 - 1.2 * k / pre.pre_NF.shape[1])))
     return max(0.0, float(sample_SF.kthvalue(min(rank, sample_SF.numel())).values))

@@ -72,9 +72,9 @@ def best_cells(pre: Preactivations, window: int, count: int) -> Cells:
     """The cells of largest norm, enough of them for `count` positive pre-activations if there are that many."""
     F = pre.pre_NF.shape[1]
     window_N, first_G, end_G = windows_of(pre.layout, window)
-    valid = torch.from_numpy(np.flatnonzero(window_N >= 0))
-    squares_NF = pre.pre_NF[valid].relu().float().square_()
-    norm2_GF = torch.zeros(len(first_G), F).index_add_(0, torch.from_numpy(window_N)[valid], squares_NF)
+    valid = np.flatnonzero(window_N >= 0)
+    squares_NF = pre.dense(valid).relu().float().square_()
+    norm2_GF = torch.zeros(len(first_G), F).index_add_(0, torch.from_numpy(window_N[valid]), squares_NF)
     n_cells = 2 * count // window + 1
     while True:
         n_cells = min(n_cells, norm2_GF.numel())
