@@ -187,7 +187,7 @@
     find("feature-arms").append(...arms.map(({name, colour}) => el("button", {type: "button", "data-arm": name},
       el("i", {class: "dot", "--colour": colour, "aria-hidden": "true"}), name)));
     find("feature-scope").append(`${tokens.toLocaleString("en")} held-out tokens are shown here. `
-      + (leftOut.length ? `Not in this page, for its size: ${leftOut.length > 8 ? `${leftOut.slice(0, 8).join(", ")} and ${leftOut.length - 8} more` : leftOut.join(", ")} (strips/ has those saved). ` : "")
+      + (leftOut.length ? `Not in this page: ${leftOut.length > 8 ? `${leftOut.slice(0, 8).join(", ")} and ${leftOut.length - 8} more` : leftOut.join(", ")} (see strips/). ` : "")
       + (whole ? "" : "Only firings inside the passages of a latent are in this page, so a search finds those. ")
       + "Numbers are rounded; features/*.parquet has them in full.");
     find("feature-kind").append(...B.meta.kinds.map(kind => el("option", {value: kind}, kind)));

@@ -62,14 +62,15 @@
   function charts(refs, redraw) {
     const [{arm, latent}] = refs;
     const figure = (title, chart, ...more) => chart && el("figure", {}, el("figcaption", {}, title, ...more), chart);
-    const choice = el("span", {class: "choice"}, ...["kappa", "ac"].map(name => {
+    const measures = ["kappa", "ac"].filter(name => arm.columns.some(column => column.name.match(`^${name}\\d+$`)));
+    const choice = measures.length < 2 ? null : el("span", {class: "choice"}, ...measures.map(name => {
       const made = el("button", {type: "button", "aria-pressed": String(measure === name)}, name === "ac" ? "AC" : name);
       made.addEventListener("click", () => { measure = name; redraw(); });
       return made;
     }));
     return el("div", {class: "charts"},
       figure("Firings by activation", B.densityChart(arm, latent)),
-      figure("Hold over lag ", B.lagChart(refs, measure), choice),
+      figure("Hold over lag ", B.lagChart(refs, measures.includes(measure) ? measure : measures[0]), ...(choice ? [choice] : [])),
       figure("Firing rate by position", B.positionChart(arm, latent)),
       el("p", {class: "hint"}, "Hold: coloured as the arms; dashed, tokens shuffled inside each document; dotted, position alone."));
   }

@@ -22,7 +22,7 @@
     return value.toFixed(digits).replace("-", "−");
   };
   // An activation, of which the page knows no more than two digits.
-  B.rough = value => B.number(+value.toPrecision(2)).replace(/\.0+$/, "");
+  B.rough = value => B.number(+value.toPrecision(2)).replace(/\.0+$|(\.\d*[1-9])0+$/, "$1");
   B.signed = value => (value > 0 ? "+" : "") + B.number(value);
   B.link = (arm, latent) => `#latent/${encodeURIComponent(arm)}/${latent}`;
   B.visible = text => text === "" ? "∅" : text.replace(/\r\n|\n|\r/g, "↵").replaceAll("\t", "⇥");
