@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -178,8 +179,7 @@ class ActivationStream:
         Raises LegatoError if there is no text or if the norms are zero or not finite.
         """
         if self._median_norm is None:
-            mask_BL = self.tokens.mask_BL
-            rows = np.flatnonzero(mask_BL.any(1).numpy())[:MEDIAN_ROWS]
+            mask_BL, rows = self.tokens.mask_BL, self._rows_of_median()
             if not len(rows):
                 raise LegatoError("the rows hold no text: every token is BOS, separator, pad or otherwise special")
             acts_BLD = self._activations(rows)
@@ -190,6 +190,9 @@ class ActivationStream:
                     f"{self.language_model.module_path(self.layer, self.site)} puts out nothing but zeros"
                 )
         return self._median_norm
+
+    def _rows_of_median(self) -> np.ndarray:
+        return np.flatnonzero(self.tokens.mask_BL.any(1).numpy())[:MEDIAN_ROWS]
 
     def compute(self, rows: np.ndarray) -> tuple[ActivationBatch, np.ndarray]:
         """The rows' activations, and how many text positions of each row are outliers.
@@ -213,13 +216,19 @@ class ActivationStream:
         drop_last: bool = False,
         start_batch: int = 0,
     ) -> Iterator[ActivationBatch]:
-        """As `ActivationStore.batches`; one such iterator at a time may write the store."""
+        """As `ActivationStore.batches`; one such iterator at a time may write the store.
+
+        Several ranks must go through it together: each computes one batch in turn, and gets those of the others.
+        """
         if self.store_path is None:
-            for rows in row_batches(
+            numbers = row_batches(
                 self.n_rows, rows_per_batch, seed=seed, epochs=epochs, drop_last=drop_last, start_batch=start_batch
-            ):
+            )
+            while turn := list(islice(numbers, distributed.size())):
                 self._drop_first_rows()
-                yield self.compute(rows)[0]
+                own = turn[distributed.rank() :][:1]
+                for batches in distributed.gather([self.compute(rows)[0] for rows in own]):
+                    yield from batches
             return
         with _locked(self.store_path):
             manifest = self._claim_store(self.store_path)
@@ -319,6 +328,7 @@ class ActivationStream:
         A forward pass stays inside a shard, so that the rows which keep each other company there, on which the last bit
         may depend, are the same whoever computes the shard and whatever was there before.
         """
+        first = self._rows_of_median()
         lacking = [n for n, name in enumerate(manifest.shard_names) if name not in manifest.shards]
         done = self.n_rows - sum(len(manifest.rows_of(number)) for number in lacking)
         with StoreWriter(path, manifest) as writer:
@@ -326,6 +336,8 @@ class ActivationStream:
                 rows = np.asarray(manifest.rows_of(number))
                 for start in range(0, len(rows), batch_rows):
                     part = rows[start : start + batch_rows]
+                    if self._first_rows is None and np.isin(part, first).all():
+                        self._first_rows = first, self._activations(first)
                     writer.put(part, *self.compute(part))
                     done += len(part) * distributed.size()
                     progress(min(done, self.n_rows))

@@ -27,6 +27,7 @@ from legato.cache import sha256_file
 from legato.errors import UsageError
 from legato.interrupts import Interrupted, Interrupts
 from legato.sealed import DamagedError, check_sealed, read_sealed, write_sealed, write_tensors
+from legato.sharing import divided
 from legato.step import Workspace
 from legato.train import BankState, SAETrainer
 
@@ -154,13 +155,13 @@ class Checkpoint:
         members = [*bank.trainers, *(trainer for trainer, _ in bank.failed)]
         state = folder / "state.json"
         try:
+            tensors = {trainer.arm.name: trainer.tensors() for trainer in members}  # of all ranks together
             parts = distributed.merged(
                 {
                     "failed": {trainer.arm.name: reason for trainer, reason in bank.failed},
                     "members": {trainer.arm.name: trainer.numbers() for trainer in members},
                     "files": {
-                        trainer.arm.name: write_tensors(state, trainer.arm.name, trainer.tensors())
-                        for trainer in members
+                        name: write_tensors(state, name, each) for name, each in tensors.items() if bank.is_kept_here
                     },
                 }
             )
@@ -190,16 +191,18 @@ class Checkpoint:
         if folder is None:
             return None
         content = read_sealed(folder / "state.json", kind=KIND, names=())[0]
-        names = distributed.mine([name for name in by_name if name in content["members"]])
+        names, share = divided([name for name in by_name if name in content["members"]])
         tensors = read_sealed(folder / "state.json", kind=KIND, names=names)[1]
         workspace = Workspace()
         trainers = {
-            name: SAETrainer.restored(by_name[name], config, workspace, tensors.pop(name), content["members"][name])
+            name: SAETrainer.restored(
+                by_name[name], config, workspace, tensors.pop(name), content["members"][name], share
+            )
             for name in names
         }
         failed = [(trainers.pop(name), reason) for name, reason in content["failed"].items() if name in names]
         elsewhere = len(content["members"]) - len(content["failed"]) - len(trainers)
-        bank = BankState(list(trainers.values()), failed, content["step"], elsewhere)
+        bank = BankState(list(trainers.values()), failed, content["step"], elsewhere, share)
         return SavedBank(bank, content["log_bytes"])
 
     def _newest_step(self, arms: Collection[str]) -> Path | None:

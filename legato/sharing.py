@@ -8,9 +8,9 @@ pairs, the residuals and the updated weights, never partial sums, whose rounding
 Shape legend: N flat tokens, F latents, P pairs in token order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from legato import distributed
 
 Array = NDArray[Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,3 +61,11 @@ class Share:
 
 
 WHOLE = Share()
+
+
+def divided(members: Sequence[T]) -> tuple[list[T], Share]:
+    """How the ranks divide a bank: this rank's members, and its share of each one's steps. Where there are enough, each
+    rank has members of its own, which costs nothing; else all ranks train every member together."""
+    if len(members) >= distributed.size():
+        return distributed.mine(members), WHOLE
+    return list(members), Share(distributed.rank(), distributed.size())

@@ -22,6 +22,7 @@ from legato.guard import StepGuard
 from legato.hardware import fast_matmul_dtype
 from legato.kernels import LatentOrder
 from legato.sae import SparseAutoencoder
+from legato.sharing import WHOLE, Share
 from legato.sparsity import Preactivations
 from legato.step import Parameters, StepResult, TrainBatch, Workspace, forward_backward
 
@@ -42,11 +43,21 @@ __all__ = [
 _NUMBERS = ("steps_done", "tokens_seen", "seconds", "memory", "final_loss")
 
 
-class SAETrainer:
-    """One SAE of the bank with its optimiser state. Nothing it does depends on the other members."""
+_PER_LATENT = ("W_enc_FD", "b_enc_F", "W_dec_FD")
 
-    def __init__(self, arm: ArmConfig, config: TrainConfig, d_in: int, workspace: Workspace) -> None:
+
+class SAETrainer:
+    """One SAE of the bank with its optimiser state. Nothing it does depends on the other members.
+
+    share: of several ranks that train it together, all calling the same methods, this one's part of each step. Of the
+    moments of W_enc, b_enc and W_dec a rank has only its share of the latents, until `tensors` brings them together.
+    """
+
+    def __init__(
+        self, arm: ArmConfig, config: TrainConfig, d_in: int, workspace: Workspace, share: Share = WHOLE
+    ) -> None:
         self.arm = arm
+        self.share = share
         self.config = config
         self.parameters = Parameters.initial(d_in, arm.d_sae, arm.seed)
         self.first_moment = self.parameters.map(torch.zeros_like)
@@ -71,13 +82,14 @@ class SAETrainer:
         workspace: Workspace,
         tensors: Mapping[str, Tensor],
         numbers: Mapping[str, Any],
+        share: Share = WHOLE,
     ) -> "SAETrainer":
         """The trainer whose `tensors()` and `numbers()` these are: what it does next is the same to the last bit."""
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
             parts.setdefault(part, {})[rest] = tensor
-        trainer = cls(arm, config, parts["parameters"]["b_dec_D"].numel(), workspace)
+        trainer = cls(arm, config, parts["parameters"]["b_dec_D"].numel(), workspace, share)
         trainer.parameters = Parameters.of(parts["parameters"])
         trainer.first_moment = Parameters.of(parts["first_moment"])
         trainer.second_moment = Parameters.of(parts["second_moment"])
@@ -92,6 +104,9 @@ class SAETrainer:
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of its state, not copied."""
         parts = {"parameters": self.parameters, "first_moment": self.first_moment, "second_moment": self.second_moment}
+        for moment in (self.first_moment, self.second_moment):
+            for name in _PER_LATENT:
+                self.share.unite_rows(getattr(moment, name))
         named = {f"{part}.{name}": tensor for part, each in parts.items() for name, tensor in each.items()}
         return {**named, "silent_tokens_F": self.silent_tokens_F}
 
@@ -126,6 +141,7 @@ class SAETrainer:
             progress=step / config.steps,
             dead_F=dead_F,
             config=config,
+            share=self.share,
         )
         record = {"arm": self.arm.name, "step": step + 1}
         if fault := self.guard.fault(result.loss, result.grad_norm):
@@ -181,9 +197,13 @@ class SAETrainer:
             name = entries[0][0]
             if name == "W_dec_FD" and self.arm.freeze_decoder:
                 continue
-            rows = [tensor.view(-1, tensor.shape[-1]).numpy() for _, tensor in entries]
+            tensors = [tensor for _, tensor in entries]
+            own = self.share.part(len(tensors[0])) if name in _PER_LATENT else slice(None)
+            rows = [np.atleast_2d(tensor[own].numpy()) for tensor in tensors]
             rate = lr * self.arm.sparsity.own_rate if name in self.parameters.own else lr
             kernels.adam(*rows, clip=clip, lr=rate, step=self.steps_done + 1, unit_rows=name == "W_dec_FD")
+            if name in _PER_LATENT:
+                self.share.unite_rows(tensors[0])
         self.low_W_enc_FD.copy_(self.parameters.W_enc_FD)
 
     def finish(self, normaliser: Normaliser, calibration: Sequence[TrainBatch]) -> SparseAutoencoder:
@@ -223,17 +243,27 @@ class BankState:
     """A bank between two steps: the members in training, those that failed and why, and the steps it has done.
 
     Of a bank that is spread over several ranks: this rank's members; elsewhere: how many are in training on others.
+    share: of ranks that train every member together, this one's part; its members are then all there are.
     """
 
     trainers: list[SAETrainer]
     failed: list[tuple[SAETrainer, str]] = field(default_factory=list)
     step: int = 0
     elsewhere: int = 0
+    share: Share = WHOLE
 
     @classmethod
-    def new(cls, arms: Sequence[ArmConfig], config: TrainConfig, d_in: int) -> "BankState":
+    def new(
+        cls, arms: Sequence[ArmConfig], config: TrainConfig, d_in: int, *, elsewhere: int = 0, share: Share = WHOLE
+    ) -> "BankState":
         workspace = Workspace()
-        return cls([SAETrainer(arm, config, d_in, workspace) for arm in arms])
+        trainers = [SAETrainer(arm, config, d_in, workspace, share) for arm in arms]
+        return cls(trainers, elsewhere=elsewhere, share=share)
+
+    @property
+    def is_kept_here(self) -> bool:
+        """Whether this rank writes and tells of its members: of ranks that have the same ones, the first does."""
+        return self.share.rank == 0
 
     @property
     def names(self) -> list[str]:

@@ -20,6 +20,7 @@ from legato.hardware import fast_matmul_dtype
 from legato.recipes import arms, recipe
 from legato.run_dir import RunDir, environment
 from legato.sae import SparseAutoencoder
+from legato.sharing import divided
 from legato.tracking import RunLog, SharedLog, progress_bar, say
 from legato.train import (
     ArmConfig,
@@ -130,7 +131,12 @@ def _passes(
     started = distributed.merged(dict.fromkeys(saved.bank.names, None)) if saved else {}
     new = [arm for arm in missing if arm.name not in started]
     passes = distributed.from_writer(
-        lambda: split_to_fit(new, source.d_in, training.batch_rows * source.context_length)
+        lambda: split_to_fit(
+            new,
+            source.d_in,
+            training.batch_rows * source.context_length,
+            copies=1 if len(new) >= distributed.size() else distributed.local_size(),
+        )
     )
     say(
         f"training: {len(missing)} SAEs of {training.d_sae:,} latents in {len(passes) + bool(saved)} pass(es), "
@@ -140,10 +146,8 @@ def _passes(
         say(f"going on with {len(started)} of them after step {saved.bank.step}")
         yield saved.bank
     for members in passes:
-        own = distributed.mine(members)
-        state = BankState.new(own, stage.train_config, source.d_in)
-        state.elsewhere = len(members) - len(own)
-        yield state
+        own, share = divided(members)
+        yield BankState.new(own, stage.train_config, source.d_in, elsewhere=len(members) - len(own), share=share)
 
 
 def _train_pass(
@@ -169,18 +173,26 @@ def _train_pass(
             checkpoint.after_step(bank, log.sync)
 
         try:
-            result = train_on(state, batches, stage.normaliser, stage.train_config, log=log, after_step=after_step)
+            result = train_on(
+                state,
+                batches,
+                stage.normaliser,
+                stage.train_config,
+                log=log if state.is_kept_here else lambda record: None,
+                after_step=after_step,
+            )
         except NoMemberLeftError as error:  # of this pass; the others may be well
             result = BankResult([], error.failed)
-        own = {trainer.arm.name: _save(trainer, stage, run) for trainer in result.finished}
-        for trainer, reason in result.failed:
+        kept = result if state.is_kept_here else BankResult([], [])
+        own = {trainer.arm.name: _save(trainer, stage, run) for trainer in kept.finished}
+        for trainer, reason in kept.failed:
             run.write_failure(trainer.arm.name, dict(trainer.parameters.items()), trainer.steps_done, reason)
         ranks = distributed.merged(
             {
                 "trained": {
                     name: {"training": arm.training, "files": checksums(run.sae(name))} for name, arm in own.items()
                 },
-                "failed": {trainer.arm.name: _failure(trainer.steps_done, reason) for trainer, reason in result.failed},
+                "failed": {trainer.arm.name: _failure(trainer.steps_done, reason) for trainer, reason in kept.failed},
             }
         )
         for failure in ranks["failed"].values():
@@ -228,12 +240,13 @@ def _training_metrics(trainer: SAETrainer, n_valid: int) -> dict[str, Any]:
     }
 
 
-def split_to_fit(bank: Sequence[ArmConfig], d_in: int, tokens_per_batch: int) -> list[list[ArmConfig]]:
-    """The bank in as few passes as fit into 60 % of the free memory; says what it needs."""
+def split_to_fit(bank: Sequence[ArmConfig], d_in: int, tokens_per_batch: int, copies: int = 1) -> list[list[ArmConfig]]:
+    """The bank in as few passes as fit into 60 % of the free memory; says what it needs. copies: ranks on this machine
+    that hold all of it."""
     if not bank:
         return []
     free = psutil.virtual_memory().available
-    needs = bank_bytes(bank, d_in, tokens_per_batch)
+    needs = [copies * need for need in bank_bytes(bank, d_in, tokens_per_batch)]
     say(f"memory: the bank needs {sum(needs) / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
     passes: list[list[ArmConfig]] = [[]]
     used = 0
