@@ -144,6 +144,7 @@ def test_two_runs_stand_side_by_side(browser, runs, pages):
         assert "slowness" in matched.locator("table").first.inner_text()
         for section in ("tradeoff", "consistency", "training"):
             assert page.locator(f"#{section} figure").count() >= 1
+        assert draw_plots(page) == 2
         arms.get_by_role("button", name="run", exact=True).click()
         assert column(arms, 1) == sorted(column(arms, 1))
         links = [link.get_attribute("href") for link in page.get_by_role("link", name="report").all()]

@@ -13,6 +13,7 @@ from legato.notes import COLUMNS, Column, described, headline, number
 from legato.report.comparability import barriers, joined, places, pooled, settings
 from legato.report.comparison_figures import drawn
 from legato.report.comparison_recipes import Recipe, recipes_of
+from legato.report.embed import json_island, plotly_island, script
 from legato.report.missing import MissingResult
 from legato.report.page import Gap, PageFigure, Section, page_svg, render
 from legato.report.style import run_styles
@@ -50,14 +51,16 @@ def write_comparison(runs: Mapping[str, SavedRun], out_dir: str | Path) -> dict[
     out.mkdir(parents=True, exist_ok=True)
     sections = {name: Section(name, title) for name, title in _SECTIONS}
     written = {}
-    for spec, figure in drawn(runs):
-        section = sections[spec.section]
+    for spec, figure, plot in drawn(runs):
         if isinstance(figure, MissingResult):
-            section.missing.append(Gap(spec.title, str(figure)))
+            if spec.section:
+                sections[spec.section].missing.append(Gap(spec.title, str(figure)))
             continue
         written[spec.name] = out / f"{spec.name}.png"
         figure.savefig(written[spec.name])
-        section.figures.append(PageFigure(spec.title, spec.caption, page_svg(figure, spec.name)))
+        if spec.section:
+            drawing = None if plot else page_svg(figure, spec.name)
+            sections[spec.section].figures.append(PageFigure(spec.title, spec.caption, drawing, spec.name, plot))
     written["comparison"] = out / "comparison.html"
     write_atomically(written["comparison"], _page(runs, list(sections.values()), out).encode())
     return written
@@ -65,6 +68,7 @@ def write_comparison(runs: Mapping[str, SavedRun], out_dir: str | Path) -> dict[
 
 def _page(runs: Mapping[str, SavedRun], sections: list[Section], folder: Path) -> str:
     differing, shared = settings(runs)
+    plots = {f.name: f.plot.content() for section in sections for f in section.figures if f.plot}
     return render(
         "comparison.html",
         names=list(runs),
@@ -80,6 +84,8 @@ def _page(runs: Mapping[str, SavedRun], sections: list[Section], folder: Path) -
         further_rows=[_row(recipe) for recipe in recipes_of(runs, highlighted=False)],
         groups=[_matched(group) for group in pooled(runs)],
         sections=sections,
+        islands=[json_island("plot-data", plots), plotly_island()] if plots else [],
+        script=script("plots.js") if plots else "",
     )
 
 

@@ -11,8 +11,10 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from legato.notes import KAPPA_EXCESS
 from legato.report.comparability import places
+from legato.report.comparison_plots import cost_plot, over_lag_plot
 from legato.report.comparison_recipes import Recipe, dot, recipes_of, run_legend, shortened
 from legato.report.missing import MissingResult
+from legato.report.plots import Plot
 from legato.report.style import (
     FAINT,
     MUTED,
@@ -39,16 +41,18 @@ Draw = Callable[[Mapping[str, SavedRun], Sequence[Recipe]], Figure]
 
 @dataclass(frozen=True)
 class ComparisonFigure:
-    """name: of its PNG file; section: of the page that compares runs."""
+    """name: of its PNG file. section: of the page that compares runs, empty where a plot there shows the same.
+    plot: what the page shows instead of the drawing."""
 
     name: str
     section: str
     title: str
     caption: str
     draw: Draw
+    plot: Callable[[Mapping[str, SavedRun], Sequence[Recipe]], Plot] | None = None
 
 
-def drawn(runs: Mapping[str, SavedRun]) -> Iterator[tuple[ComparisonFigure, Figure | MissingResult]]:
+def drawn(runs: Mapping[str, SavedRun]) -> Iterator[tuple[ComparisonFigure, Figure | MissingResult, Plot | None]]:
     """Each figure over the runs, by label, or what it lacks; the caller saves a figure before asking for the next.
 
     A run takes part with its baseline and named arms.
@@ -57,9 +61,9 @@ def drawn(runs: Mapping[str, SavedRun]) -> Iterator[tuple[ComparisonFigure, Figu
     for spec in FIGURES:
         with figure_style():
             try:
-                yield spec, spec.draw(runs, recipes)
+                yield spec, spec.draw(runs, recipes), spec.plot(runs, recipes) if spec.plot else None
             except MissingResult as missing:
-                yield spec, missing
+                yield spec, missing, None
 
 
 def _overview(runs: Mapping[str, SavedRun], recipes: Sequence[Recipe]) -> Figure:
@@ -254,6 +258,7 @@ FIGURES = (
         "Runs that read other activations or were judged on other text stand in a panel of their own: compare inside "
         "a panel only.",
         _cost,
+        cost_plot,
     ),
     ComparisonFigure(
         "compare_overview",
@@ -266,19 +271,14 @@ FIGURES = (
     ComparisonFigure(
         "compare_ac",
         "consistency",
-        "Autocorrelation over lag",
-        "Mean over latents of the correlation between a latent's activation and itself some tokens later, in excess of "
-        "what a shuffle inside each document leaves. Thin lines are the language model's own activations.",
+        "How codes hold over lag",
+        "A panel per recipe. Autocorrelation: mean over latents of the correlation between a latent's activation and "
+        "itself some tokens later. Kappa: the same for whether it fires at all. Both in excess of what a shuffle "
+        "inside each document leaves.",
         _over_lag("consistency.ac_excess_within", "AC excess", raw="consistency.raw_stream.ac.excess_within"),
+        over_lag_plot,
     ),
-    ComparisonFigure(
-        "compare_kappa_excess",
-        "consistency",
-        "Kappa over lag",
-        "The same for whether a latent fires at all: Cohen's kappa between firing now and firing some tokens later, in "
-        "excess of the within-document shuffle.",
-        _over_lag("consistency.kappa_excess_within", "kappa excess"),
-    ),
+    ComparisonFigure("compare_kappa_excess", "", "", "", _over_lag("consistency.kappa_excess_within", "kappa excess")),
     ComparisonFigure(
         "compare_training",
         "training",
