@@ -6,7 +6,7 @@ import torch
 
 from legato.codes import SparseCodes
 from legato.evaluation.accumulators import CodeSums, LatentOrder, PairLayout
-from legato.evaluation.bootstrap import _weighted_means, bootstrap_documents, intervals
+from legato.evaluation.bootstrap import _weighted_means, bootstrap_documents, document_means, intervals
 from legato.evaluation.consistency import consistency_metrics
 from legato.evaluation.kept_codes import KeptCodes
 from legato.evaluation.populations import add_intervals, latent_groups
@@ -82,7 +82,8 @@ def test_intervals_cover_the_estimate_and_narrow_with_more_documents():
     widths = []
     for B in (24, 240):
         data = rows_of_one_document(B=B)
-        interval = intervals(bootstrap_documents(keep(*data), replicates=300))
+        kept = keep(*data)
+        interval = intervals(bootstrap_documents(kept, replicates=300), document_means(kept))
         estimate = plain(*data, lag=1)
         low, high = interval["kappa1_excess_cross"]
         assert low < estimate["kappa1_excess_cross"] < high
@@ -110,7 +111,8 @@ def test_a_population_is_what_its_latents_alone_would_be():
 
 def test_a_statistic_without_a_value_has_no_interval():
     always_on = keep(torch.ones(2, 4, 1), torch.ones(2, 4, dtype=torch.bool), torch.tensor([[0] * 4, [1] * 4]))
-    assert set(intervals(bootstrap_documents(always_on, replicates=5)).values()) == {None}
+    replicates = bootstrap_documents(always_on, replicates=5)
+    assert set(intervals(replicates, document_means(always_on)).values()) == {None}
 
 
 def test_a_latent_absent_from_a_replicate_is_left_out_of_its_mean():
@@ -150,3 +152,9 @@ def test_every_bin_and_group_has_its_interval_and_its_replicates():
 def test_an_ordinary_sae_has_no_groups():
     assert latent_groups({}) == {}
     assert latent_groups({"d_sae": 10, "groups": [[1.0, 1.0]], "terms": [{"slow_fraction": 1.0}]}) == {}
+
+
+def test_intervals_lie_about_the_mean_wherever_the_replicates_lie():
+    replicates = {"kappa1_excess_within": np.array([0.1, 0.2, 0.3])}  # about .2, by quantiles .105 to .295
+    found = intervals(replicates, {"kappa1_excess_within": 0.5})
+    np.testing.assert_allclose(found["kappa1_excess_within"], [0.405, 0.595])

@@ -49,13 +49,30 @@ def bootstrap_documents(
     return _weighted_means(kept, lag, weight_MR, document_N, populations)
 
 
-def intervals(replicates: dict[str, Floats], level: float = 0.95) -> dict[str, list[float] | None]:
-    """Percentile interval [low, high] of each statistic; None where no replicate has a value."""
+def document_means(
+    kept: KeptCodes, *, lag: int = 1, populations: Mapping[str, NDArray[np.bool_]] = MappingProxyType({})
+) -> dict[str, float]:
+    """The statistics of bootstrap_documents with every document drawn once."""
+    document_N = np.zeros(kept.doc_BL.numel(), np.intp)
+    means = _weighted_means(kept, lag, np.ones((1, 1)), document_N, populations)
+    return {name: float(values_R[0]) for name, values_R in means.items()}
+
+
+def intervals(
+    replicates: Mapping[str, Floats], means: Mapping[str, float], level: float = 0.95
+) -> dict[str, list[float] | None]:
+    """Percentile interval [low, high] of each statistic about its mean; None where no replicate has a value.
+
+    A replicate leaves out latents that fire in no drawn document, rare ones above all, which shifts all replicates
+    alike (some 3 % on the demo): they are recentred on the mean of the documents themselves.
+    """
     tails = [(1.0 - level) / 2.0, (1.0 + level) / 2.0]
-    return {
-        name: [float(v) for v in np.nanquantile(values_R, tails)] if np.isfinite(values_R).any() else None
-        for name, values_R in replicates.items()
-    }
+    found: dict[str, list[float] | None] = {}
+    for name, values_R in replicates.items():
+        has_values = np.isfinite(values_R).any()
+        recentred_R = values_R - np.nanmean(values_R) + means[name] if has_values else values_R
+        found[name] = [float(v) for v in np.nanquantile(recentred_R, tails)] if has_values else None
+    return found
 
 
 def _weighted_means(

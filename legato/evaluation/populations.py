@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from legato.consistency_losses.term import leading_count
 from legato.evaluation.accumulators import CodeSums, Floats
-from legato.evaluation.bootstrap import STATISTICS, bootstrap_documents, intervals
+from legato.evaluation.bootstrap import STATISTICS, bootstrap_documents, document_means, intervals
 from legato.evaluation.consistency import consistency_features, firing_rate, mean, rate_bins
 from legato.evaluation.kept_codes import KeptCodes
 
@@ -60,7 +60,7 @@ def add_intervals(
     """
     chosen = populations(firing_rate(sums), objective)
     drawn = bootstrap_documents(kept, lag=LAG, replicates=replicates, populations=chosen)
-    found = intervals(drawn)
+    found = intervals(drawn, document_means(kept, lag=LAG, populations=chosen))
     measures = [name.replace("_", f"{LAG}_", 1) for name in STATISTICS]
 
     def of(prefix: str) -> dict[str, Any]:
