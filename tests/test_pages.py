@@ -11,6 +11,7 @@ import pytest
 import yaml
 from chromium import NARROW, WIDE, check_fits, check_legible, chromium, opened
 from playwright.sync_api import Page, expect
+from synthetic_latents import describe_latents
 from synthetic_run import write_synthetic_run
 
 from legato.report.comparison import write_comparison
@@ -34,6 +35,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
         "run_1": write_synthetic_run(folder / "run_1", grid=True, sweep=True),
         "run_2": write_synthetic_run(folder / "run_2", named=("window_variance", "slowness"), seeds=3),
     }
+    describe_latents(paths["run_1"], ("baseline", "window_variance", "contrastive"), token=" <b>bold</b>")
     for path in paths.values():
         write_report(path)
     return paths
