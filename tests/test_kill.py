@@ -47,8 +47,12 @@ def whole(flags, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path_for_children())  # for the server that the runs fork from
-        attempt = Killable(folder / "run", folder / "cache", flags).start()
-    assert attempt.end() == 0, attempt.output.read_text()
+        # Where numba has to compile a kernel first, its sums may round otherwise than those of the same kernel opened
+        # from numba's cache: 1e-9 of a gradient norm. So one run goes ahead that does not count.
+        for name in ("first", "counted"):
+            (folder / name).mkdir()
+            attempt = Killable(folder / name / "run", folder / name / "cache", flags).start()
+            assert attempt.end() == 0, attempt.output.read_text()
     return results(attempt.folder)
 
 
