@@ -23,6 +23,7 @@ from legato.notes import (
     warnings,
 )
 from legato.report.browser import browser_section
+from legato.report.comparability import flat
 from legato.report.embed import json_island, plotly_island, script
 from legato.report.figures import on_page
 from legato.report.latent_tables import (
@@ -102,8 +103,8 @@ def report_html(run: SavedRun) -> str:
         script=script("plots.js") if plots else "",
         raw_stream=raw_stream_sentence(run) or "",
         not_measured=[c.heading for c in COLUMNS if any(c.of(arm) is None for arm in run.arms)],
-        settings=_flat(run.config.get("config") or run.config),
-        measured=[pair for part in ("resolved", "environment") for pair in _flat(run.config.get(part) or {})],
+        settings=flat(run.config.get("config") or run.config),
+        measured=[pair for part in ("resolved", "environment") for pair in flat(run.config.get(part) or {})],
     )
 
 
@@ -167,14 +168,3 @@ def _cards(run: SavedRun, styles: Mapping[str, ArmStyle]) -> list[dict[str, Any]
             }
         )
     return cards
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            found += _flat(value, f"{prefix}{key}.")
-        else:
-            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            found.append((f"{prefix}{key}", text))
-    return found
