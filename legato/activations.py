@@ -330,17 +330,18 @@ class ActivationStream:
         """
         first = self._rows_of_median()
         lacking = [n for n, name in enumerate(manifest.shard_names) if name not in manifest.shards]
-        done = self.n_rows - sum(len(manifest.rows_of(number)) for number in lacking)
+        own, done = distributed.mine(lacking), 0
+        n_lacking, n_own = (sum(len(manifest.rows_of(number)) for number in numbers) for numbers in (lacking, own))
         with StoreWriter(path, manifest) as writer:
-            for number in distributed.mine(lacking):
+            for number in own:
                 rows = np.asarray(manifest.rows_of(number))
                 for start in range(0, len(rows), batch_rows):
                     part = rows[start : start + batch_rows]
                     if self._first_rows is None and np.isin(part, first).all():
                         self._first_rows = first, self._activations(first)
                     writer.put(part, *self.compute(part))
-                    done += len(part) * distributed.size()
-                    progress(min(done, self.n_rows))
+                    done += len(part)
+                    progress(self.n_rows - n_lacking + n_lacking * done // n_own)
 
     def _provenance(self) -> dict[str, Any]:
         return {

@@ -62,7 +62,11 @@ def joined() -> Iterator[None]:
     _divide_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     with _others_needed():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=_patience()))
+        patience = timedelta(seconds=_patience())
+        store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+        # torchrun keeps its store when it starts the ranks again: they must not find the addresses of the dead ones.
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     yield
     dist.destroy_process_group()  # after an error the end of the process does it: the others learn of it by that
 
@@ -92,7 +96,7 @@ def _others_needed() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # what torch.distributed raises for every way in which a peer can be gone
-        slow = "timed out" in str(error).lower()
+        slow = "timed out waiting" in str(error).lower()
         what = f"has not answered for {_patience():g} s" if slow else "failed or was killed"
         raise RankLostError(
             f"rank {os.environ.get('RANK', 0)} stops because another one {what}: the same command goes on where it "

@@ -16,11 +16,15 @@ from killing import PRELOADED
 PATIENCE_SECONDS = 120.0
 
 
-def start_ranks(n_ranks: int, function: Callable[..., Any], *arguments: Any, folder: Path) -> list[BaseProcess]:
-    """`function(*arguments)` in each of n_ranks processes; what they print goes to <folder>/rank_<r>.txt."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def start_ranks(n_ranks: int, function: Callable[..., Any], *arguments: Any, folder: Path) -> list[BaseProcess]:
+    """`function(*arguments)` in each of n_ranks processes; what they print goes to <folder>/rank_<r>.txt."""
+    port = free_port()
     context: Any = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOADED, "legato.distributed"])
     folder.mkdir(parents=True, exist_ok=True)

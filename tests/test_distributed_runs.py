@@ -2,12 +2,16 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from killing import differences, path_for_children, results
-from ranks import ends, run_ranks, start_ranks
-from small_experiment import experiment_main, write_corpus
+from ranks import ends, free_port, run_ranks, start_ranks
+from small_experiment import ROOT, experiment_main, write_corpus
 from tiny_models import save_tiny_model
 
 from legato import activation_store, distributed
@@ -92,3 +96,39 @@ def test_when_a_rank_is_killed_the_rest_stop_and_any_number_go_on(resumed_by, fl
     assert (tmp_path / "run" / "checkpoint" / "step_00000016").is_dir()
     assert differences(finished(resumed_by, [*flags, MEMBERS], tmp_path), one) == []
     assert "after step 1" in (tmp_path / "rank_0.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "extra", [["--temporal=hysteresis"], ["--temporal=tsae", "--no-store"]], ids=["stored", "streamed"]
+)
+def test_fewer_members_than_ranks_are_trained_together_to_the_bits_of_one_process(extra, flags, tmp_path):
+    arguments = [*flags, *extra, "--controls="]
+    whole = finished(1, arguments, tmp_path / "one")
+    together = tmp_path / "together"
+    dying = start_ranks(
+        3, experiment, [*arguments, f"--out_dir={together / 'run'}"], together / "cache", (2, 9), folder=together
+    )
+    assert ends(dying) == [1, 1, -9]
+    assert differences(finished(4, arguments, together), whole) == []
+
+
+def test_torchrun_starts_it_and_goes_on_by_itself_after_a_kill(flags, one, tmp_path):
+    """With --max-restarts the same processes come again, and find the checkpoint."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1"]
+    torchrun += [f"--master_port={free_port()}", "--monitor-interval=0.1"]
+    command = [*torchrun, str(ROOT / "experiment.py"), *flags, MEMBERS, f"--out_dir={tmp_path / 'run'}"]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "LEGATO_CACHE": str(tmp_path / "cache")}
+    with open(tmp_path / "output.txt", "w") as output:
+        run = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables)
+        try:
+            while not (tmp_path / "run" / "checkpoint" / "step_00000004" / "state.json").exists():
+                assert run.poll() is None, (tmp_path / "output.txt").read_text()
+                time.sleep(0.01)
+            ranks = psutil.Process(run.pid).children()
+            ranks[-1].kill()
+            assert run.wait(120) == 0, (tmp_path / "output.txt").read_text()
+        finally:
+            run.kill()
+    assert len(ranks) == 2
+    assert "going on with" in (tmp_path / "output.txt").read_text()
+    assert differences(results(tmp_path / "run"), one) == []
