@@ -12,9 +12,9 @@ import legato.train_stage
 from legato import SparseAutoencoder
 from legato.config import ExperimentConfig
 from legato.errors import LegatoError
-from legato.train_stage import split_to_fit
 from legato.recipes import arms
 from legato.train import SAETrainer
+from legato.train_stage import split_to_fit
 
 FOLDERS = {"saes", "eval_results", "features", "arrays", "figures"}
 FILES = {"config.yaml", "log.jsonl", "metrics.json", "final_info.json", "notes.txt", "report.html", "ablation.csv"}
@@ -79,7 +79,7 @@ def test_an_sae_that_fires_nowhere_is_reported_and_the_others_are_judged(small, 
 
 
 def test_a_pass_whose_members_all_fail_does_not_stop_the_next(small, monkeypatch):
-    def two_passes(bank, d_in, tokens_per_batch):
+    def two_passes(bank, *_args, **_options):
         return [[arm for arm in bank if arm.name != "baseline"], [arm for arm in bank if arm.name == "baseline"]]
 
     monkeypatch.setattr(legato.train_stage, "split_to_fit", two_passes)

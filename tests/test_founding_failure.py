@@ -70,6 +70,9 @@ def test_an_sae_of_zero_weights_cannot_be_made_or_opened(zero, tmp_path):
     path = random_sae().save(tmp_path / "sae")
     weights = load_file(path / "sae_weights.safetensors")
     save_file(weights | {zero: torch.zeros_like(weights[zero])}, path / "sae_weights.safetensors")
+    with pytest.raises(LegatoError, match="is damaged"):
+        SparseAutoencoder.load(path)
+    (path / "legato.json").unlink()  # as another tool would have saved it
     with pytest.raises(LegatoError, match="never trained"):
         SparseAutoencoder.load(path)
 
