@@ -266,7 +266,7 @@ def loss_curves(chosen: Namespace, sparsity: Any, terms: Any) -> tuple[list[floa
         loss = (codes_NF @ W_dec_FD + b_dec_D - batch.x_ND).square().sum(-1).mean() / chosen.d_in
         for term in terms:
             codes_BLF = codes_NF.unflatten(0, raw.mask_BL.shape)
-            scale = term.coefficient * config.term_scale_at(step)
+            scale = term.coefficient * trainer.arm.term_scale_at(step, config.steps)
             loss = loss + scale * term.loss(codes_BLF, raw.mask_BL, raw.doc_BL, step)
         dense.append(loss.item())
         adam.zero_grad()
