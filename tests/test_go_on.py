@@ -9,6 +9,7 @@ import pytest
 from filelock import FileLock
 from killing import differences, results
 from small_experiment import SmallExperiment
+from tensorboard.summary.writer import event_file_writer
 
 import legato.train_stage
 from legato.activation_store import StoreWriter
@@ -23,10 +24,10 @@ FLAGS = ("--temporal=hysteresis", "--checkpoint_minutes=0")
 @pytest.fixture
 def run(small: SmallExperiment, monkeypatch) -> SmallExperiment:
     """Without the pages and figures, which take most of the time."""
-    for page in ("write_figures", "write_report"):
-        monkeypatch.setattr(
-            f"legato.report.{'figures' if page == 'write_figures' else 'html'}.{page}", lambda root: root
-        )
+    for page in ("figures.write_figures", "html.write_report"):
+        monkeypatch.setattr(f"legato.report.{page}", lambda root: root)
+    # TensorBoard reads the files of one second and process in the order of their names, in which 10 comes before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(1000))
     return small
 
 
