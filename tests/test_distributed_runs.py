@@ -21,7 +21,7 @@ from legato.report import figures, html
 OPTIONS = {
     "context_length": 16,
     "held_out": 0.3,
-    "tokens": 3000,
+    "tokens": 1200,
     "batch_rows": 4,
     "d_sae": 64,
     "k": 4,
@@ -33,8 +33,8 @@ OPTIONS = {
 MEMBERS = "--temporal=hysteresis,tsae,gated,shuffled"
 
 
-def experiment(flags: list[str], cache: Path, dies: tuple[int, int] | None = None) -> int:
-    """dies: a rank, and the step of the training after which it kills itself."""
+def experiment(flags: list[str], cache: Path, dies: tuple[int, int] | None = None, signum: int = signal.SIGKILL) -> int:
+    """dies: a rank, and the step of the training after which it sends itself a signal."""
     os.environ["LEGATO_CACHE"] = str(cache)
     vars(activation_store)["SHARD_BYTES"] = 20_000
     for module, name in ((figures, "write_figures"), (html, "write_report")):
@@ -45,7 +45,7 @@ def experiment(flags: list[str], cache: Path, dies: tuple[int, int] | None = Non
         def dying(checkpoint, bank, log_bytes):
             after_step(checkpoint, bank, log_bytes)
             if (distributed.rank(), bank.step) == dies:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), signum)
 
         Checkpoint.after_step = dying
     return experiment_main()(flags)
@@ -87,13 +87,13 @@ def test_members_spread_over_ranks_end_in_the_bits_of_one_process(n_ranks, flags
 @pytest.mark.parametrize("resumed_by", [1, 4])
 def test_when_a_rank_is_killed_the_rest_stop_and_any_number_go_on(resumed_by, flags, one, tmp_path):
     arguments = [*flags, MEMBERS, f"--out_dir={tmp_path / 'run'}"]
-    dying = start_ranks(2, experiment, arguments, tmp_path / "cache", (1, 17), folder=tmp_path)
+    dying = start_ranks(2, experiment, arguments, tmp_path / "cache", (1, 12), folder=tmp_path)
     assert ends(dying) == [1, -9]
     lost = (tmp_path / "rank_0.txt").read_text().splitlines()[-1]
     assert lost == (
         "error: rank 0 stops because another one failed or was killed: the same command goes on where it stopped"
     )
-    assert (tmp_path / "run" / "checkpoint" / "step_00000016").is_dir()
+    assert (tmp_path / "run" / "checkpoint" / "step_00000011").is_dir()
     assert differences(finished(resumed_by, [*flags, MEMBERS], tmp_path), one) == []
     assert "after step 1" in (tmp_path / "rank_0.txt").read_text()
 
@@ -110,6 +110,13 @@ def test_fewer_members_than_ranks_are_trained_together_to_the_bits_of_one_proces
     )
     assert ends(dying) == [1, 1, -9]
     assert differences(finished(4, arguments, together), whole) == []
+
+
+def test_a_signal_to_one_rank_ends_all_after_the_same_step(flags, tmp_path):
+    arguments = [*flags, MEMBERS, f"--out_dir={tmp_path / 'run'}", "--checkpoint_minutes=10"]
+    stopping = start_ranks(3, experiment, arguments, tmp_path / "cache", (2, 5), signal.SIGTERM, folder=tmp_path)
+    assert ends(stopping) == [143, 143, 143]
+    assert [step.name for step in (tmp_path / "run" / "checkpoint").glob("step_*")] == ["step_00000006"]
 
 
 def test_torchrun_starts_it_and_goes_on_by_itself_after_a_kill(flags, one, tmp_path):
