@@ -7,7 +7,6 @@ and then its line in the manifest, only when it is whole and on the disk.
 Shape legend: B rows (contexts), L positions, D width.
 """
 
-import hashlib
 import json
 import os
 import queue
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from legato.cache import sha256_file, sha256_files, sync_to_disk, write_atomically
+from legato.cache import sha256_file, sha256_files, sha256_json, sync_to_disk, write_atomically
 from legato.errors import LegatoError, UsageError
 from legato.remote_store import fetch_store, is_url
 
@@ -92,7 +91,7 @@ class Manifest:
             digest = content.pop("sha256", None)  # earlier versions wrote none
             if content["format"] != FORMAT:
                 raise LegatoError(f"{path} was written by another version of legato: delete it and harvest again")
-            if digest not in (None, _digest_of(content)):
+            if digest not in (None, sha256_json(content)):
                 raise LegatoError(f"{path / MANIFEST} is damaged: delete {path} and harvest again")
             del content["format"]
             shards = {name: Shard(**shard) for name, shard in content.pop("shards").items()}
@@ -121,7 +120,7 @@ class Manifest:
     def write(self, path: Path) -> None:
         content = {"format": FORMAT, **asdict(self), "shards": {n: asdict(self.shards[n]) for n in sorted(self.shards)}}
         del content["rank"]
-        content["sha256"] = _digest_of(content)
+        content["sha256"] = sha256_json(content)
         write_atomically(path / _manifest_name(self.rank), json.dumps(content, indent=1).encode())
 
     @property
@@ -445,10 +444,6 @@ def _runs(rows: np.ndarray, rows_per_shard: int) -> Iterator[tuple[int, int, int
     edges = [0, *breaks.tolist(), len(rows)]
     for start, end in pairwise(edges):
         yield start, end - start, int(shard_of[start]), int(rows[start] % rows_per_shard)
-
-
-def _digest_of(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -3,8 +3,6 @@
 Shape legend: B rows (contexts), L positions, D width, N valid tokens.
 """
 
-import hashlib
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -31,7 +29,7 @@ from legato.activation_store import (
     batches_per_epoch,
     row_batches,
 )
-from legato.cache import cache_dir, locked
+from legato.cache import cache_dir, locked, sha256_json
 from legato.errors import LegatoError, UsageError
 from legato.language_model import LanguageModel
 from legato.remote_store import is_url, key_at, local_copy_of, put_store
@@ -270,7 +268,7 @@ class ActivationStream:
             "dtype": str(self.language_model.dtype),
             "outlier_factor": self.outlier_factor,
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return sha256_json(parts)
 
     def _activations(self, rows: np.ndarray) -> Tensor:
         if self._first_rows is not None:

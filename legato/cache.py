@@ -1,12 +1,14 @@
 """The user's cache folder, and files that are either whole or absent."""
 
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 from filelock import FileLock, Timeout
@@ -68,6 +70,11 @@ def sha256_files(paths: Iterable[Path]) -> list[str | None]:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(digest, paths))
+
+
+def sha256_json(content: Any) -> str:
+    """SHA-256 of plain values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def sync_to_disk(path: Path) -> None:

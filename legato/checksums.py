@@ -3,14 +3,13 @@
 A run without one is read as it is: an earlier version made it, or it did not finish.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from legato.cache import sha256_file, sha256_files, write_atomically
+from legato.cache import sha256_file, sha256_files, sha256_json, write_atomically
 from legato.errors import LegatoError, UsageError
 from legato.reading import read_json
 
@@ -40,7 +39,7 @@ class Checksums:
         content = read_json(path)
         try:
             files, digest = content["files"], content["sha256"]
-            whole = content["format"] == FORMAT and digest == _digest_of(files) and isinstance(files, dict)
+            whole = content["format"] == FORMAT and digest == sha256_json(files) and isinstance(files, dict)
         except (KeyError, TypeError) as error:
             raise LegatoError(f"{path} is damaged: delete it to read the run unchecked") from error
         if not whole:
@@ -52,7 +51,7 @@ class Checksums:
         return cls(root, files)
 
     def write(self) -> None:
-        content = {"format": FORMAT, "sha256": _digest_of(self.of), "files": dict(self.of)}
+        content = {"format": FORMAT, "sha256": sha256_json(dict(self.of)), "files": dict(self.of)}
         write_atomically(self.root / FILENAME, json.dumps(content, indent=1).encode())
 
     def check(self, wanted: Callable[[str], bool]) -> None:
@@ -135,7 +134,3 @@ def _is_in(name: str, places: Sequence[str]) -> bool:
 
 def _hashed(root: Path, names: list[str]) -> dict[str, str]:
     return {name: sha256_file(root / name) for name in names}
-
-
-def _digest_of(files: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()

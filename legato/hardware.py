@@ -56,6 +56,12 @@ def fast_float32() -> Iterator[None]:
     if not _onednn_keeps_float32():
         yield
         return
+    with _onednn_float32():
+        yield
+
+
+@contextmanager
+def _onednn_float32() -> Iterator[None]:
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
@@ -74,12 +80,8 @@ def _onednn_keeps_float32() -> bool:
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(4, 256, 256, generator=generator) for _ in range(2))
     exact = left.double() @ right.double()
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
+    with _onednn_float32():
         errors = [(left @ right - exact).abs().max(), (left[0] @ right[0] - exact[0]).abs().max()]
-    finally:
-        matmul.fp32_precision = before
     return bool(max(errors) < 1e-4 * exact.std())
 
 

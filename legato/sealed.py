@@ -4,7 +4,6 @@ A sealed file is JSON that holds the SHA-256 of its own content and of the .safe
 written last, so files beside it that it does not name are leftovers of a write that was cut off.
 """
 
-import hashlib
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from legato.cache import sha256_file, sync_to_disk, write_atomically
+from legato.cache import sha256_file, sha256_json, sync_to_disk, write_atomically
 from legato.errors import LegatoError
 
 Tensors = Mapping[str, Tensor]
@@ -40,7 +39,7 @@ def write_sealed(
     path.parent.mkdir(parents=True, exist_ok=True)
     written = {name: write_tensors(path, name, named) for name, named in (tensors or {}).items()}
     body = {"kind": kind, "files": {**(files or {}), **written}, "content": content}
-    write_atomically(path, json.dumps({"sha256": _digest(body), **body}).encode())
+    write_atomically(path, json.dumps({"sha256": sha256_json(body), **body}).encode())
 
 
 def write_tensors(path: Path, name: str, named: Tensors) -> dict[str, Any]:
@@ -87,7 +86,7 @@ def _check_file(path: Path, name: str, file: Mapping[str, Any]) -> None:
 def _sealed_body(path: Path, kind: str) -> dict[str, Any]:
     try:
         body = json.loads(path.read_text())
-        sealed = body.pop("sha256") == _digest(body)
+        sealed = body.pop("sha256") == sha256_json(body)
         found = body["kind"]
     except FileNotFoundError:
         raise
@@ -102,7 +101,3 @@ def _sealed_body(path: Path, kind: str) -> dict[str, Any]:
 
 def _tensor_file(path: Path, name: str) -> Path:
     return path.with_name(f"{name}.safetensors")
-
-
-def _digest(body: Any) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -6,8 +6,6 @@ knows the architecture `hysteresis` after `import legato.interop.saelens`.
 Shape legend: D activation width, F latents.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from legato.cache import sha256_file
+from legato.cache import sha256_file, sha256_json
 from legato.errors import LegatoError, UsageError
 from legato.interop.placing import new_folder
 from legato.interop.saelens_training import THRESHOLD_AT_THE_END, training_normaliser, with_threshold
@@ -234,9 +232,8 @@ def _read_legato(folder: Path) -> dict[str, Any] | None:
 
 def _seal(folder: Path, legato: Mapping[str, Any]) -> dict[str, Any]:
     """What legato.json says beside its content: its format, and the SHA-256 of its content and of the files."""
-    own = hashlib.sha256(json.dumps(legato, sort_keys=True).encode()).hexdigest()
     sums = {name: sha256_file(folder / name) for name in (CFG_FILENAME, WEIGHTS_FILENAME)}
-    return {FORMAT_KEY: FORMAT, CHECKSUMS_KEY: {LEGATO_FILENAME: own, **sums}}
+    return {FORMAT_KEY: FORMAT, CHECKSUMS_KEY: {LEGATO_FILENAME: sha256_json(legato), **sums}}
 
 
 def _details(metadata: Mapping[str, Any], saved_as: str) -> dict[str, Any]:
