@@ -1,6 +1,5 @@
 """What a table of bad inputs needs: the case, the world it happens in, and what must be true of every one of them."""
 
-import importlib.util
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_experiment import RESULTS, ROOT, experiment_main, write_corpus
+from small_experiment import RESULTS, experiment_main, script_main, write_corpus
 from synthetic_run import write_synthetic_run
 from tiny_models import save_tiny_model
 
@@ -66,12 +65,7 @@ def legato_main() -> Callable[[list[str]], int]:
 
 @cache
 def plot_main() -> Callable[[list[str]], int]:
-    spec = importlib.util.spec_from_file_location("plot", ROOT / "plot.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return script_main("plot")
 
 
 def experiment(world: World, given: list[object]) -> int:

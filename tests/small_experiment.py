@@ -17,7 +17,12 @@ RESULTS = ("metrics.json", "final_info.json", "notes.txt", "report.html", "saes"
 
 
 def experiment_main() -> Callable[[list[str]], int]:
-    spec = importlib.util.spec_from_file_location("experiment", ROOT / "experiment.py")
+    return script_main("experiment")
+
+
+def script_main(name: str) -> Callable[[list[str]], int]:
+    """`main` of a script beside the package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
