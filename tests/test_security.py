@@ -16,7 +16,8 @@ from small_experiment import ROOT
 from synthetic_run import write_synthetic_run
 from tiny_models import save_tiny_model
 
-from legato.checksums import FORMAT, Checksums, _digest_of, check_all
+from legato.cache import sha256_json
+from legato.checksums import FORMAT, Checksums, check_all
 from legato.errors import LegatoError, UsageError
 from legato.interop.hub import from_pretrained
 from legato.interop.hub_files import download
@@ -110,7 +111,7 @@ def test_a_folder_of_a_repository_lies_in_it(subfolder):
 def test_checksums_of_what_is_not_in_the_run(tmp_path, name):
     files = {name: "0" * 64}
     (tmp_path / "checksums.json").write_text(
-        json.dumps({"format": FORMAT, "sha256": _digest_of(files), "files": files})
+        json.dumps({"format": FORMAT, "sha256": sha256_json(files), "files": files})
     )
     with at_most(5), pytest.raises(LegatoError, match="which is not in the run"):
         check_all(tmp_path)
