@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from legato.errors import UsageError
-from legato.evaluation.accumulators import Floats
 from legato.evaluation.consistency import DENSE_RATE, RATE_BINS, rate_bins
+from legato.evaluation.pair_layout import Floats
 from legato.evaluation.populations import bin_key, latent_groups
 from legato.results import Arm, SavedRun
 from legato.run_dir import changes

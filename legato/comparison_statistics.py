@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 from legato.comparison_points import Point
-from legato.evaluation.accumulators import Floats
+from legato.evaluation.pair_layout import Floats
 
 LEVEL = 0.95
 LEAST_GAIN = 0.1  # relative; what a share of less would be a share of is noise

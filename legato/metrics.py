@@ -16,7 +16,7 @@ from torch import Tensor
 
 from legato.codes import SparseCodes
 from legato.evaluation import consistency, position
-from legato.evaluation.accumulators import DEFAULT_LAGS, CodeSums, LatentOrder, PairLayout
+from legato.evaluation.accumulators import CodeSums
 from legato.evaluation.burstiness import GapSums
 from legato.evaluation.burstiness import burstiness as gap_burstiness
 from legato.evaluation.core import (
@@ -27,6 +27,7 @@ from legato.evaluation.core import (
     sparsity_metrics,
 )
 from legato.evaluation.offset import Agreement
+from legato.evaluation.pair_layout import DEFAULT_LAGS, LatentOrder, PairLayout
 from legato.evaluation.token_statistics import TokenCounts
 from legato.evaluation.token_statistics import token_information as information_of
 

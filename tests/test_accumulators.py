@@ -7,7 +7,8 @@ import torch
 
 from legato.codes import SparseCodes
 from legato.errors import UsageError
-from legato.evaluation.accumulators import CodeSums, LatentOrder, PairCounts, PairLayout, PairSums, check_lags
+from legato.evaluation.accumulators import CodeSums, PairCounts, PairSums
+from legato.evaluation.pair_layout import LatentOrder, PairLayout, check_lags
 
 LAGS = (1, 2, 5)
 

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from legato.codes import SparseCodes
-from legato.evaluation.accumulators import CodeSums, LatentOrder, PairLayout
+from legato.evaluation.accumulators import CodeSums
 from legato.evaluation.bootstrap import _weighted_means, bootstrap_documents, document_means, intervals
 from legato.evaluation.consistency import consistency_metrics
 from legato.evaluation.kept_codes import KeptCodes
+from legato.evaluation.pair_layout import LatentOrder, PairLayout
 from legato.evaluation.populations import add_intervals, latent_groups
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from legato.errors import LegatoError
-from legato.evaluation.accumulators import LatentOrder
 from legato.evaluation.features import write_features
+from legato.evaluation.pair_layout import LatentOrder
 from legato.evaluation.promoted import Promoted
 from legato.evaluation.strips import Other, write_strips, write_text
 from legato.evaluation.strips import ShownText as TextToSave

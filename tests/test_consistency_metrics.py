@@ -8,8 +8,9 @@ import torch
 
 from legato import metrics
 from legato.codes import SparseCodes
-from legato.evaluation.accumulators import CodeSums, LatentOrder, PairCounts, PairLayout, PairSums
+from legato.evaluation.accumulators import CodeSums, PairCounts, PairSums
 from legato.evaluation.consistency import consistency_metrics, half_life, persistence, raw_stream_metrics
+from legato.evaluation.pair_layout import LatentOrder, PairLayout
 
 L = 128
 

@@ -14,7 +14,7 @@ from playwright.sync_api import Page, expect
 from synthetic_latents import describe_latents
 from synthetic_run import write_synthetic_run
 
-from legato.evaluation.accumulators import LatentOrder
+from legato.evaluation.pair_layout import LatentOrder
 from legato.evaluation.strips import Other, ShownText, write_strips, write_text
 from legato.report.html import write_report
 

@@ -8,8 +8,9 @@ import torch
 
 from legato import metrics
 from legato.codes import SparseCodes
-from legato.evaluation.accumulators import CodeSums, LatentOrder, PairLayout
+from legato.evaluation.accumulators import CodeSums
 from legato.evaluation.kept_codes import KeptCodes
+from legato.evaluation.pair_layout import LatentOrder, PairLayout
 from legato.evaluation.position import position_matrix, position_metrics
 
 

@@ -8,7 +8,7 @@ import torch
 from legato.activations import ActivationBatch
 from legato.codes import SparseCodes
 from legato.errors import LegatoError, UsageError
-from legato.evaluation.accumulators import LatentOrder, PairLayout
+from legato.evaluation.pair_layout import LatentOrder, PairLayout
 from legato.evaluation.redundancy import CodedBatch, coded, redundancy
 from legato.evaluation.redundancy_classes import Limits, adjusted, lagged_pairs, similar_pairs
 from legato.evaluation.redundancy_sums import (

@@ -11,7 +11,7 @@ from tiny_models import VOCABULARY, tiny_network, tiny_tokenizer
 from legato.activation_store import ActivationBatch
 from legato.codes import SparseCodes
 from legato.errors import LegatoError
-from legato.evaluation.accumulators import LatentOrder
+from legato.evaluation.pair_layout import LatentOrder
 from legato.evaluation.promoted import promoted_tokens
 from legato.evaluation.redundancy import CodedBatch
 from legato.evaluation.similar import fire_together, nearest_directions

@@ -13,8 +13,8 @@ from sklearn.metrics.cluster import contingency_matrix, expected_mutual_informat
 from legato import metrics
 from legato.codes import SparseCodes
 from legato.evaluation import token_statistics
-from legato.evaluation.accumulators import LatentOrder, PairLayout
 from legato.evaluation.burstiness import GapSums, burstiness
+from legato.evaluation.pair_layout import LatentOrder, PairLayout
 from legato.evaluation.token_statistics import TokenCounts, token_features, token_information
 
 

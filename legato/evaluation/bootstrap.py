@@ -16,9 +16,9 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from legato.evaluation.accumulators import Floats
 from legato.evaluation.consistency import ROUNDING
 from legato.evaluation.kept_codes import KeptCodes
+from legato.evaluation.pair_layout import Floats
 
 STATISTICS = ("ac_excess_within", "ac_excess_cross", "kappa_excess_within", "kappa_excess_cross")
 _GROUPS = 64  # fixed number of partial sums, so the result does not depend on the number of threads

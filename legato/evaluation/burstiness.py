@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from legato.evaluation.accumulators import Floats, LatentOrder, PairLayout, Summed
+from legato.evaluation.accumulators import Summed
+from legato.evaluation.pair_layout import Floats, LatentOrder, PairLayout
 
 
 @dataclass

@@ -10,7 +10,7 @@ import numpy as np
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, silhouette_score
 
-from legato.evaluation.accumulators import Floats, Ints
+from legato.evaluation.pair_layout import Floats, Ints
 
 CLIP = 3.0  # robust standard deviations; descriptors have tails a hundred wide, which would be all that k-means sees
 IQR_OF_NORMAL = 1.349

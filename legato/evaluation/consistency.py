@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from legato.evaluation.accumulators import CodeSums, Floats, PairCounts, PairSums
+from legato.evaluation.accumulators import CodeSums, PairCounts, PairSums
+from legato.evaluation.pair_layout import Floats
 
 RATE_BINS = ((1e-4, 1e-3), (1e-3, 1e-2), (1e-2, 1e-1))
 DENSE_RATE = 0.1

@@ -13,8 +13,9 @@ import numpy as np
 from torch import Tensor
 
 from legato.errors import LegatoError
-from legato.evaluation.accumulators import CodeSums, Floats, Summed
+from legato.evaluation.accumulators import CodeSums, Summed
 from legato.evaluation.consistency import DENSE_RATE, firing_rate
+from legato.evaluation.pair_layout import Floats
 from legato.evaluation.splice import TokenLosses
 
 HISTOGRAM_EDGES = np.arange(-6.0, 0.01, 0.25)  # log10 firing rate

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from legato.evaluation.accumulators import Floats
 from legato.evaluation.consistency import DENSE_RATE
+from legato.evaluation.pair_layout import Floats
 
 # A cluster's name follows from the medians of its members: the first that reaches its value. The values are set by
 # hand, with the demo model's baseline and hysteresis SAEs in view: shares compare between SAEs, and mean little alone.

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from legato.codes import SparseCodes
-from legato.evaluation.accumulators import LatentOrder, PairLayout
+from legato.evaluation.pair_layout import LatentOrder, PairLayout
 
 
 class KeptCodes:

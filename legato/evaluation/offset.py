@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from legato.activations import OUTLIER_FACTOR, ActivationBatch
 from legato.codes import SparseCodes
 from legato.errors import LegatoError, UsageError
-from legato.evaluation.accumulators import Floats, PairLayout
 from legato.evaluation.judge import Judged
+from legato.evaluation.pair_layout import Floats, PairLayout
 from legato.language_model import LanguageModel
 from legato.tokens import TokenSet
 

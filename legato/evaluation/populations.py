@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from legato.consistency_losses.term import leading_count
-from legato.evaluation.accumulators import CodeSums, Floats
+from legato.evaluation.accumulators import CodeSums
 from legato.evaluation.bootstrap import STATISTICS, bootstrap_documents, document_means, intervals
 from legato.evaluation.consistency import consistency_features, firing_rate, mean, rate_bins
 from legato.evaluation.kept_codes import KeptCodes
+from legato.evaluation.pair_layout import Floats
 
 Masks = dict[str, NDArray[np.bool_]]
 LAG = 1

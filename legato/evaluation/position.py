@@ -8,8 +8,9 @@ from typing import Any
 import numba
 import numpy as np
 
-from legato.evaluation.accumulators import CodeSums, Floats, LatentOrder, PairLayout
+from legato.evaluation.accumulators import CodeSums
 from legato.evaluation.consistency import mean, share_between_groups
+from legato.evaluation.pair_layout import Floats, LatentOrder, PairLayout
 
 Z95 = 1.959963984540054
 FIRST_POSITIONS = 2  # shown apart: models treat the first tokens of a context in their own way

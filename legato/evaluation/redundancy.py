@@ -33,8 +33,8 @@ from torch import Tensor
 from legato.activations import ActivationBatch
 from legato.codes import SparseCodes
 from legato.errors import LegatoError, UsageError
-from legato.evaluation.accumulators import Floats, Ints
 from legato.evaluation.kept_codes import KeptCodes
+from legato.evaluation.pair_layout import Floats, Ints
 from legato.evaluation.redundancy_classes import (
     ANTIPODAL,
     CLASSES,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from legato.evaluation import redundancy_kernels as kernels
-from legato.evaluation.accumulators import Floats, Ints, LatentOrder, PairLayout
+from legato.evaluation.pair_layout import Floats, Ints, LatentOrder, PairLayout
 from legato.evaluation.redundancy_sums import (
     Candidates,
     CandidateSums,

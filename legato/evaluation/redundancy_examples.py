@@ -12,7 +12,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 from torch import Tensor
 
-from legato.evaluation.accumulators import Floats, Ints, LatentOrder, PairLayout
+from legato.evaluation.pair_layout import Floats, Ints, LatentOrder, PairLayout
 from legato.evaluation.redundancy_sums import Candidates, CandidateSums, Correlations, LatentSums
 
 CONTEXTS = 3

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from legato.evaluation import redundancy_kernels as kernels
-from legato.evaluation.accumulators import Floats, Ints, LatentOrder, PairLayout, Summed
+from legato.evaluation.accumulators import Summed
 from legato.evaluation.consistency import ROUNDING
+from legato.evaluation.pair_layout import Floats, Ints, LatentOrder, PairLayout
 
 POSITION_BINS = 16  # equal ones; below the first edge, bins double in width, since early positions differ most
 

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from legato.codes import SparseCodes
-from legato.evaluation.accumulators import Floats, Summed
+from legato.evaluation.accumulators import Summed
 from legato.evaluation.core import TokenErrors
+from legato.evaluation.pair_layout import Floats
 from legato.hardware import fast_float32
 
 ROWS_PER_BATCH = 16  # sae-bench's default --batch_size_prompts

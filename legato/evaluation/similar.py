@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from legato.evaluation.accumulators import LatentOrder
+from legato.evaluation.pair_layout import LatentOrder
 
 ROWS_AT_ONCE = 512
 FEWEST_TOGETHER = 3

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
-from legato.evaluation.accumulators import Floats
 from legato.evaluation.clustering import Clustering, agreement, cluster, nearest
 from legato.evaluation.descriptors import DESCRIPTORS, NAMES, Descriptor, describe, medians, name_of
+from legato.evaluation.pair_layout import Floats
 
 MIN_FIRINGS = 20  # fewer say too little of tokens, documents and gaps
 MIN_LATENTS = 50  # of one SAE, for clusters to mean something

@@ -39,8 +39,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from legato.errors import LegatoError
-from legato.evaluation.accumulators import LatentOrder
 from legato.evaluation.kept_codes import KeptCodes
+from legato.evaluation.pair_layout import LatentOrder
 from legato.evaluation.promoted import Promoted
 from legato.evaluation.redundancy import CodedBatch
 from legato.evaluation.similar import fire_together, nearest_directions

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from legato.evaluation.accumulators import Floats, Ints, LatentOrder, PairLayout, Summed
+from legato.evaluation.accumulators import Summed
+from legato.evaluation.pair_layout import Floats, Ints, LatentOrder, PairLayout
 
 TOP_TOKENS = 3
 _TOKEN_BITS = 32

@@ -12,8 +12,9 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from legato.codes import SparseCodes
-from legato.evaluation.accumulators import DEFAULT_LAGS, CodeSums, LatentOrder, PairLayout
+from legato.evaluation.accumulators import CodeSums
 from legato.evaluation.consistency import consistency_features, firing_rate
+from legato.evaluation.pair_layout import DEFAULT_LAGS, LatentOrder, PairLayout
 from legato.evaluation.position import position_features
 from legato.synthetic.bed import Rows
 
