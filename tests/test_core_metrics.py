@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import math
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -352,70 +350,6 @@ def test_the_bootstrap_gives_intervals_around_the_means():
         assert result["arrays"][f"bootstrap_{name}"].shape == (100,)
     assert (interval["rows"], interval["replicates"]) == (32, 100)
     assert_plain(result["consistency"])
-
-
-def test_ranks_reduce_to_the_whole():
-    whole = evaluate(sae(), batches(n=2), language_model=TinyModel(), layer=0)
-    doubled = evaluate(
-        sae(), batches(n=2), language_model=TinyModel(), layer=0, all_reduce=lambda tensor: tensor.mul_(2)
-    )  # as if another rank had seen the same rows: sums double, means stay
-    for part in ("core", "consistency"):
-        for key, value in whole[part].items():
-            if isinstance(value, float) and not key.startswith("document_eta2"):
-                assert doubled[part][key] == pytest.approx(value, rel=1e-9), key
-
-
-def on_two_ranks(run):
-    """[run(rank, all_reduce) of ranks 0 and 1], in threads that take turns and wait for each other in every sum."""
-    turn, meeting, sent = threading.Lock(), threading.Barrier(2, timeout=60), {}
-
-    def on_rank(rank):
-        def all_reduce(tensor):
-            sent[rank] = tensor.clone()
-            turn.release()
-            try:
-                meeting.wait()
-                total = sent[0] + sent[1]
-                meeting.wait()
-            finally:
-                turn.acquire()
-            tensor.copy_(total)
-
-        with turn:
-            try:
-                return run(rank, all_reduce)
-            except Exception:
-                meeting.abort()
-                raise
-
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(on_rank, range(2)))
-
-
-def test_two_ranks_with_rows_of_their_own_give_what_one_gives():
-    parts = list(batches(n=4, outlier=True))
-
-    def run(rows, **options):
-        return evaluate(sae(), rows, language_model=TinyModel(), layer=0, ce_rows=999, lags=(1, 2, 4), **options)
-
-    whole = run(parts)
-    for ranks in on_two_ranks(lambda rank, all_reduce: run(parts[rank::2], all_reduce=all_reduce)):
-        for part in ("core", "consistency", "position"):
-            for (path, value), (_, expected) in zip(leaves(ranks[part]), leaves(whole[part]), strict=True):
-                near = expected if expected is None else pytest.approx(expected, rel=1e-9, abs=1e-12)
-                assert value == near, path
-        assert ranks["features"].keys() == whole["features"].keys()
-        for name, expected_F in whole["features"].items():
-            np.testing.assert_allclose(ranks["features"][name], expected_F, rtol=1e-9, atol=1e-12, err_msg=name)
-        np.testing.assert_array_equal(ranks["arrays"]["rate_FL"], whole["arrays"]["rate_FL"])
-
-
-def leaves(tree, path=""):
-    if isinstance(tree, dict):
-        return [leaf for key, entry in tree.items() for leaf in leaves(entry, f"{path}.{key}")]
-    if isinstance(tree, list):
-        return [leaf for n, entry in enumerate(tree) for leaf in leaves(entry, f"{path}[{n}]")]
-    return [(path, tree)]
 
 
 def test_the_sums_about_a_wide_sae_are_small():

@@ -6,29 +6,35 @@ clean forward pass and one chunk of clean logits.
 Shape legend: B rows, L positions, D width, F latents.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from legato import distributed
 from legato.activations import ActivationBatch, ActivationSource
 from legato.errors import LegatoError, UsageError
-from legato.evaluation.accumulators import DEFAULT_LAGS, PairCounts, PairSums, Summed, check_lags
+from legato.evaluation.accumulators import PairCounts, PairSums, Summed
 from legato.evaluation.consistency import consistency_metrics, raw_stream_metrics
 from legato.evaluation.core import InputSums, reconstruction_metrics, sparsity_metrics, splice_metrics
 from legato.evaluation.features import code_features
-from legato.evaluation.judge import Decoded, Judge, Judged, JudgedBatch, add_splices
+from legato.evaluation.judge import Decoded, Encoded, Judge, Judged, JudgedBatch, spliced
 from legato.evaluation.kept_codes import KeptCodes
+from legato.evaluation.pair_layout import DEFAULT_LAGS, check_lags
 from legato.evaluation.populations import add_intervals
 from legato.evaluation.position import position_matrix, position_metrics, position_profile
 from legato.evaluation.saebench_core import saebench_features, saebench_losses, saebench_metrics, weight_statistics
+from legato.evaluation.turns import Outcome, in_turn
 from legato.language_model import LanguageModel
 
 _SINGLE = "the SAE"
+_SPLICED_AT_ONCE = 4  # rows, whoever computes them: the last bits of a forward pass depend on how many go through it
 
 
 @torch.no_grad()
@@ -44,7 +50,7 @@ def evaluate(
     rows_per_batch: int = 32,
     kept_rows: int = 1024,
     bootstrap: int = 0,
-    all_reduce: Callable[[Tensor], None] | None = None,
+    together: bool = False,
     failures: dict[str, str] | None = None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> dict[str, Any]:
@@ -61,10 +67,11 @@ def evaluate(
     bootstrap: replicates of a bootstrap over documents: `consistency.interval95` gives the interval of each mean excess
         at lag 1, as do its rows by firing rate and by group of the objective; "arrays" the replicates by name, paired
         across SAEs and runs on the same rows.
-    all_reduce: sums a float64 tensor over the ranks in place, where each rank has its own rows. The matrix and the
-        bootstrap stay those of the rank's rows.
-    failures: for a bank, receives {name: reason} of the SAEs that cannot be judged, and the others are; without it, and
-        always with several ranks, the first such SAE raises.
+    together: all ranks of a run (see distributed.py) call this with the same SAEs and activations. They share the rows
+        to encode and to splice; what comes of them is added up in the order of the rows, so that every rank returns
+        what one process would, to the last bit.
+    failures: for a bank, receives {name: reason} of the SAEs that cannot be judged, and the others are; without it the
+        first such SAE raises.
     progress: called with the number of rows judged so far.
 
     Returns per SAE {"core", "consistency", "position"}, plain numbers and lists as in metrics.json, and beside them
@@ -78,41 +85,54 @@ def evaluate(
     if language_model is not None and layer is None:
         raise UsageError("to measure the language model's loss, say which layer the activations come from")
     lags = check_lags(tuple(lags))
-    if all_reduce is not None:
-        failures = None  # a rank that drops an SAE on its own would leave the sums of the others unmatched
     shared: _Shared | None = None
     judges: dict[str, Judge] = {}
     kept = {name: KeptCodes(kept_rows) for name in bank}
-    for raw in _batches(activations, rows_per_batch):
+    batches = (JudgedBatch.of(raw, lags, language_model) for raw in _batches(activations, rows_per_batch))
+    for batch, encoded in _encoded(bank, failures if failures is not None else {}, batches, together):
+        raw = batch.raw
         if shared is None:
             _, length, width = raw.acts_BLD.shape
             shared = _Shared.zero(width, length, lags)
             judges = {name: Judge.zero(one.W_enc.shape[1], length, lags) for name, one in bank.items()}
-        batch = JudgedBatch.of(raw, lags, language_model)
-        n_rows = ce_rows - int(shared.rows)
+        n_rows = min(ce_rows - int(shared.rows), len(raw.mask_BL))
         shared.add(batch)
         decoded = {}
         for name in list(judges):
             with _failing(name, judges, failures):
-                decoded[name] = Decoded.of(bank[name], batch)
+                decoded[name] = Decoded.of(bank[name], encoded[name].get())
                 judges[name].add(batch, decoded[name])
                 kept[name].add(decoded[name].codes, raw.mask_BL, raw.doc_BL)
         if language_model is not None and layer is not None and n_rows > 0:
-            add_splices(judges, decoded, batch, language_model, layer=layer, site=site, n_rows=n_rows)
-            shared.ce_rows += min(n_rows, len(raw.mask_BL))
+            losses = partial(spliced, decoded, batch, language_model, layer=layer, site=site)
+            for part in in_turn(losses, torch.arange(n_rows).split(_SPLICED_AT_ONCE), together=together):
+                part.get().add_to(judges)
+            shared.ce_rows += n_rows
         progress(int(shared.rows))
     if shared is None:
         raise LegatoError("there are no activations to evaluate on: harvest held-out text first")
-    if all_reduce is not None:
-        for sums in (shared, *judges.values()):
-            sums.reduce(all_reduce)
     if not shared.inputs.tokens:
         raise LegatoError("no position is valid: every token is special, padding or an outlier")
+    result = partial(_result, bank, judges, kept, shared, bootstrap)
     results = {}
-    for name in list(judges):
+    for name, outcome in zip(list(judges), in_turn(result, list(judges), together=together), strict=True):
         with _failing(name, judges, failures):
-            results[name] = _result(bank[name], judges[name], kept[name], shared, bootstrap)
+            results[name] = outcome.get()
     return results if isinstance(sae, Mapping) else results[_SINGLE]
+
+
+def _encoded(
+    bank: Mapping[str, Judged], dropped: Container[str], batches: Iterator[JudgedBatch], together: bool
+) -> Iterator[tuple[JudgedBatch, dict[str, Outcome[Encoded]]]]:
+    """Every batch with the codes of the SAEs that are not dropped by then. Ranks work on as many batches at a time as
+    give each of them something to encode."""
+    at_once = math.ceil(distributed.size() / len(bank)) if together else 1
+    while some := list(islice(batches, at_once)):
+        names = [name for name in bank if name not in dropped]
+        tasks = [(name, batch) for batch in some for name in names]
+        codes = iter(in_turn(lambda task: Encoded.of(bank[task[0]], task[1]), tasks, together=together))
+        for batch in some:
+            yield batch, {name: next(codes) for name in names}
 
 
 @dataclass
@@ -138,7 +158,15 @@ class _Shared(Summed):
         self.rows += len(batch.raw.mask_BL)
 
 
-def _result(sae: Judged, judge: Judge, kept: KeptCodes, shared: _Shared, bootstrap: int) -> dict[str, Any]:
+def _result(
+    bank: Mapping[str, Judged],
+    judges: Mapping[str, Judge],
+    kept: Mapping[str, KeptCodes],
+    shared: _Shared,
+    bootstrap: int,
+    name: str,
+) -> dict[str, Any]:
+    sae, judge = bank[name], judges[name]
     tokens = int(shared.inputs.tokens)
     if not judge.codes.firing.total_F.any():
         raise LegatoError(f"no latent fires on any of {tokens} tokens: the SAE is untrained or fits other activations")
@@ -159,9 +187,9 @@ def _result(sae: Judged, judge: Judge, kept: KeptCodes, shared: _Shared, bootstr
                 "total_tokens_eval_sparsity_variance": int(shared.rows) * n_positions,
             },
         }
-    layout = kept.layout()
+    layout = kept[name].layout()
     arrays = {
-        "position_matrix": position_matrix(layout, kept.order(layout)),
+        "position_matrix": position_matrix(layout, kept[name].order(layout)),
         "rate_FL": position_profile(judge.codes)[0].astype(np.float32),
         "tokens_L": shared.counts.tokens_L.astype(np.int64),
     }
@@ -169,7 +197,7 @@ def _result(sae: Judged, judge: Judge, kept: KeptCodes, shared: _Shared, bootstr
     consistency["raw_stream"] = raw_stream_metrics(shared.counts, shared.raw)
     if bootstrap:
         objective = getattr(sae, "details", {}).get("objective") or {}
-        replicates = add_intervals(consistency, kept, judge.codes, objective, replicates=bootstrap)
+        replicates = add_intervals(consistency, kept[name], judge.codes, objective, replicates=bootstrap)
         arrays |= {f"bootstrap_{name}": values_R for name, values_R in replicates.items()}
     return {
         "core": core,

@@ -17,9 +17,10 @@ from torch import Tensor
 from legato.activations import ActivationBatch
 from legato.codes import SparseCodes
 from legato.errors import LegatoError
-from legato.evaluation.accumulators import CodeSums, Floats, LatentOrder, PairLayout, Summed
+from legato.evaluation.accumulators import CodeSums, Summed
 from legato.evaluation.burstiness import GapSums
 from legato.evaluation.core import ReconstructionSums, SpliceSums, TokenErrors
+from legato.evaluation.pair_layout import Floats, LatentOrder, PairLayout
 from legato.evaluation.saebench_core import SaeBenchSums, Weights, batch_spread
 from legato.evaluation.splice import TokenLosses, splice_losses
 from legato.evaluation.token_statistics import TokenCounts
@@ -74,8 +75,23 @@ class JudgedBatch:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """Codes at the valid positions, and again for the rows where SAEBench counts other positions."""
+
+    codes: SparseCodes
+    bench: SparseCodes | None
+
+    @classmethod
+    def of(cls, sae: Judged, batch: JudgedBatch) -> "Encoded":
+        codes = _finite(sae.encode_sparse(batch.raw))
+        if not len(batch.bench.rows):
+            return cls(codes, None)
+        return cls(codes, _finite(sae.encode_sparse(_take(batch.raw, batch.bench.rows, batch.bench.mask_BL))))
+
+
+@dataclass(frozen=True)
 class Decoded:
-    """Codes and reconstruction at the valid positions, and again for the rows where SAEBench counts other positions."""
+    """The codes with the reconstructions that they give."""
 
     codes: SparseCodes
     out_BLD: Tensor
@@ -83,12 +99,9 @@ class Decoded:
     bench_out: Tensor | None
 
     @classmethod
-    def of(cls, sae: Judged, batch: JudgedBatch) -> "Decoded":
-        codes = _finite(sae.encode_sparse(batch.raw))
-        if not len(batch.bench.rows):
-            return cls(codes, sae.decode_sparse(codes), None, None)
-        bench_codes = _finite(sae.encode_sparse(_take(batch.raw, batch.bench.rows, batch.bench.mask_BL)))
-        return cls(codes, sae.decode_sparse(codes), bench_codes, sae.decode_sparse(bench_codes))
+    def of(cls, sae: Judged, encoded: Encoded) -> "Decoded":
+        bench_out = None if encoded.bench is None else sae.decode_sparse(encoded.bench)
+        return cls(encoded.codes, sae.decode_sparse(encoded.codes), encoded.bench, bench_out)
 
 
 def _take(batch: ActivationBatch, rows: Tensor, mask_BL: Tensor) -> ActivationBatch:
@@ -155,20 +168,38 @@ def _without_rows(codes: SparseCodes, rows: Tensor) -> SparseCodes:
     return SparseCodes(codes.token_P[keep_P], codes.latent_P[keep_P], codes.value_P[keep_P], codes.shape)
 
 
-def add_splices(
-    judges: dict[str, Judge],
+@dataclass(frozen=True)
+class SplicedRows:
+    """Losses of some rows at the positions that either set counts: clean, and by name of what is spliced in.
+
+    own_N, bench_loss_N, bench_N: where Legato counts, where SAEBench counts the loss, and where the divergence.
+    """
+
+    clean: TokenLosses
+    own: dict[str, TokenLosses]
+    bench: dict[str, TokenLosses]
+    own_N: NDArray[Any]
+    bench_loss_N: NDArray[Any]
+    bench_N: NDArray[Any]
+
+    def add_to(self, judges: dict[str, Judge]) -> None:
+        for name, judge in judges.items():
+            judge.splice.add(self.clean, self.own[name], self.own[ABLATION], self.own_N, self.own_N)
+            judge.bench_splice.add(self.clean, self.bench[name], self.own[ABLATION], self.bench_loss_N, self.bench_N)
+
+
+def spliced(
     decoded: dict[str, Decoded],
     batch: JudgedBatch,
     language_model: LanguageModel,
+    rows: Tensor,
     *,
     layer: int,
     site: str,
-    n_rows: int,
-) -> None:
-    """Splice every SAE's reconstruction of the batch's first n_rows rows into the model and add up its losses."""
-    first = torch.arange(min(n_rows, len(batch.raw.mask_BL)))
-    raw = _take(batch.raw, first, batch.raw.mask_BL)
-    bench_BL, bench_rows = batch.bench.mask_BL[first], batch.bench.rows[batch.bench.rows < len(first)]
+) -> SplicedRows:
+    """Losses with every SAE's reconstruction of these rows of the batch spliced into the model."""
+    raw = _take(batch.raw, rows, batch.raw.mask_BL)
+    bench_BL = batch.bench.mask_BL[rows]
     own_BL = raw.mask_BL & _next_is_text(raw, language_model)
     bench_loss_BL = bench_BL.clone()
     bench_loss_BL[:, -1] = False
@@ -184,17 +215,18 @@ def add_splices(
         spliced[ABLATION] = torch.zeros_like(part.acts_BLD)
         return splice_losses(language_model, part.acts_BLD, part.tokens_BL, spliced, counted, layer=layer, site=site)
 
-    clean, own = losses(raw, {name: one.out_BLD[first] for name, one in decoded.items()}, counted_BL)
+    clean, own = losses(raw, {name: one.out_BLD[rows] for name, one in decoded.items()}, counted_BL)
     benched = dict(own)
-    if len(bench_rows):
-        outs = {name: one.bench_out[: len(bench_rows)] for name, one in decoded.items() if one.bench_out is not None}
-        _, again = losses(_take(raw, bench_rows, bench_BL), outs, counted_BL[bench_rows])
-        place_N = torch.isin(counted_BL.nonzero()[:, 0], bench_rows).numpy()
+    again_R = torch.isin(batch.bench.rows, rows)
+    if bool(again_R.any()):
+        again_B = torch.isin(rows, batch.bench.rows)
+        outs = {name: one.bench_out[again_R] for name, one in decoded.items() if one.bench_out is not None}
+        part = _take(batch.raw, batch.bench.rows[again_R], batch.bench.mask_BL)
+        _, again = losses(part, outs, counted_BL[again_B])
+        place_N = again_B[counted_BL.nonzero()[:, 0]].numpy()
         benched |= {name: _replaced(own[name], place_N, again[name]) for name in outs}
-    own_N, bench_loss_N, bench_N = (where_BL[counted_BL].numpy() for where_BL in (own_BL, bench_loss_BL, bench_BL))
-    for name, judge in judges.items():
-        judge.splice.add(clean, own[name], own[ABLATION], own_N, own_N)
-        judge.bench_splice.add(clean, benched[name], own[ABLATION], bench_loss_N, bench_N)
+    counts = (where_BL[counted_BL].numpy() for where_BL in (own_BL, bench_loss_BL, bench_BL))
+    return SplicedRows(clean, own, benched, *counts)
 
 
 def _replaced(losses: TokenLosses, place_N: NDArray[Any], other: TokenLosses) -> TokenLosses:

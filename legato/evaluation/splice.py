@@ -68,7 +68,7 @@ def splice_losses(
     constant = {
         name: model.unembed(hidden_ND[:1])[0]
         for name, hidden_ND in spliced_ND.items()
-        if bool((hidden_ND == hidden_ND[:1]).all())
+        if n_tokens and bool((hidden_ND == hidden_ND[:1]).all())
     }
     buffers: tuple[Tensor, Tensor, Tensor] | None = None  # fresh pages for every chunk would cost as much as the pass
     for start in range(0, n_tokens, TOKENS_PER_CHUNK):
