@@ -80,8 +80,9 @@ def main() -> None:
 
 
 def contender(chosen: Namespace) -> Callable[[], Measurement]:
-    from legato.activations import Normaliser, harvest
+    from legato.activations import Normaliser
     from legato.config import ExperimentConfig
+    from legato.harvest import harvest
     from legato.language_model import LanguageModel
     from legato.recipes import arms
     from legato.train import TrainConfig, train_bank

@@ -101,7 +101,7 @@ def contender(chosen: Namespace) -> Callable[[], Measurement]:
 
 
 def ours(chosen: Namespace) -> Callable[[], object]:
-    from legato.activations import harvest
+    from legato.harvest import harvest
     from legato.language_model import LanguageModel
 
     model, tokens = LanguageModel.load(chosen.model, dtype=chosen.dtype), token_set(chosen.tokens)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from legato.activations import harvest
+from legato.harvest import harvest
 from legato.interop.formats import export
 from legato.language_model import LanguageModel
 from legato.sae import SparseAutoencoder

@@ -141,9 +141,10 @@ def memory_turns(chosen: Namespace) -> Turns:
 
 def memory_run(chosen: Namespace) -> Callable[[], Measurement]:
     """Harvest every row, train on the store, evaluate on all of it."""
-    from legato.activations import Normaliser, harvest
+    from legato.activations import Normaliser
     from legato.evaluation.evaluate import evaluate
     from legato.hardware import fast_matmul_dtype
+    from legato.harvest import harvest
     from legato.language_model import LanguageModel
     from legato.train import TrainBatch, TrainConfig, train_bank
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from legato import distributed
-from legato.activations import ActivationStore, ActivationStream, harvest
+from legato.activation_store import ActivationStore
+from legato.activations import ActivationStream
 from legato.checkpoint import Checkpoint
 from legato.config import DataConfig, ExperimentConfig
 from legato.errors import LegatoError, UsageError
@@ -25,6 +26,7 @@ from legato.evaluation.redundancy import coded, redundancy
 from legato.evaluation.redundancy_table import write_redundancy
 from legato.evaluation.specialisation import specialise
 from legato.evaluation.strips import Other, Passages, write_strips, write_text
+from legato.harvest import harvest
 from legato.interop.saebench import write_core_file
 from legato.language_model import LanguageModel
 from legato.recipes import arms, grid_name, is_baseline

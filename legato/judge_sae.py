@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from legato.activations import ActivationStore, harvest
+from legato.activation_store import ActivationStore
 from legato.checksums import seal
 from legato.comparison import write_matched
 from legato.config import ArmsConfig, DataConfig, EvaluationConfig, ExperimentConfig, ModelConfig
@@ -26,6 +26,7 @@ from legato.experiment import (
     load_model,
     origin,
 )
+from legato.harvest import harvest
 from legato.language_model import LanguageModel
 from legato.notes import results_table, write_final_info, write_notes
 from legato.report.ablation_table import write_ablation

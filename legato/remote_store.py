@@ -13,8 +13,7 @@ from typing import Any, TypeGuard
 
 from legato.cache import cache_dir, locked, sha256_file
 from legato.errors import LegatoError, UsageError
-
-_LOCK = ".lock"
+from legato.store_format import LOCK, MANIFEST, Manifest
 
 
 def is_url(path: str | Path | None) -> TypeGuard[str]:
@@ -26,19 +25,17 @@ def local_copy_of(url: str) -> Path:
     return cache_dir() / "activations" / f"copy_{hashlib.sha256(url.encode()).hexdigest()[:24]}"
 
 
-def fetch_store(url: str, manifest_name: str) -> Path:
+def fetch_store(url: str) -> Path:
     """Bring a store here, or what of it is missing or damaged here; return its folder.
 
     Raises UsageError where there is none, LegatoError where it cannot be read or is damaged at its place.
     """
-    from legato.activation_store import Manifest
-
     folder = local_copy_of(url)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / _LOCK), _filesystem(url) as (files, root):
-        if not files.exists(f"{root}/{manifest_name}"):
-            raise UsageError(f"{url} holds no activations: there is no {manifest_name}")
-        files.get_file(f"{root}/{manifest_name}", str(folder / manifest_name))
+    with locked(folder / LOCK), _filesystem(url) as (files, root):
+        if not files.exists(f"{root}/{MANIFEST}"):
+            raise UsageError(f"{url} holds no activations: there is no {MANIFEST}")
+        files.get_file(f"{root}/{MANIFEST}", str(folder / MANIFEST))
         manifest = Manifest.read(folder)
         assert manifest is not None
         for name in manifest.damaged_shards(folder):
@@ -51,10 +48,8 @@ def fetch_store(url: str, manifest_name: str) -> Path:
     return folder
 
 
-def put_store(folder: Path, url: str, manifest_name: str) -> None:
+def put_store(folder: Path, url: str) -> None:
     """Put a finished store at a URL: the shards that are not there in full, then the manifest."""
-    from legato.activation_store import Manifest
-
     manifest = Manifest.read(folder)
     assert manifest is not None
     with _filesystem(url) as (files, root):
@@ -63,18 +58,18 @@ def put_store(folder: Path, url: str, manifest_name: str) -> None:
             size = (folder / name).stat().st_size
             if not files.exists(f"{root}/{name}") or files.size(f"{root}/{name}") != size:
                 files.put_file(str(folder / name), f"{root}/{name}")
-        files.put_file(str(folder / manifest_name), f"{root}/{manifest_name}")
+        files.put_file(str(folder / MANIFEST), f"{root}/{MANIFEST}")
 
 
-def key_at(url: str, manifest_name: str) -> str | None:
+def key_at(url: str) -> str | None:
     """What determines the activations of the store at a URL (Manifest.key); None where there is none yet."""
     with _filesystem(url) as (files, root):
-        if not files.exists(f"{root}/{manifest_name}"):
+        if not files.exists(f"{root}/{MANIFEST}"):
             return None
         try:
-            return str(json.loads(files.cat_file(f"{root}/{manifest_name}"))["key"])
+            return str(json.loads(files.cat_file(f"{root}/{MANIFEST}"))["key"])
         except (ValueError, KeyError, TypeError) as error:
-            raise LegatoError(f"{url}/{manifest_name} is damaged: delete it and harvest again") from error
+            raise LegatoError(f"{url}/{MANIFEST} is damaged: delete it and harvest again") from error
 
 
 @contextmanager

@@ -27,7 +27,7 @@ Moment = Callable[["Attempt"], bool]
 def _child(arguments: list[str], cache: str, output: str) -> None:
     """The command as a shell would start it, but for stores of many small shards, and a conversion of model.gguf that
     only copies the folder `model` beside it, slowly."""
-    from legato import activation_store, demo_model
+    from legato import demo_model, store_format
 
     def convert(gguf: Path, folder: Path) -> None:
         for path in sorted((gguf.parent / "model").iterdir()):
@@ -35,7 +35,7 @@ def _child(arguments: list[str], cache: str, output: str) -> None:
             time.sleep(0.05)
 
     os.environ["LEGATO_CACHE"] = cache
-    vars(activation_store)["SHARD_BYTES"] = 20_000
+    vars(store_format)["SHARD_BYTES"] = 20_000
     vars(demo_model)["_convert_gguf"] = convert
     with open(output, "a") as stream:
         os.dup2(stream.fileno(), 1)

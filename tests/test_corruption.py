@@ -16,11 +16,12 @@ from bad_input import random_sae
 from small_experiment import RESULTS, SmallExperiment, small_experiment
 from tiny_models import save_tiny_model, tiny_tokenizer
 
-from legato.activations import ActivationStore, harvest
+from legato.activation_store import ActivationStore
 from legato.checksums import DERIVED, EXEMPT, UNREAD, check_all
 from legato.cli import main
 from legato.demo_model import cached_folder
 from legato.errors import LegatoError
+from legato.harvest import harvest
 from legato.interop.formats import export
 from legato.language_model import LanguageModel
 from legato.results import SavedRun
@@ -210,7 +211,7 @@ def tokens():
 
 
 def test_every_file_of_an_activation_store(model, tokens, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("legato.activation_store.SHARD_BYTES", 8 * 16 * (48 * 2 + 9))
+    monkeypatch.setattr("legato.store_format.SHARD_BYTES", 8 * 16 * (48 * 2 + 9))
     store = harvest(model, tokens, layer=1, path=tmp_path / "store")
     sound = store.read_rows(range(len(store)))
     assert len(files_of(store.path)) >= 4

@@ -12,10 +12,10 @@ from killing import path_for_children
 from ranks import ends, run_ranks, start_ranks
 from tiny_models import VOCABULARY, save_tiny_model
 
-from legato import activation_store, distributed
+from legato import distributed, store_format
 from legato.activation_store import ActivationStore
-from legato.activations import harvest
 from legato.errors import LegatoError
+from legato.harvest import harvest
 from legato.language_model import LanguageModel
 from legato.tokens import TokenSet
 
@@ -90,7 +90,7 @@ def token_set(rows: int = 23) -> TokenSet:
 
 
 def harvest_to(model: Path, path: Path, killed: bool = False) -> None:
-    vars(activation_store)["SHARD_BYTES"] = 3 * 16 * (48 * 4 + 9)
+    vars(store_format)["SHARD_BYTES"] = 3 * 16 * (48 * 4 + 9)
     with distributed.joined():
 
         def progress(done: int) -> None:
@@ -109,7 +109,7 @@ def content(store: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("n_ranks", [2, 4])
 def test_ranks_harvest_the_bytes_of_one_process(n_ranks, tmp_path, monkeypatch):
-    monkeypatch.setattr(activation_store, "SHARD_BYTES", activation_store.SHARD_BYTES)
+    monkeypatch.setattr(store_format, "SHARD_BYTES", store_format.SHARD_BYTES)
     model = save_tiny_model(tmp_path / "model", "gpt2", pad_token_id=None)
     run_ranks(1, harvest_to, model, tmp_path / "one", folder=tmp_path)
     run_ranks(n_ranks, harvest_to, model, tmp_path / "many", folder=tmp_path)

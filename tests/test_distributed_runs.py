@@ -14,7 +14,7 @@ from ranks import ends, free_port, run_ranks, start_ranks
 from small_experiment import ROOT, experiment_main, write_corpus
 from tiny_models import save_tiny_model
 
-from legato import activation_store, distributed
+from legato import distributed, store_format
 from legato.checkpoint import Checkpoint
 from legato.report import figures, html
 
@@ -36,7 +36,7 @@ MEMBERS = "--temporal=hysteresis,tsae,gated,shuffled"
 def experiment(flags: list[str], cache: Path, dies: tuple[int, int] | None = None, signum: int = signal.SIGKILL) -> int:
     """dies: a rank, and the step of the training after which it sends itself a signal."""
     os.environ["LEGATO_CACHE"] = str(cache)
-    vars(activation_store)["SHARD_BYTES"] = 20_000
+    vars(store_format)["SHARD_BYTES"] = 20_000
     for module, name in ((figures, "write_figures"), (html, "write_report")):
         vars(module)[name] = lambda root: root
     if dies is not None:

@@ -21,7 +21,6 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from synthetic_run import write_synthetic_run
 
-from legato.activation_store import Manifest
 from legato.checksums import check_all, seal
 from legato.errors import LegatoError
 from legato.interop.formats import export, read_sae
@@ -30,6 +29,7 @@ from legato.results import SavedRun, read_log
 from legato.run_dir import RunDir
 from legato.sae import SparseAutoencoder
 from legato.sae_origin import origin_of
+from legato.store_format import Manifest
 from legato.text import load_documents, split_held_out
 
 pytest.importorskip("mwparserfromhell")

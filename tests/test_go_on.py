@@ -12,10 +12,10 @@ from small_experiment import SmallExperiment
 from tensorboard.summary.writer import event_file_writer
 
 import legato.train_stage
-from legato.activation_store import StoreWriter
 from legato.arm import ArmConfig
 from legato.checkpoint import Checkpoint
 from legato.run_dir import RunDir
+from legato.store_writer import StoreWriter
 from legato.train import SAETrainer
 
 FLAGS = ("--temporal=hysteresis", "--checkpoint_minutes=0")

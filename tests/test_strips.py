@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, tiny_network, tiny_tokenizer
 
-from legato.activation_store import ActivationBatch
+from legato.activations import ActivationBatch
 from legato.codes import SparseCodes
 from legato.errors import LegatoError
 from legato.evaluation.pair_layout import LatentOrder

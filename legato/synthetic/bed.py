@@ -4,15 +4,14 @@ Shape legend: B rows, L positions, D width, F sources, R all rows, P active pair
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from legato.activation_store import row_batches
-from legato.activations import ActivationBatch
+from legato.activations import ActivationBatch, ActivationSource
 from legato.codes import SparseCodes
 from legato.errors import UsageError
 from legato.synthetic.sources import FAMILIES, Family, Sources, fire
@@ -57,37 +56,20 @@ class BedConfig:
         return Sources.draw(self.families, np.random.default_rng(0)).l0
 
 
-@dataclass(frozen=True)
-class Rows:
-    """One side of a bed: activations and true codes of the same rows. An ActivationSource, as a store is."""
+@dataclass
+class Rows(ActivationSource):
+    """One side of a bed: activations and true codes of the same rows."""
 
     acts_RLD: Tensor
     mask_RL: Tensor
     doc_RL: Tensor
     codes: SparseCodes
 
-    @property
-    def d_in(self) -> int:
-        return self.acts_RLD.shape[2]
+    def __post_init__(self) -> None:
+        self.n_rows, _, self.d_in = self.acts_RLD.shape
 
-    @property
-    def n_rows(self) -> int:
-        return self.acts_RLD.shape[0]
-
-    def batches(
-        self,
-        rows_per_batch: int,
-        *,
-        seed: int | None,
-        epochs: int | None = 1,
-        drop_last: bool = False,
-        start_batch: int = 0,
-    ) -> Iterator[ActivationBatch]:
-        """As `ActivationStore.batches`."""
-        for rows in row_batches(
-            self.n_rows, rows_per_batch, seed=seed, epochs=epochs, drop_last=drop_last, start_batch=start_batch
-        ):
-            yield self.take(torch.from_numpy(rows))
+    def batches_of(self, rows: Iterable[np.ndarray]) -> Iterator[ActivationBatch]:
+        return (self.take(torch.from_numpy(numbers)) for numbers in rows)
 
     def take(self, rows: Tensor | slice) -> ActivationBatch:
         mask_BL = self.mask_RL[rows]

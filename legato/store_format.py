@@ -1,0 +1,163 @@
+"""How a store of activations lies on disk: safetensors shards of whole rows, and a manifest with the SHA-256 of each.
+
+A folder holds `manifest.json` and `shard_00000.safetensors`, ...; every shard but the last has the same number of rows,
+with the tensors `tokens` (int32), `doc` (int32), `acts` (the model's dtype) and `mask` (bool). A shard gets its name,
+and then its line in the manifest, only when it is whole and on the disk.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from legato.cache import sha256_files, sha256_json, write_atomically
+from legato.errors import LegatoError
+
+FORMAT = "legato-activations-1"
+MANIFEST = "manifest.json"
+LOCK = ".lock"  # who writes a store holds it
+SHARD_BYTES = 64 * 2**20
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What the manifest says of a finished shard: its positions that are text and no outliers, and its outliers."""
+
+    sha256: str
+    n_valid: int
+    n_outliers: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """key: SHA-256 of everything that determines the activations. provenance: the same for people, json-able.
+
+    dtype: a key of DTYPES. shards: the finished ones, by file name.
+    rank: of several that write one store, each notes what it finishes in a manifest of its own, until `united`.
+    """
+
+    key: str
+    n_rows: int
+    context_length: int
+    d_in: int
+    dtype: str
+    rows_per_shard: int
+    provenance: dict[str, Any]
+    shards: dict[str, Shard]
+    rank: int = 0
+
+    @classmethod
+    def new(
+        cls, key: str, *, n_rows: int, context_length: int, d_in: int, dtype: torch.dtype, provenance: dict[str, Any]
+    ) -> "Manifest":
+        """Of a store without shards yet, which are to have some 64 MiB each, or a row where that is more."""
+        row_bytes = context_length * (d_in * dtype.itemsize + 9)
+        rows_per_shard = max(1, SHARD_BYTES // row_bytes)
+        name = next(name for name, known in DTYPES.items() if known == dtype)
+        return cls(key, n_rows, context_length, d_in, name, rows_per_shard, provenance, {})
+
+    @classmethod
+    def read(cls, path: Path, rank: int = 0) -> "Manifest | None":
+        """The manifest of a store, None where there is none yet; LegatoError for one that cannot be understood."""
+        try:
+            content = json.loads((path / _manifest_name(rank)).read_text())
+            digest = content.pop("sha256", None)  # earlier versions wrote none
+            if content["format"] != FORMAT:
+                raise LegatoError(f"{path} was written by another version of legato: delete it and harvest again")
+            if digest not in (None, sha256_json(content)):
+                raise LegatoError(f"{path / MANIFEST} is damaged: delete {path} and harvest again")
+            del content["format"]
+            shards = {name: Shard(**shard) for name, shard in content.pop("shards").items()}
+            return cls(**content, shards=shards, rank=rank)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise LegatoError(f"{path / MANIFEST} cannot be read ({error}): delete {path} and harvest again") from error
+
+    @classmethod
+    def united(cls, path: Path) -> "Manifest | None":
+        """As `read`, with what other ranks have finished noted there too, and their own manifests gone."""
+        manifest = cls.read(path)
+        others = list(path.glob(_manifest_name("*")))
+        if manifest is None or not others:
+            return manifest
+        for other in others:
+            found = cls.read(path, rank=int(other.name.split("_")[1].split(".")[0]))
+            if found is not None and found.key == manifest.key:
+                manifest.shards.update(found.shards)
+        manifest.write(path)
+        for other in others:
+            other.unlink()
+        return manifest
+
+    def write(self, path: Path) -> None:
+        content = {"format": FORMAT, **asdict(self), "shards": {n: asdict(self.shards[n]) for n in sorted(self.shards)}}
+        del content["rank"]
+        content["sha256"] = sha256_json(content)
+        write_atomically(path / _manifest_name(self.rank), json.dumps(content, indent=1).encode())
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.shards) == len(self.shard_names)
+
+    @property
+    def shard_names(self) -> list[str]:
+        """File names of all shards, finished or not, in the order of their rows."""
+        return [f"shard_{number:05d}.safetensors" for number in range(-(-self.n_rows // self.rows_per_shard))]
+
+    def rows_of(self, number: int) -> range:
+        """The rows that lie in shard `number`."""
+        first = number * self.rows_per_shard
+        return range(first, min(first + self.rows_per_shard, self.n_rows))
+
+    def damaged_shards(self, path: Path) -> list[str]:
+        """Shards named here whose file is missing or not what was written."""
+        digests = sha256_files(path / name for name in self.shards)
+        return [name for name, digest in zip(self.shards, digests, strict=True) if digest != self.shards[name].sha256]
+
+
+def _manifest_name(rank: int | str) -> str:
+    return f"manifest_{rank}.json" if rank else MANIFEST
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """Where the tensors lie in a shard of so many rows.
+
+    header: what the file begins with. fields: by tensor, its first byte in the file and its bytes a row. size: of the
+    file, in bytes.
+    """
+
+    header: bytes
+    fields: dict[str, tuple[int, int]]
+    size: int
+
+    @classmethod
+    def of(cls, manifest: Manifest, n_rows: int) -> "ShardLayout":
+        L, D = manifest.context_length, manifest.d_in
+        shapes = {
+            "tokens": ("I32", [L], 4 * L),
+            "doc": ("I32", [L], 4 * L),
+            "acts": (manifest.dtype, [L, D], DTYPES[manifest.dtype].itemsize * L * D),
+            "mask": ("BOOL", [L], L),
+        }
+        entries, places, end = {}, {}, 0
+        for name, (dtype, shape, row_bytes) in shapes.items():
+            start, end = end, end + n_rows * row_bytes
+            entries[name] = {"dtype": dtype, "shape": [n_rows, *shape], "data_offsets": [start, end]}
+            places[name] = (start, row_bytes)
+        text = json.dumps(entries).encode()
+        text += b" " * (-(len(text) + 8) % 64)
+        header = len(text).to_bytes(8, "little") + text
+        fields = {name: (len(header) + start, row_bytes) for name, (start, row_bytes) in places.items()}
+        return cls(header, fields, len(header) + end)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor, to read into or to write from."""
+    raw: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(raw)
