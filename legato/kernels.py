@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-# No "nnan"/"ninf": a NaN must stay one, so that the guards in train.py see it.
-FAST = {"contract", "reassoc", "nsz", "arcp"}
+# No "nnan"/"ninf": a NaN must stay one, so that the guards in train.py see it. No "nsz": with it LLVM orders a sum anew
+# each time it optimises a kernel, and what it compiles and what it opens from numba's cache end in other last digits.
+FAST = {"contract", "reassoc", "arcp"}
 
 
 class Pairs(NamedTuple):

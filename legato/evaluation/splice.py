@@ -176,11 +176,13 @@ _LOWEST: Any = np.float32(-3.0e38)
 _LOG2E = np.float32(1.4426950408889634)
 _HALF = np.float32(0.5)
 _FLOOR = np.float32(-126.0)
+# All of fastmath but "nsz", as in kernels.py.
+_SUMMING = {"contract", "reassoc", "arcp", "nnan", "ninf"}
 # Taylor series of 2^g for |g| <= 1/2, relative error 2e-8
 _C0, _C1, _C2, _C3, _C4, _C5, _C6 = (np.float32(np.log(2.0) ** n / d) for n, d in enumerate((1, 1, 2, 6, 24, 120, 720)))
 
 
-@numba.njit(cache=True, fastmath=True)
+@numba.njit(cache=True, fastmath={"contract", "nnan", "ninf"})
 def _exp_block(x_V, shift, out_V, scale_V):  # type: ignore[no-untyped-def]
     """out = exp(x - shift) with 2^y = 2^g 2^k, in a form that compiles to vector instructions."""
     bits_V = scale_V.view(np.int32)
@@ -194,7 +196,7 @@ def _exp_block(x_V, shift, out_V, scale_V):  # type: ignore[no-untyped-def]
         out_V[i] *= scale_V[i]
 
 
-@numba.njit(cache=True, fastmath=True, parallel=True)
+@numba.njit(cache=True, fastmath=_SUMMING, parallel=True)
 def _exp_rows(logits_NV, exp_NV):  # type: ignore[no-untyped-def]
     N, V = logits_NV.shape
     sum_N = np.zeros(N)
@@ -222,7 +224,7 @@ def _exp_rows(logits_NV, exp_NV):  # type: ignore[no-untyped-def]
     return sum_N, logsumexp_N
 
 
-@numba.njit(cache=True, fastmath=True, parallel=True)
+@numba.njit(cache=True, fastmath=_SUMMING, parallel=True)
 def _compare_rows(clean_NV, exp_NV, logits_NV):  # type: ignore[no-untyped-def]
     N, V = clean_NV.shape
     gap_N = np.zeros(N)
