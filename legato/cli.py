@@ -14,7 +14,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from legato import bench_sae, check_run, exchange_sae, judge_sae, synthetic
+from legato import bench_sae, check_run, distributed, exchange_sae, judge_sae, synthetic
 from legato.checksums import rebuilding
 from legato.command import run_command
 from legato.comparison import compare_runs, write_json, write_matched
@@ -33,6 +33,7 @@ class Command:
     text: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], None]
+    go_on: str = ""  # what to do after a failure that was not the command's fault
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,9 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if distributed.is_writer():
+            print(f"error: {error}", file=sys.stderr)
         return 2
-    return run_command(lambda _: COMMANDS[options.command].run(options), debug=options.debug)
+    command = COMMANDS[options.command]
+    return run_command(lambda _: command.run(options), debug=options.debug, go_on=command.go_on)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -122,7 +125,12 @@ def _writing(target: Path) -> Iterator[None]:
 COMMANDS = {
     "check": Command("Whether a run's files are as it wrote them.", check_run.add_arguments, check_run.main),
     "compare": Command("Set methods side by side at the baseline's L0 and FVU.", _compare_arguments, _compare),
-    "evaluate": Command("Judge saved SAEs on a model and a text.", judge_sae.add_arguments, judge_sae.main),
+    "evaluate": Command(
+        "Judge saved SAEs on a model and a text.",
+        judge_sae.add_arguments,
+        judge_sae.main,
+        go_on="the same command goes on where it stopped",
+    ),
     "export": Command(
         "Write an SAE in another tool's format.", exchange_sae.add_export_arguments, exchange_sae.export_sae
     ),

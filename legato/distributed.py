@@ -60,7 +60,7 @@ def joined() -> Iterator[None]:
         yield
         return
     _divide_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    with _others_needed():
+    with others_needed():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         patience = timedelta(seconds=_patience())
         store, rank, size = next(dist.rendezvous("env://", timeout=patience))
@@ -92,7 +92,8 @@ def _divide_threads(ranks: int) -> None:
 
 
 @contextmanager
-def _others_needed() -> Iterator[None]:
+def others_needed() -> Iterator[None]:
+    """For what torch.distributed does with other ranks. Raises RankLostError where one is gone."""
     try:
         yield
     except RuntimeError as error:  # what torch.distributed raises for every way in which a peer can be gone
@@ -114,7 +115,7 @@ def gather(mine: T) -> list[T]:
 
 def gather_bytes(mine: torch.Tensor) -> list[torch.Tensor]:
     """The uint8 tensors (any lengths) of all ranks, in their order, on every rank."""
-    with _others_needed():
+    with others_needed():
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size())]
         dist.all_gather(lengths, torch.tensor([len(mine)]))
         longest = max(int(length) for length in lengths)
@@ -139,13 +140,21 @@ def from_writer(compute: Callable[[], T]) -> T:
             outcome[0] = compute()
         except BaseException as error:
             failure, outcome = error, [None, False]
-    with _others_needed():
+    with others_needed():
         dist.broadcast_object_list(outcome, src=0)
     if failure is not None:
         raise failure
     if not outcome[1]:
         raise SaidElsewhereError("rank 0 failed")
     return outcome[0]
+
+
+def writer_first(compute: Callable[[], T]) -> T:
+    """What `compute` gives on each rank, on the writer first: the others find what it fetched, and where it raises
+    there they raise SaidElsewhereError."""
+    own: list[T] = []
+    from_writer(lambda: own.append(compute()))
+    return own[0] if own else compute()
 
 
 def barrier() -> None:
@@ -190,13 +199,37 @@ def merged(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def all_reduce(tensor: torch.Tensor) -> None:
-    """Sum a tensor over the ranks, in place, in the order of the ranks: the same bits on each of them."""
+    """Sum a tensor over the ranks, in place, in the order of the ranks: the same bits on each of them.
+
+    Every rank sums up one piece and sends it to the others: it receives at most twice the tensor, however many there
+    are.
+    """
     if size() == 1:
         return
-    with _others_needed():
-        parts = [torch.empty_like(tensor) for _ in range(size())]
-        dist.all_gather(parts, tensor.contiguous())
-    total = parts[0]
-    for part in parts[1:]:
-        total += part
-    tensor.copy_(total)
+    length = -(-tensor.numel() // size())
+    pieces = torch.zeros(size() * length, dtype=tensor.dtype)
+    pieces[: tensor.numel()] = tensor.flatten()
+    own = torch.empty_like(pieces)
+    with others_needed():
+        dist.all_to_all_single(own, pieces)
+        total = own[:length]
+        for part in own.split(length)[1:]:
+            total += part
+        dist.all_gather(list(pieces.split(length)), total)
+    tensor.copy_(pieces[: tensor.numel()].view_as(tensor))
+
+
+def rows_on_writer(own: torch.Tensor) -> torch.Tensor:
+    """On the writer the ranks' rows one after the other; elsewhere `own`."""
+    lengths = gather(len(own))
+    with others_needed():
+        if not is_writer():
+            dist.send(own.contiguous(), dst=0)
+            return own
+        rows = torch.empty(sum(lengths), *own.shape[1:], dtype=own.dtype)
+        for other, part in enumerate(rows.split(lengths)):
+            if other == 0:
+                part.copy_(own)
+            else:
+                dist.recv(part, src=other)
+    return rows

@@ -195,7 +195,7 @@ def evaluate_arms(
     checkpoint: Checkpoint | None = None,
 ) -> None:
     """Judge every SAE on the held-out side in one pass and save the numbers; what cannot be judged fails. Of several
-    ranks each judges its share, on all of the activations, and the writer saves.
+    ranks each judges its share, or all judge together where there are fewer SAEs than ranks, and the writer saves.
 
     Parts that an earlier attempt finished come from the checkpoint, and all is done where it says so.
     """
@@ -209,15 +209,17 @@ def evaluate_arms(
 
     def judge_all() -> dict[str, Any]:
         failures: dict[str, str] = {}
+        own, together = _divided(judged)
         with progress_bar("evaluate", activations.held_out.n_rows) as progress:
-            results = _own(judged) and evaluate(
-                _own(judged),
+            results = own and evaluate(
+                own,
                 activations.held_out,
                 language_model=model if config.evaluation.ce_rows else None,
                 layer=activations.layer,
                 site=config.model.site,
                 ce_rows=config.evaluation.ce_rows,
                 bootstrap=BOOTSTRAP_REPLICATES,
+                together=together,
                 failures=failures,
                 progress=progress,
             )
@@ -284,6 +286,12 @@ def _own(members: Mapping[str, T]) -> dict[str, T]:
     return {name: members[name] for name in distributed.mine(list(members))}
 
 
+def _divided(members: Mapping[str, T]) -> tuple[dict[str, T], bool]:
+    """What this rank judges, and whether all ranks judge it together."""
+    together = len(members) < distributed.size()
+    return dict(members) if together else _own(members), together
+
+
 def _now(name: str, compute: Callable[[], Any]) -> Any:
     """In place of `Checkpoint.part` where nothing is kept."""
     return compute()
@@ -293,8 +301,8 @@ def _shuffled(compared: Mapping[str, Judged], activations: Activations) -> dict[
     """What is left of persistence when the order of the tokens is taken away, for those that still fire."""
     failures: dict[str, str] = {}
     batches = position_shuffled(activations.held_out.batches(CONTROL_ROWS, seed=None))
-    own = _own(compared)
-    found = evaluate(own, batches, failures=failures) if own else {}
+    own, together = _divided(compared)
+    found = evaluate(own, batches, together=together, failures=failures) if own else {}
     for reason in distributed.merged(failures).values():
         say(f"  no shuffled control of {reason}")
     shuffled = {

@@ -6,13 +6,16 @@ saes/ holds a copy of each SAE as it was judged.
 
 import argparse
 import dataclasses
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from legato import distributed
 from legato.activation_store import ActivationStore
+from legato.checkpoint import DEFAULT_MINUTES, Checkpoint
 from legato.checksums import seal
 from legato.comparison import write_matched
 from legato.config import ArmsConfig, DataConfig, EvaluationConfig, ExperimentConfig, ModelConfig
@@ -27,6 +30,7 @@ from legato.experiment import (
     origin,
 )
 from legato.harvest import harvest
+from legato.interrupts import Interrupts
 from legato.language_model import LanguageModel
 from legato.notes import results_table, write_final_info, write_notes
 from legato.report.ablation_table import write_ablation
@@ -46,7 +50,7 @@ class JudgeConfig:
     """What is judged on what.
 
     saes: where each SAE lies, by name. held_out: the share of the documents that is judged on, as experiment.py holds
-    it out; None judges on all documents.
+    it out; None judges on all documents. sha256: of what lies there, by name.
     """
 
     saes: Mapping[str, str]
@@ -54,11 +58,12 @@ class JudgeConfig:
     data: DataConfig = field(default_factory=DataConfig)
     held_out: float | None = None
     evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(controls=()))
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """For config.yaml. The section `judged` tells that nothing was trained."""
         return {
-            "judged": {"saes": dict(self.saes)},
+            "judged": {"saes": dict(self.saes), "sha256": dict(self.sha256)},
             "model": dataclasses.asdict(self.model),
             "data": {
                 "dataset": self.data.dataset,
@@ -75,32 +80,57 @@ class JudgeConfig:
 
 
 def judge(config: JudgeConfig, saes: Mapping[str, SparseAutoencoder], out: str | Path) -> RunDir:
-    """Judge SAEs on one layer and site of a model and write the folder.
+    """Judge SAEs on one layer and site of a model and write the folder; ranks do it together, and the writer writes.
 
-    saes: as opened from config.saes. Raises UsageError where they do not fit the model or the folder is taken, and
-    LegatoError where one of them cannot be judged: the folder then holds the others.
+    saes: as opened from config.saes. Parts that an earlier attempt finished in the folder are not done again. Raises
+    UsageError where the SAEs do not fit the model or the folder is taken, and LegatoError where one of them cannot be
+    judged: the folder then holds the others.
     """
-    run = RunDir.claim(out, config)
+    run = distributed.from_writer(lambda: RunDir.claim(out, config))
+    run.settle_machine()
     experiment = config.as_experiment()
     model = load_model(experiment)
-    check_width(saes, model)
-    tokens = read_rows(config, model)
-    activations = harvest_rows(config, model, tokens)
-    run.begin(config, activations.provenance)
-    bank = Bank({}, {})
-    for (name, sae), recipe in zip(saes.items(), recipes(config.saes, saes), strict=True):
-        sae.save(run.sae(name))
-        steps = (sae.details.get("training") or {}).get("steps")
-        training = {"training_steps": steps, "source": config.saes[name], "recipe": recipe}
-        bank.trained[name] = TrainedArm(sae, training)
-    evaluate_arms(experiment, bank, activations, model, run)
-    for build in (write_ablation, write_matched, write_figures, write_notes, write_final_info, write_report):
-        build(run.root)
-    seal(run.root)
+
+    def fitting_rows() -> TokenSet:
+        check_width(saes, model)
+        return read_rows(config, model)
+
+    activations = harvest_rows(config, model, distributed.from_writer(fitting_rows))
+    with distributed.held_by_writer(run.locked(config)):
+        checkpoint = Checkpoint(run.checkpoint, minutes=DEFAULT_MINUTES, interrupts=Interrupts())
+        checkpoint.start(activations.key, lambda: run.begin(config, activations.provenance))
+        bank = _bank(config, saes, run, checkpoint)
+        evaluate_arms(experiment, bank, activations, model, run, checkpoint)
+        if not distributed.is_writer():
+            return run
+        for build in (write_ablation, write_matched, write_figures, write_notes, write_report, write_final_info):
+            build(run.root)
+        seal(run.root)
+        checkpoint.discard()
     if bank.failures:
         reasons = "; ".join(bank.failures.values())
         raise LegatoError(f"{len(bank.failures)} of {len(saes)} SAEs cannot be judged ({reasons}): see {run.root}")
     return run
+
+
+def _bank(config: JudgeConfig, saes: Mapping[str, SparseAutoencoder], run: RunDir, checkpoint: Checkpoint) -> Bank:
+    """The SAEs, with a copy of each in the run, but for those that an earlier attempt could not judge."""
+    failed = checkpoint.progress.failed
+    bank = Bank({}, {name: failure["reason"] for name, failure in failed.items()})
+    for (name, sae), recipe in zip(saes.items(), recipes(config.saes, saes), strict=True):
+        if name in failed:
+            if distributed.is_writer():  # where that attempt was cut off before it moved it
+                run.fail_sae(name, **failed[name])
+            continue
+        if distributed.is_writer():
+            sae.save(run.sae(name))
+        steps = (sae.details.get("training") or {}).get("steps")
+        training = {"training_steps": steps, "source": config.saes[name], "recipe": recipe}
+        bank.trained[name] = TrainedArm(sae, training)
+    if not bank.trained:
+        checkpoint.discard()  # the next attempt begins anew
+        raise LegatoError(f"no SAE could be judged: {next(iter(bank.failures.values()))}")
+    return bank
 
 
 def check_width(saes: Mapping[str, SparseAutoencoder], model: LanguageModel) -> None:
@@ -202,13 +232,14 @@ def add_place_arguments(parser: argparse.ArgumentParser, *, rows: int) -> None:
     )
 
 
+@distributed.joined()
 def main(options: argparse.Namespace) -> None:
-    saes, config = opened(options)
+    saes, config = distributed.writer_first(lambda: opened(options))
     out = options.out or Path(f"judged_{next(iter(saes))}")
     try:
         run = judge(config, saes, out)
     finally:
-        if (out / "notes.txt").is_file():
+        if distributed.is_writer() and (out / "notes.txt").is_file():
             print(f"\n{results_table(SavedRun.open(out))}")
     say(f"\nresults: {run.root}/  report: {run.root / 'report.html'}")
 
@@ -239,8 +270,18 @@ def opened(options: argparse.Namespace) -> tuple[dict[str, SparseAutoencoder], J
         DataConfig(dataset, options.text_column, context_length),
         held_out,
         EvaluationConfig(options.rows, options.ce_rows, controls=()),
+        {name: _sha256(sae) for name, sae in saes.items()},
     )
     return saes, config
+
+
+def _sha256(sae: SparseAutoencoder) -> str:
+    """Of all that an SAE is, in whatever format it was found."""
+    stored = sae.stored()
+    digest = hashlib.sha256(repr({**vars(stored), "weights": list(stored.weights)}).encode())
+    for tensor in stored.weights.values():
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def named(specifications: Sequence[str]) -> dict[str, str]:
