@@ -66,12 +66,12 @@ class Checksums:
         raise LegatoError(f"{self.root / bad[0]} {self._fault(bad[0])}{more}")
 
     def _fault(self, name: str) -> str:
+        if is_derived(name):
+            return "is missing, damaged or was changed after the run: build it again with `legato report`"
         if name not in self.of:
             return "was not written by this run: move it elsewhere"
         if not (self.root / name).is_file():
             return "is missing: restore it from a copy of the run"
-        if is_derived(name):
-            return "is damaged or was changed after the run: build it again with `legato report`"
         return f"is damaged or was changed after the run: restore it, or delete {FILENAME} to read it as it is"
 
 

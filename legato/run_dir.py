@@ -79,8 +79,8 @@ class RunDir:
         if occupied:
             if not run.config.is_file():
                 raise UsageError(f"--out_dir {root} is not empty and holds no run: choose a new folder")
-            if run.final_info.is_file():
-                shutil.rmtree(run.checkpoint, ignore_errors=True)  # where it was cut off between the two
+            if run.final_info.is_file() and not run.is_unfinished:
+                shutil.rmtree(run.checkpoint, ignore_errors=True)  # where it was cut off just before it did
                 raise UsageError(f"--out_dir {root} holds a finished run: choose a new folder, or delete it first")
             difference = changes(_read_config(run.config).get("config", {}), config.to_dict())
             if difference:
@@ -99,8 +99,8 @@ class RunDir:
 
     @property
     def is_unfinished(self) -> bool:
-        """Whether an earlier attempt left something to go on with."""
-        return self.checkpoint.is_dir() and not self.final_info.is_file()
+        """Whether an earlier attempt left something to go on with. The checkpoint goes when the run is sealed."""
+        return self.checkpoint.is_dir() and not (self.final_info.is_file() and self.checksums.is_file())
 
     def settle_machine(self) -> None:
         """Where an earlier attempt left a run to go on with, compute as it did; and all ranks alike."""
@@ -168,6 +168,7 @@ class RunDir:
             self.matched,
             self.root / "notes.txt",
             self.root / "report.html",
+            self.final_info,
             self.checksums,
         ):
             file.unlink(missing_ok=True)

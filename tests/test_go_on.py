@@ -14,6 +14,7 @@ from tensorboard.summary.writer import event_file_writer
 import legato.train_stage
 from legato.arm import ArmConfig
 from legato.checkpoint import Checkpoint
+from legato.checksums import check_all
 from legato.run_dir import RunDir
 from legato.store_writer import StoreWriter
 from legato.train import SAETrainer
@@ -109,6 +110,30 @@ def test_a_bank_in_two_passes_goes_on_in_either(run, monkeypatch):
         interrupt_training_of(arm, run, monkeypatch)
     assert run.run(*FLAGS) == 0
     assert differences(by_arm(results(run.out_dir)), by_arm(once)) == []
+
+
+def test_a_run_cut_off_before_it_was_sealed_is_sealed_by_the_same_command(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("legato.checksums.seal", lambda root: signal.raise_signal(signal.SIGTERM))
+        run.error(*FLAGS, code=143)
+    assert (run.out_dir / "final_info.json").is_file()
+    assert run.run(*FLAGS) == 0
+    assert check_all(run.out_dir)
+    assert not (run.out_dir / "checkpoint").exists()
+    assert differences(results(run.out_dir), whole(run)) == []
+
+
+def test_a_run_cut_off_after_it_was_sealed_is_finished(run, monkeypatch):
+    def stop(checkpoint):
+        if (run.out_dir / "checksums.json").is_file():
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "discard", stop)
+        run.error(*FLAGS, code=143)
+    assert check_all(run.out_dir)
+    assert "holds a finished run" in run.error(*FLAGS)
+    assert not (run.out_dir / "checkpoint").exists()
 
 
 def test_a_trained_sae_that_was_damaged_is_trained_again(run, monkeypatch):
