@@ -1,10 +1,16 @@
 """Fixtures that more than one test file uses."""
 
+import os
 from pathlib import Path
 
+# Read by OpenMP when torch loads it: the threads of one process do not spin on the cores of its neighbours.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import psutil
 import pytest
 from small_experiment import SmallExperiment, small_experiment
 
+MOST_PROCESSES = 4
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -38,3 +44,9 @@ def small(tmp_path, monkeypatch, capsys) -> SmallExperiment:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=4, help="kills at random moments in test_kill.py")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The files of a folder are shared among processes; files that were named run in this one, which shows more."""
+    named = [Path(argument.partition("::")[0]) for argument in config.args]
+    return min(psutil.cpu_count() or 1, MOST_PROCESSES) if any(path.is_dir() for path in named) else 0
