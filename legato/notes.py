@@ -1,7 +1,6 @@
-"""What a run's numbers say in words, with what they do not say: notes.txt, the report's verdict, final_info.json.
+"""What a run's numbers say in words, with what they do not say: notes.txt and final_info.json.
 
-Everything is read from the saved results. A difference counts as one only past stated limits, so that the words never
-claim more than the numbers carry.
+Everything is read from the saved results; verdict.py judges each method against the baseline.
 """
 
 import json
@@ -14,20 +13,23 @@ from typing import Any
 
 import numpy as np
 
+from legato.answers import answers
 from legato.cache import write_atomically
 from legato.comparison_table import legend, tables
 from legato.latent_notes import latents_in_words
 from legato.results import Arm, SavedRun
-
-KAPPA_EXCESS = "consistency.kappa1_excess_within"
-
-# Arms count as comparable while L0 is this close to the baseline's and FVU not further above it (relative).
-MATCHED_L0 = 0.05
-MATCHED_FVU = 0.03
-# With one seed there is no interval: a smaller relative difference in kappa excess is called no difference.
-NOTICEABLE = 0.10
-STANDARD_ERRORS = 2.0
-MIN_LATENTS_IN_BIN = 20
+from legato.verdict import (
+    KAPPA_EXCESS,
+    MATCHED_FVU,
+    NOTICEABLE,
+    SHUFFLED_EXCESS,
+    compare,
+    headline,
+    joined,
+    mean,
+    seed_groups,
+    standard_error,
+)
 
 FEW_TRAINING_TOKENS = 10_000_000
 FEW_HELD_OUT_TOKENS = 50_000
@@ -35,8 +37,6 @@ MANY_SILENT = 0.05
 MANY_DENSE = 0.01
 POOR_FVU = 0.30
 POOR_CE_SCORE = 0.80
-COLLAPSED_L0 = 0.20  # of the baseline's
-COLLAPSED_SILENT = 0.50
 
 
 @dataclass(frozen=True)
@@ -67,110 +67,6 @@ COLUMNS = (
     Column("consistency.ac1_excess_within", "AC excess", 3, "higher"),
     Column("consistency.half_life_median", "half-life", 1, "higher"),
 )
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A named arm against the baseline.
-
-    outcome: "longer", "same", "shorter", "collapsed" or "unknown": how long its features hold by kappa excess at lag 1.
-    matched: whether L0 and FVU are close enough to the baseline's for that to be a fair comparison.
-    headline: the outcome in one clause. details: the numbers behind it and what limits them, a sentence each.
-    """
-
-    arm: str
-    outcome: str
-    matched: bool
-    headline: str
-    details: tuple[str, ...]
-
-
-def compare(run: SavedRun) -> list[Comparison]:
-    """Each named recipe against the baseline; empty where there is no baseline or nothing to compare with it."""
-    if run.baseline is None:
-        return []
-    groups = seed_groups(run)
-    base = groups[run.baseline.group]
-    return [_compare(arms, base) for arms in groups.values() if arms[0].role == "named"]
-
-
-def seed_groups(run: SavedRun) -> dict[str, list[Arm]]:
-    """Arms by recipe, the seeds of each in the order they were saved."""
-    groups: dict[str, list[Arm]] = {}
-    for arm in run.arms:
-        groups.setdefault(arm.group, []).append(arm)
-    return groups
-
-
-def _compare(arms: Sequence[Arm], base: Sequence[Arm]) -> Comparison:
-    name = arms[0].group
-    if reason := _collapse(arms[0], base[0]):
-        return Comparison(name, "collapsed", False, f"{name} collapsed", (reason,))
-    ours, theirs = _mean(arms, KAPPA_EXCESS), _mean(base, KAPPA_EXCESS)
-    if ours is None or theirs is None:
-        return Comparison(name, "unknown", False, f"{name} has no measured consistency", ())
-
-    difference, error = ours - theirs, _error_of_difference(arms, base, KAPPA_EXCESS)
-    limit = NOTICEABLE * abs(theirs) if error is None else STANDARD_ERRORS * error
-    outcome = "same" if abs(difference) <= limit else "longer" if difference > 0 else "shorter"
-    matched, cost = _match(arms, base)
-    words = {
-        "longer": f"{name} holds its features longer than the baseline",
-        "same": f"{name} holds its features about as long as the baseline",
-        "shorter": f"{name} holds its features less long than the baseline",
-    }
-    times = f", {ours / theirs:.1f} times" if theirs > 0 and outcome == "longer" else ""
-    spread = (
-        f"{len(arms)} and {len(base)} seeds, standard error of the difference {error:.3f}"
-        if error is not None
-        else f"one seed, so no interval; below {NOTICEABLE:.0%} of the baseline's value counts as no difference"
-    )
-    details = [f"Kappa excess at lag 1 is {ours:.3f} against {theirs:.3f} ({difference:+.3f}{times}; {spread}).", cost]
-    details += [sentence for sentence in (_beyond_position(arms, base), _across_rates(arms[0], base[0])) if sentence]
-    unmatched = ", but not at a matched cost" if outcome == "longer" else ", and not at a matched cost"
-    tail = ", at matched sparsity and reconstruction" if matched else unmatched
-    return Comparison(name, outcome, matched, words[outcome] + tail, tuple(details))
-
-
-def _collapse(arm: Arm, base: Arm) -> str | None:
-    l0, base_l0, alive = arm.value("core.l0"), base.value("core.l0"), arm.value("core.frac_alive")
-    if l0 is not None and base_l0 is not None and l0 < COLLAPSED_L0 * base_l0:
-        return f"L0 fell to {l0:.1f} against the baseline's {base_l0:.1f}; its consistency says nothing."
-    if alive is not None and 1 - alive > COLLAPSED_SILENT:
-        return f"{1 - alive:.0%} of its latents never fire on held-out text; its consistency says nothing."
-    return None
-
-
-def _match(arms: Sequence[Arm], base: Sequence[Arm]) -> tuple[bool, str]:
-    fvu, base_fvu, l0, base_l0 = (_mean(a, key) for key in ("core.fvu", "core.l0") for a in (arms, base))
-    if fvu is None or base_fvu is None or l0 is None or base_l0 is None:
-        return False, "FVU or L0 is missing, so whether the comparison is fair is unknown."
-    numbers = f"FVU {fvu:.3f} against {base_fvu:.3f}, L0 {l0:.1f} against {base_l0:.1f}"
-    same_l0, same_fvu = abs(l0 / base_l0 - 1) <= MATCHED_L0, fvu / base_fvu - 1 <= MATCHED_FVU
-    if same_l0 and same_fvu:
-        return True, f"The cost is matched: {numbers}."
-    what = " and ".join(["reconstruction"] * (not same_fvu) + ["sparsity"] * (not same_l0))
-    return False, f"The cost is not matched in {what}: {numbers}. Part of the difference may come from that."
-
-
-def _beyond_position(arms: Sequence[Arm], base: Sequence[Arm]) -> str | None:
-    ours, theirs = (_mean(a, "consistency.kappa1_excess_cross") for a in (arms, base))
-    if ours is None or theirs is None:
-        return None
-    return f"Over the null that keeps only position the excess is {ours:.3f} against {theirs:.3f}."
-
-
-def _across_rates(arm: Arm, base: Arm) -> str | None:
-    """In how many firing-rate bins the arm is ahead: a gain by firing more often shows in none of them."""
-    ours, theirs = arm.rate_bins, base.rate_bins
-    shared = [
-        edges for edges in ours if edges in theirs and min(ours[edges][1], theirs[edges][1]) >= MIN_LATENTS_IN_BIN
-    ]
-    if not shared:
-        return None
-    ahead = sum(ours[edges][0] > theirs[edges][0] for edges in shared)
-    bins = "firing-rate bin" if len(shared) == 1 else "firing-rate bins"
-    return f"It is ahead in {ahead} of {len(shared)} {bins} with at least {MIN_LATENTS_IN_BIN} latents."
 
 
 def warnings(run: SavedRun) -> list[str]:
@@ -226,18 +122,33 @@ def _listed(names: Sequence[str], total: int) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _made_by_itself(arm: Arm, baseline: Arm | None) -> str:
-    """How much of an arm's gain is still there when its activations come in shuffled order."""
-    shuffled = arm.value("consistency.position_shuffled.kappa1_excess_within")
-    before = baseline.value("consistency.position_shuffled.kappa1_excess_within") if baseline else None
-    measured = arm.value("consistency.kappa1_excess_within")
-    if shuffled is None or before is None or measured is None:
-        return f"Part of a gain of {arm.name} may be made by its mechanism; the shuffled control was not run for it."
-    shuffled, before = round(shuffled, 3) + 0.0, round(before, 3) + 0.0  # no -0.000
-    return (
-        f"On the same activations in shuffled order, {arm.name} keeps a kappa excess of {shuffled:.3f} (the baseline "
-        f"{before:.3f}), against {measured:.3f} in the order of the text: that much its mechanism makes by itself."
-    )
+def _made_by_itself(run: SavedRun) -> list[str]:
+    """How much of each gain is still there when the activations come in shuffled order, as far as that was measured."""
+    groups = seed_groups(run)
+    kept, none, unknown = [], [], []
+    for found in compare(run):
+        ours, left = (mean(groups[found.arm], key) for key in (KAPPA_EXCESS, SHUFFLED_EXCESS))
+        if found.outcome != "longer" or ours is None:
+            continue
+        if found.mechanism is None or left is None:
+            unknown.append(found.arm)
+        elif left < NOTICEABLE * ours:
+            none.append(found.arm)
+        else:
+            kept.append(f"{found.arm} {left:.3f} of {ours:.3f}")
+    left_over = [f"for {joined(kept)}"] if kept else []
+    left_over += [f"next to nothing for {joined(none)}"] if none else []
+    told = []
+    if left_over:
+        told.append(
+            "Part of a gain is made by the mechanism itself: on the same activations in shuffled order, the kappa "
+            f"excess that remains is {'; '.join(left_over)}."
+        )
+    if unknown:
+        told.append(
+            f"Part of the gain of {joined(unknown)} may be made by the mechanism: the shuffled control was not run."
+        )
+    return told
 
 
 def scope(run: SavedRun) -> list[str]:
@@ -251,31 +162,10 @@ def scope(run: SavedRun) -> list[str]:
         )
     if compare(run):
         limits.append("Latents that hold longer are not thereby more meaningful.")
-        limits += [_made_by_itself(arm, run.baseline) for arm in run.highlighted if arm is not run.baseline]
+        limits += _made_by_itself(run)
     if not any(arm.role == "sweep" for arm in run.arms):
         limits.append("There is no sweep of the baseline over sparsity, so a cost in FVU cannot be priced in L0.")
     return limits
-
-
-def headline(run: SavedRun) -> str:
-    """The comparison in one sentence."""
-    found = compare(run)
-    if run.baseline is None:
-        return "There is no baseline in this run, so nothing is compared."
-    if not found:
-        return "There is only the baseline, so nothing is compared."
-    fair = [c for c in found if c.outcome == "longer" and c.matched]
-    paid = [c for c in found if c.outcome == "longer" and not c.matched]
-    if fair:
-        verb = "holds its" if len(fair) == 1 else "hold their"
-        names = _joined([c.arm for c in fair])
-        return f"{names} {verb} features longer than the baseline at matched sparsity and reconstruction."
-    if paid:
-        verb = "holds its" if len(paid) == 1 else "hold their"
-        return f"{_joined([c.arm for c in paid])} {verb} features longer than the baseline, but not at a matched cost."
-    if all(c.outcome in ("collapsed", "unknown") for c in found):
-        return "No temporal arm can be compared: each collapsed or was not measured."
-    return "No temporal arm holds its features longer than the baseline."
 
 
 def ablation_in_words(run: SavedRun) -> list[str]:
@@ -313,6 +203,7 @@ def notes(run: SavedRun) -> str:
     """The text of notes.txt: what was run, the results per arm, what the comparison says and does not say."""
     sections = [
         ("What was run", _paragraph(described(run))),
+        ("In short", _list([f"{question} {answer}" for question, answer in answers(run)])),
         ("Results on held-out text", results_table(run)),
         ("At the baseline's sparsity and reconstruction", matched_tables(run)),
         ("What the comparison says", "\n\n".join(_comparisons(run))),
@@ -356,9 +247,9 @@ def described(run: SavedRun) -> list[str]:
         )
     if get("training", "d_sae") is not None:
         sentences.append(f"SAEs with {get('training', 'd_sae')} latents, k = {get('training', 'k')}.")
-    tokens, seconds = (_mean(run.arms, key) for key in ("training.tokens", "training.wall_seconds"))
+    tokens, seconds = (mean(run.arms, key) for key in ("training.tokens", "training.wall_seconds"))
     if tokens is not None:
-        epochs = _mean(run.arms, "training.epochs")
+        epochs = mean(run.arms, "training.epochs")
         passes = "" if epochs is None or epochs <= 1 else f" ({epochs:.1f} passes over the text)"
         time = "" if seconds is None else f", {seconds:.0f} s of training each"
         who = "One SAE" if len(run.trained) == 1 else f"{len(run.trained)} SAEs on the same activation batches"
@@ -444,27 +335,6 @@ def _scalars(node: Any, prefix: str = "") -> list[tuple[str, float]]:
         elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             found.append((prefix + key, value))
     return found
-
-
-def standard_error(values: Sequence[float]) -> float:
-    """Standard error of the mean, sd with n - 1 over sqrt(n), of at least two values."""
-    return float(np.std(values, ddof=1) / math.sqrt(len(values)))
-
-
-def _mean(arms: Sequence[Arm], key: str) -> float | None:
-    values = [value for arm in arms if (value := arm.value(key)) is not None]
-    return float(np.mean(values)) if values else None
-
-
-def _error_of_difference(arms: Sequence[Arm], base: Sequence[Arm], key: str) -> float | None:
-    samples = [[value for arm in group if (value := arm.value(key)) is not None] for group in (arms, base)]
-    if min(map(len, samples)) < 2:
-        return None
-    return math.hypot(*(standard_error(sample) for sample in samples))
-
-
-def _joined(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + f" and {names[-1]}"
 
 
 def number(value: float | None, digits: int) -> str:

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 from synthetic_run import write_synthetic_run
 
+from legato.answers import answers
 from legato.errors import LegatoError, UsageError
-from legato.notes import compare, final_info, headline, notes, scope, warnings, write_final_info, write_notes
+from legato.notes import final_info, notes, scope, warnings, write_final_info, write_notes
 from legato.results import SavedRun, arms_of
+from legato.verdict import compare, headline
 
 
 def metrics_of(*, fvu=0.21, l0=32.0, excess=0.08, alive=0.99, ce=0.9, tokens=2_400_000, **recipe):
@@ -28,9 +30,70 @@ def test_a_gain_at_the_same_cost_is_called_one():
     assert (found.arm, found.outcome, found.matched) == ("contrastive", "longer", True)
     assert "0.120 against 0.080 (+0.040, 1.5 times" in found.details[0]
     assert (
-        headline(run)
-        == "contrastive holds its features longer than the baseline at matched sparsity and reconstruction."
+        headline(run) == "contrastive (1.5 times) holds its features longer than the baseline at matched sparsity and "
+        "reconstruction."
     )
+
+
+def shuffled(metrics, left):
+    metrics["consistency"]["position_shuffled"] = {"kappa1_excess_within": left}
+    return metrics
+
+
+def test_a_gain_that_remains_on_shuffled_text_is_called_mechanism():
+    # Gain 0.12; of it 0.09 - 0.01 remains for a, two thirds, and 0.03 - 0.01 for b, a sixth.
+    run = run_of(
+        baseline=shuffled(metrics_of(), 0.01),
+        a=shuffled(metrics_of(excess=0.20), 0.09),
+        b=shuffled(metrics_of(excess=0.20), 0.03),
+        c=metrics_of(excess=0.20),
+    )
+    a, b, c = compare(run)
+    assert (a.mechanism, b.mechanism) == (pytest.approx(2 / 3), pytest.approx(1 / 6))
+    assert c.mechanism is None
+    assert "67% of the gain remains on shuffled text" in a.headline
+    assert "shuffled" not in b.headline
+    assert "17% of the gain is made by its mechanism" in b.details[-1]
+    assert "the control on shuffled text was not run" in c.details[-1]
+    first, second = headline(run).split(". ")
+    assert first.startswith("a holds its features longer")
+    assert "but 67% of that gain is made by the mechanism" in first
+    assert second.startswith("b (2.5 times) and c (2.5 times) hold their features longer")
+    limits = "\n".join(scope(run))
+    assert "is for a 0.090 of 0.200 and b 0.030 of 0.200." in limits
+    assert "gain of c may be made by the mechanism: the shuffled control was not run" in limits
+
+
+def test_the_first_questions_are_answered_with_the_costs_named():
+    # Of the gain of 0.08, 0.06 remains on shuffled text: three quarters.
+    base, arm = shuffled(metrics_of(), 0.0), shuffled(metrics_of(excess=0.16, fvu=0.2058, alive=0.9405), 0.06)
+    kinds = {"token": 0.2, "phrase": 0.7, "dense": 0.1, "passage": 0.0}
+    arm["specialisation"] = {"by_latent": {k: {"latents": v, "share_of_latents": v} for k, v in kinds.items()}}
+    train, cost, hold, like = answers(run_of(baseline=base, contrastive=arm))
+    assert train[0] == "Did it train?"
+    assert "all 2 SAEs" in train[1]
+    assert "leaves 21.0% of the variance unexplained, recovers 90.0%" in train[1]
+    assert cost[0] == "Is contrastive as good as the baseline?"
+    assert cost[1].startswith("Not in alive latents: FVU -2.0%, CE score +0.0%, alive latents -5.0%")
+    assert hold[1].startswith("Yes, but mostly by its mechanism: kappa excess 0.160 against 0.080, 2.0 times.")
+    assert "On shuffled text it keeps 0.060, so its mechanism makes 75% of the gain" in hold[1]
+    assert "contrastive 70% phrase, 20% token, 10% dense." in like[1]
+
+    same = dict(answers(run_of(baseline=base, contrastive=metrics_of())))
+    assert same["Do its features hold longer?"] == "No: kappa excess 0.080 against 0.080."
+    assert same["Is contrastive as good as the baseline?"].startswith("Yes: FVU +0.0%")
+    assert [question for question, _ in answers(run_of(only=metrics_of()))] == ["Did it train?"]
+
+
+def test_a_failed_arm_and_saes_that_were_not_trained_here_are_told_so(tmp_path):
+    arms = {"baseline": metrics_of(), "contrastive": metrics_of()}
+    (tmp_path / "failed" / "slowness").mkdir(parents=True)
+    [(_, told), *_] = answers(SavedRun(tmp_path, arms_of(arms)))
+    assert told.startswith("Not all of it: slowness failed")
+    for metrics in arms.values():
+        del metrics["training"]
+    [(question, told), *_] = answers(run_of(**arms))
+    assert (question, told[:13]) == ("What was judged?", "2 saved SAEs,")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """Which runs compare number by number, and in what they differ: read from the configurations they saved."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from legato.comparison_points import unequal_ce, what_sets_apart
 from legato.results import SavedRun
+from legato.verdict import joined
 
 NOT_SAVED = "not saved"
 
@@ -116,7 +117,3 @@ def _differ(runs: Mapping[str, SavedRun], name: str) -> str:
     if len(set(map(repr, values.values()))) < 2:
         return ""
     return ", ".join(f"{label}: {NOT_SAVED if value is None else value}" for label, value in values.items())
-
-
-def joined(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + f" and {names[-1]}"

@@ -9,7 +9,7 @@ from typing import Any
 from legato.cache import write_atomically
 from legato.comparison import compare_runs
 from legato.comparison_table import Table, legend, tables
-from legato.notes import COLUMNS, Column, described, headline, number
+from legato.notes import COLUMNS, Column, described, number
 from legato.report.comparability import barriers, joined, places, pooled, settings
 from legato.report.comparison_figures import drawn
 from legato.report.comparison_recipes import Recipe, recipes_of
@@ -18,6 +18,7 @@ from legato.report.missing import MissingResult
 from legato.report.page import Gap, PageFigure, Section, page_svg, render
 from legato.report.style import run_styles
 from legato.results import SavedRun
+from legato.verdict import headline
 
 _SECTIONS = (
     ("overview", "Verdict"),

@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from legato.notes import KAPPA_EXCESS
 from legato.report.comparability import places
 from legato.report.comparison_plots import cost_plot, over_lag_plot
 from legato.report.comparison_recipes import Recipe, dot, recipes_of, run_legend, shortened
@@ -26,6 +25,7 @@ from legato.report.style import (
     run_styles,
 )
 from legato.results import SavedRun
+from legato.verdict import KAPPA_EXCESS
 
 _MEASURES = (
     ("core.fvu", "FVU \u2193"),

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from legato.notes import KAPPA_EXCESS
 from legato.report.comparability import places
 from legato.report.comparison_recipes import Recipe, shortened
 from legato.report.missing import MissingResult
 from legato.report.plots import MUTED, SURFACE, Key, Panel, Plot, Trace, View, line_of, marker_of, plain, significant
 from legato.report.style import page_colour, run_styles
 from legato.results import SavedRun
+from legato.verdict import KAPPA_EXCESS
 
 _MEASURES = (
     ("Autocorrelation", "AC excess", "consistency.ac_excess_within", "consistency.raw_stream.ac.excess_within"),

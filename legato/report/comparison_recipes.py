@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy import stats
 
-from legato.notes import seed_groups, standard_error
 from legato.report.style import INK, ArmStyle, run_styles
 from legato.results import Arm, SavedRun
+from legato.verdict import seed_groups, standard_error
 
 LEVEL = 0.95
 _MOST_CHARACTERS = 28  # of a name in a figure

@@ -6,22 +6,11 @@ from typing import Any
 
 from markupsafe import Markup
 
+from legato.answers import answers
 from legato.cache import write_atomically
 from legato.comparison_table import legend
 from legato.evaluation.offset import offset_lines
-from legato.notes import (
-    COLUMNS,
-    KAPPA_EXCESS,
-    ablation_in_words,
-    compare,
-    described,
-    headline,
-    number,
-    raw_stream_sentence,
-    scope,
-    seed_groups,
-    warnings,
-)
+from legato.notes import COLUMNS, ablation_in_words, described, number, raw_stream_sentence, scope, warnings
 from legato.report.browser import browser_section
 from legato.report.comparability import flat
 from legato.report.embed import json_island, plotly_island, script
@@ -38,8 +27,9 @@ from legato.report.missing import MissingResult
 from legato.report.page import Gap, PageFigure, Section, page_svg, render
 from legato.report.plots import Plot
 from legato.report.style import FAINT, ArmStyle, arm_styles, page_colour
-from legato.report.tables import matched_tables, recipe_rows
+from legato.report.tables import matched_tables, minus, recipe_rows
 from legato.results import SavedRun
+from legato.verdict import KAPPA_EXCESS, SHUFFLED_EXCESS, compare, headline, mean, seed_groups
 
 # name, title, and what the navigation calls it
 _SECTIONS = (
@@ -82,6 +72,7 @@ def report_html(run: SavedRun) -> str:
         run_name=run.name,
         described=described(run),
         headline=headline(run),
+        answers=answers(run),
         cards=[card for card in cards if card["style"]] or cards,
         further_cards=[card for card in cards if not card["style"]] if any(card["style"] for card in cards) else [],
         warnings=warnings(run),
@@ -137,31 +128,36 @@ def _offset_in_words(run: SavedRun) -> list[str]:
 
 
 def _cards(run: SavedRun, styles: Mapping[str, ArmStyle]) -> list[dict[str, Any]]:
-    """A card per comparison; its bars show kappa excess beside the baseline's, on one scale over all cards."""
+    """A card per comparison; its bars: kappa excess in order, in shuffled order and the baseline's, on one scale."""
+    groups = seed_groups(run)
+    of_group = {run.arm(name).group: style for name, style in styles.items()}
     found = compare(run)
-    arms = {comparison.arm: next(a for a in run.arms if a.group == comparison.arm) for comparison in found}
-    baseline = run.baseline
-    shown = [*arms.values(), *([baseline] if baseline else [])]
-    top = max((value for arm in shown if (value := arm.value(KAPPA_EXCESS)) is not None), default=0.0)
+    shown = [*(groups[c.arm] for c in found), *([groups[run.baseline.group]] if run.baseline else [])]
+    top = max((value for arms in shown if (value := mean(arms, KAPPA_EXCESS)) is not None), default=0.0)
     cards = []
     for comparison in found:
-        assert baseline is not None
-        arm = arms[comparison.arm]
+        assert run.baseline is not None
+        arms, base = groups[comparison.arm], groups[run.baseline.group]
         bars = [
             {
                 "name": name,
                 "percent": f"{100 * max(0.0, value) / top:.1f}",
-                "colour": page_colour(styles[one.name].colour if one.name in styles else FAINT),
-                "text": number(value, 3),
+                "colour": page_colour(of_group[one[0].group].colour if one[0].group in of_group else FAINT),
+                "faded": key == SHUFFLED_EXCESS,
+                "text": minus(number(value, 3)),
             }
-            for name, one in (("this arm", arm), ("baseline", baseline))
-            if (value := one.value(KAPPA_EXCESS)) is not None and top > 0
+            for name, one, key in (
+                ("this arm", arms, KAPPA_EXCESS),
+                ("on shuffled text", arms, SHUFFLED_EXCESS),
+                ("baseline", base, KAPPA_EXCESS),
+            )
+            if (value := mean(one, key)) is not None and top > 0
         ]
         outcome = comparison.headline.removeprefix(comparison.arm).strip()
         cards.append(
             {
                 "arm": comparison.arm,
-                "style": styles.get(arm.name),
+                "style": of_group.get(comparison.arm),
                 "outcome": f"{outcome[:1].upper()}{outcome[1:]}.",
                 "bars": bars,
                 "details": comparison.details,
