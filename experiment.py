@@ -7,9 +7,10 @@ from legato.checkpoint import Checkpoint
 from legato.checksums import seal
 from legato.command import run_command
 from legato.comparison import write_matched
-from legato.config import ExperimentConfig, RunOptions, parse
+from legato.config import ExperimentConfig
 from legato.errors import LegatoError, UsageError
 from legato.experiment import evaluate_arms, harvest_activations, load_model, read_text
+from legato.flags import RunOptions, parse
 from legato.hardware import keep_freed_memory
 from legato.interrupts import Interrupts
 from legato.notes import write_final_info, write_notes

@@ -1,18 +1,17 @@
-"""The configuration of an experiment: one small frozen record per stage, presets, the command line.
+"""The configuration of an experiment: one small frozen record per stage.
 
 Configs only hold and validate; they never read, write or log. Every random draw of a run comes from `seeds`.
 """
 
-import argparse
 import dataclasses
 import math
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from legato.errors import UsageError
+from legato.presets import PRESETS
 
 # What an arm may differ in from the baseline; `A+B` combines several, with at most one of each of the first two.
 SPARSITY_ARMS = (
@@ -49,7 +48,7 @@ class ModelConfig:
     dtype: str = option("auto", "dtype of the model: auto (bfloat16 where it is faster), bfloat16 or float32")
 
     def __post_init__(self) -> None:
-        _not_empty("model", self.model, "name a model, such as demo or gpt2")
+        not_empty("model", self.model, "name a model, such as demo or gpt2")
         _choice("site", self.site, ("resid_post", "mlp_out", "attn_out"))
         _choice("dtype", self.dtype, ("auto", "bfloat16", "float32"))
         if self.layer is not None and self.layer < 0:
@@ -72,8 +71,8 @@ class DataConfig:
     store: bool = option(True, "keep the training activations on disk; --no-store computes them as training asks")
 
     def __post_init__(self) -> None:
-        _not_empty("dataset", self.dataset, "name a file, a folder or a hub data set")
-        _not_empty("text_column", self.text_column, "name the column that holds the text")
+        not_empty("dataset", self.dataset, "name a file, a folder or a hub data set")
+        not_empty("text_column", self.text_column, "name the column that holds the text")
         _at_least("context_length", self.context_length, 8)
         _at_least("corpus_tokens", self.corpus_tokens, 1)
         if not 0 < self.held_out < 1:
@@ -140,7 +139,7 @@ class ArmsConfig:
         if not 0 < self.slow_fraction <= 1:
             raise UsageError(f"--slow_fraction {self.slow_fraction} must lie above 0 and at most at 1")
         if not self.lags or min(self.lags) < 1 or len(set(self.lags)) != len(self.lags):
-            raise UsageError(f"--lags {_shown(self.lags)} must be different whole numbers from 1 on")
+            raise UsageError(f"--lags {as_flag(self.lags)} must be different whole numbers from 1 on")
         if not 0 < self.temperature < math.inf:
             raise UsageError(f"--temperature {self.temperature} must be a positive number")
         if not 0 < self.l1 < math.inf:
@@ -207,170 +206,28 @@ class ExperimentConfig:
         if preset not in PRESETS:
             raise UsageError(f"preset {preset!r} is unknown: choose one of {', '.join(PRESETS)}")
         merged = {**PRESETS[preset], **options}
-        unknown = merged.keys() - {f.name for stage in _stages().values() for f in dataclasses.fields(stage)}
+        unknown = merged.keys() - {f.name for stage in stages().values() for f in dataclasses.fields(stage)}
         if unknown:
             raise UsageError(f"unknown option {', '.join(sorted(unknown))}: see --help")
-        stages = {
+        records = {
             name: stage(**{f.name: merged[f.name] for f in dataclasses.fields(stage) if f.name in merged})
-            for name, stage in _stages().items()
+            for name, stage in stages().items()
         }
-        return cls(preset=preset, **stages)
+        return cls(preset=preset, **records)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict for config.yaml; tuples become lists."""
         return _plain(dataclasses.asdict(self))
 
 
-_SINGLE: dict[str, Any] = {"ablation": False, "controls": ()}
-
-# Widths, layers and texts as published SAEs of these models have them, so that numbers can be set side by side.
-_PILE: dict[str, Any] = {
-    "dataset": "monology/pile-uncopyrighted",
-    "corpus_tokens": 20_000_000,  # 20 to 31 GB of stored activations
-    "tokens": 100_000_000,
-    "d_sae": 16_384,
-    "lr": 5e-4,
-    "ablation": False,
-}
-_GEMMA_2_2B: dict[str, Any] = {
-    **_PILE,
-    "model": "google/gemma-2-2b",
-    "corpus_tokens": 50_000_000,
-    "tokens": 200_000_000,
-    "k": 64,
-    "lr": 3e-4,
-    "store": False,  # 230 GB otherwise
-}
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "demo": {},
-    "smoke": {
-        "corpus_tokens": 60_000,
-        "tokens": 150_000,
-        "d_sae": 1024,
-        "k": 16,
-        "eval_rows": 48,
-        "ce_rows": 8,
-        "held_out": 0.2,
-        "grid": "2,16x0.3",
-    },
-    "gpt2": {
-        "model": "gpt2",
-        "dataset": "Skylion007/openwebtext",
-        "corpus_tokens": 20_000_000,
-        "tokens": 100_000_000,
-        "d_sae": 24_576,
-        "lr": 5e-4,
-    },
-    "gemma-2-2b": {**_GEMMA_2_2B, "layer": 12},
-    "gemma-2-2b-layer19": {**_GEMMA_2_2B, "layer": 19},
-    "gemma-3-270m": {**_PILE, "model": "google/gemma-3-270m", "layer": 9, "lr": 1e-3},
-    "pythia-70m": {**_PILE, "model": "EleutherAI/pythia-70m-deduped", "layer": 3},
-    "pythia-160m": {**_PILE, "model": "EleutherAI/pythia-160m-deduped", "layer": 8},
-    # The founding plan's runs, on the demo.
-    "baseline": {"temporal": (), **_SINGLE},
-    "window8": {"temporal": ("window_variance",), "window": 8, "coefficient": 0.1, **_SINGLE},
-    "window16": {"temporal": ("window_variance",), "window": 16, "coefficient": 0.5, **_SINGLE},
-    "position": {"temporal": ("position_penalty",), "coefficient": 0.1, **_SINGLE},
-    "monitor": {"temporal": ("window_variance",), "window": 8, "coefficient": 0.0, **_SINGLE},
-}
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How a run is carried out: nothing its results depend on."""
-
-    out_dir: str
-    debug: bool = False
-    resume: bool = False
-    checkpoint_minutes: float = 5.0
-    wandb: str = ""
-
-    def __post_init__(self) -> None:
-        _not_empty("out_dir", self.out_dir, "name a folder")
-        if not 0 <= self.checkpoint_minutes < math.inf:
-            raise UsageError(f"--checkpoint_minutes {self.checkpoint_minutes} is no time: use 0 or more")
-
-
-def parse(arguments: Sequence[str]) -> tuple[ExperimentConfig, RunOptions]:
-    """What `experiment.py`'s command line asks for. Raises UsageError with one line for bad flags."""
-    parser = _Parser(
-        prog="experiment.py",
-        description="Train a bank of SAEs on a language model's activations and judge them on held-out text.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--out_dir", required=True, help="new folder for everything the run produces")
-    parser.add_argument("--preset", default="demo", help=f"starting point for all options: {', '.join(PRESETS)}")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with the unfinished run in out_dir, as the same command does anyway; fails where there is none",
-    )
-    parser.add_argument(
-        "--checkpoint_minutes",
-        type=float,
-        default=RunOptions.checkpoint_minutes,
-        help="minutes of training between two saved states, 0 for every step (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--wandb", default="", metavar="PROJECT", help="log to this Weights & Biases project too (WANDB_MODE=offline)"
-    )
-    for stage in _stages().values():
-        group = parser.add_argument_group(stage.__name__, (stage.__doc__ or "").strip())
-        for f in dataclasses.fields(stage):
-            if typing.get_type_hints(stage)[f.name] is bool:
-                group.add_argument(
-                    f"--{f.name}",
-                    action=argparse.BooleanOptionalAction,
-                    default=argparse.SUPPRESS,
-                    help=f.metadata["help"],
-                )
-                continue
-            group.add_argument(
-                f"--{f.name}",
-                type=_reader(typing.get_type_hints(stage)[f.name]),
-                default=argparse.SUPPRESS,
-                help=f.metadata["help"] + ("" if f.default is None else f" (default: {_shown(f.default)})"),
-            )
-    options = vars(parser.parse_args(list(arguments)))
-    run = RunOptions(**{f.name: options.pop(f.name) for f in dataclasses.fields(RunOptions)})
-    return ExperimentConfig.from_options(options.pop("preset"), options), run
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}: see --help")
-
-
-def _stages() -> dict[str, type]:
+def stages() -> dict[str, type]:
+    """The record of each stage, by its name in ExperimentConfig."""
     hints = typing.get_type_hints(ExperimentConfig)
     return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint) and isinstance(hint, type)}
 
 
-def _reader(hint: Any) -> Any:
-    """A function from a flag's text to the field's type."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
-    if typing.get_origin(hint) is tuple:
-        element = _reader(typing.get_args(hint)[0])
-        name = f"comma-separated {element.__name__}"
-
-        def read(text: str) -> tuple[Any, ...]:
-            return tuple(element(part) for part in text.split(",") if part.strip())
-
-        read.__name__ = name
-        return read
-    if hint is int:
-
-        def integer(text: str) -> int:
-            return int(text.replace("_", ""))
-
-        return integer
-    return hint
-
-
-def _shown(value: Any) -> str:
+def as_flag(value: Any) -> str:
+    """A value as the command line takes it."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -380,7 +237,8 @@ def _plain(value: Any) -> Any:
     return [_plain(entry) for entry in value] if isinstance(value, (tuple, list)) else value
 
 
-def _not_empty(name: str, value: str, what_to_do: str) -> None:
+def not_empty(name: str, value: str, what_to_do: str) -> None:
+    """UsageError, saying what to do, where the value of a flag is blank."""
     if not value.strip():
         raise UsageError(f"--{name} is empty: {what_to_do}")
 
