@@ -146,7 +146,7 @@ def test_pairs_at_positions_that_are_not_valid_are_dropped():
     assert order.token_P.tolist() == [0, 2]
 
 
-def test_two_ranks_add_up_to_one():
+def test_two_parts_add_up_to_the_whole():
     batches = [random_batch(seed) for seed in range(4)]
     steps = [torch.rand(b[1].shape) for b in batches]
     whole, *ranks = (None, None, None)
@@ -159,15 +159,6 @@ def test_two_ranks_add_up_to_one():
     for name, expected in flat(whole).items():
         np.testing.assert_allclose(flat(merged)[name], expected, rtol=1e-12, err_msg=name)
         assert name == "counts.lags" or (reduced[name] + flat(other)[name] == flat(merged)[name]).all()
-
-
-def test_reduce_hands_every_sum_to_the_ranks():
-    batch = random_batch()
-    once, twice = accumulate(*batch), accumulate(*batch)
-    twice.reduce(lambda tensor: tensor.mul_(2))  # as if another rank had seen the same
-    once.merge(accumulate(*batch))
-    for name, expected in flat(once).items():
-        np.testing.assert_allclose(flat(twice)[name], expected, rtol=1e-12, err_msg=name)
 
 
 def test_sums_of_different_lags_do_not_merge():

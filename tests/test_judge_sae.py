@@ -1,6 +1,7 @@
 """`legato evaluate` on a small random model: the numbers of a run come out again, and every mistake in one line."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -213,3 +214,38 @@ def test_an_sae_that_cannot_be_judged_leaves_the_others(evaluate, place, tmp_pat
         evaluate, place / "plain", tmp_path / "silent", code=1
     )
     assert list(json.loads((tmp_path / "judged" / "metrics.json").read_text())) == ["plain"]
+
+
+def test_what_was_cut_off_goes_on(evaluate, place, tmp_path, monkeypatch):
+    sae, whole = tmp_path / "sae", tmp_path / "whole"
+    random_sae().save(sae)
+    evaluate(sae, place / "held", out=whole)
+
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("legato.experiment._offsets", cut)
+        shown = evaluate(sae, place / "held", code=130).err
+    assert shown == "error: interrupted; the same command goes on where it stopped\n"
+    assert not (tmp_path / "judged" / "metrics.json").exists()
+    # Another SAE at the same place is another run.
+    random_sae(note="changed").save(sae)
+    assert "holds a run with judged.sha256.sae" in failure(evaluate, sae, place / "held")
+    random_sae().save(sae)
+    with monkeypatch.context() as patch:
+        patch.setattr("legato.experiment.evaluate", lambda *_, **__: pytest.fail("judged again"))
+        evaluate(sae, place / "held")
+    for file in ("metrics.json", "final_info.json", "features/held.parquet"):
+        assert (tmp_path / "judged" / file).read_bytes() == (whole / file).read_bytes()
+    assert not (tmp_path / "judged" / "checkpoint").exists()
+    assert "holds a finished run" in failure(evaluate, sae, place / "held")
+
+
+def test_nothing_that_can_be_judged_is_said_again(evaluate, place, tmp_path):
+    silent = replace(random_sae(), threshold=torch.full((LATENTS,), 1e9))
+    silent.save(tmp_path / "silent")
+    for _ in range(2):
+        shown = failure(evaluate, tmp_path / "silent", code=1)
+        assert "no SAE could be judged: silent: no latent fires" in shown
+    assert not (tmp_path / "judged" / "metrics.json").exists()

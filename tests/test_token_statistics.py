@@ -1,8 +1,6 @@
-"""Token information and burstiness: hand-worked numbers, exact nulls against real shuffles, batches, ranks, silence."""
+"""Token information and burstiness: hand-worked numbers, exact nulls against real shuffles, batches, silence."""
 
 import math
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -132,7 +130,7 @@ def test_positions_that_are_not_valid_do_not_count():
     assert information.plug_in_F == pytest.approx(entropy(1 / 3, 2 / 3))
 
 
-# --- streaming and ranks ----------------------------------------------------------------------------------------------
+# --- streaming --------------------------------------------------------------------------------------------------------
 
 
 def state(sums):
@@ -145,7 +143,7 @@ def assert_same(sums, other):
 
 
 @pytest.mark.parametrize("pending", [1, 1 << 20])
-def test_batches_and_ranks_add_up_to_the_whole(monkeypatch, pending):
+def test_batches_and_parts_add_up_to_the_whole(monkeypatch, pending):
     monkeypatch.setattr(token_statistics, "_PENDING", pending)
     codes_BLF, tokens_BL, mask_BL = random_batch()
     tokens_BL[0, :5] = 200_000  # so that only one part sees the largest ids
@@ -159,46 +157,13 @@ def test_batches_and_ranks_add_up_to_the_whole(monkeypatch, pending):
     assert_same(other, whole)
 
 
-def reduce_together(ranks):
-    """Each rank in a thread of its own; a sum waits until every rank has brought its part."""
-    barrier, parts = threading.Barrier(len(ranks)), {}
-
-    def all_reduce(tensor):
-        parts[threading.get_ident()] = tensor.clone()
-        barrier.wait()
-        total = sum(parts.values())
-        barrier.wait()
-        tensor.copy_(total)
-
-    with ThreadPoolExecutor(len(ranks)) as pool:
-        list(pool.map(lambda sums: sums.reduce(all_reduce), ranks, timeout=30))
-
-
-def test_ranks_with_different_pairs_reduce_to_the_whole(monkeypatch):
-    monkeypatch.setattr(token_statistics, "_DENSE_CELLS", 20)  # several blocks of latents
-    codes_BLF, tokens_BL, mask_BL = random_batch()
-    tokens_BL[0, :5] = 200_000
-
-    def rank(rows):
-        return token_counts(codes_BLF[rows], tokens_BL[rows], mask_BL[rows])
-
-    ranks = [rank(slice(0, 2)), rank(slice(2, 6))]
-    reduce_together(ranks)
-    whole = token_counts(codes_BLF, tokens_BL, mask_BL)
-    for sums in ranks:
-        assert_same(sums, whole)
-
-
 def test_summed_gaps_add_up():
     codes_BLF, _, mask_BL = random_batch()
     whole = gap_sums(codes_BLF, mask_BL=mask_BL)
     parts = [gap_sums(codes_BLF[rows], mask_BL=mask_BL[rows]) for rows in (slice(0, 2), slice(2, 6))]
     parts[0].merge(parts[1])
-    twice = gap_sums(codes_BLF, mask_BL=mask_BL)
-    twice.reduce(lambda tensor: tensor.mul_(2))
     for name, values_F in vars(whole).items():
         np.testing.assert_allclose(getattr(parts[0], name), values_F, rtol=1e-12)
-        np.testing.assert_allclose(getattr(twice, name), 2 * values_F, rtol=1e-12)
 
 
 # --- burstiness -------------------------------------------------------------------------------------------------------

@@ -1,18 +1,17 @@
 """Streaming sums from which every consistency and position metric is computed.
 
 All sums are float64, memory is O(F * lags + F * L) whatever the number of tokens, and two accumulators that saw
-different rows add up to the one that saw both (`merge`), so ranks reduce exactly.
+different rows add up to the one that saw both (`merge`).
 
 Shape legend: B rows (contexts), L positions, F latents (or D raw dimensions), K lags, N flat tokens (b * L + t),
 P active pairs, S stretches (the part of one document that lies in one row).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 import numba
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,7 +22,7 @@ class Summed:
     """A dataclass whose array and number fields are sums: adding the fields of two accumulators merges them."""
 
     def merge(self, other: "Summed") -> None:
-        """Add what another accumulator saw (another rank's rows); the two must measure the same things."""
+        """Add what another accumulator saw of other rows; the two must measure the same things."""
         assert type(self) is type(other)
         for f in fields(self):  # type: ignore[arg-type]
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
@@ -33,17 +32,6 @@ class Summed:
                 assert mine == theirs, f"cannot merge sums over different {f.name}"
             else:
                 setattr(self, f.name, mine + theirs)
-
-    def reduce(self, all_reduce: Callable[[Tensor], None]) -> None:
-        """Sum over ranks in place; `all_reduce` sums a float64 tensor over the ranks in place."""
-        for f in fields(self):  # type: ignore[arg-type]
-            mine = getattr(self, f.name)
-            if isinstance(mine, Summed):
-                mine.reduce(all_reduce)
-            elif not f.metadata.get("identity"):
-                total = torch.as_tensor(mine, dtype=torch.float64).clone()
-                all_reduce(total)
-                setattr(self, f.name, total.numpy() if isinstance(mine, np.ndarray) else float(total))
 
 
 @dataclass

@@ -3,12 +3,10 @@
 Shape legend: F latents, V token ids, P (latent, token) pairs that occur, N flat tokens, C distinct token counts.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numba
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -18,7 +16,6 @@ from legato.evaluation.pair_layout import Floats, Ints, LatentOrder, PairLayout
 TOP_TOKENS = 3
 _TOKEN_BITS = 32
 _PENDING = 1 << 20
-_DENSE_CELLS = 1 << 22  # 32 MiB: how much of the latent x token table is dense at once while ranks are summed
 
 
 @dataclass
@@ -60,31 +57,6 @@ class TokenCounts(Summed):
         other._flush()
         self.tokens_V = _longer_sum(self.tokens_V, other.tokens_V)
         self._add_pairs(other.key_P, other.count_P)
-
-    def reduce(self, all_reduce: Callable[[Tensor], None]) -> None:
-        """Sum over ranks in place, a block of latents x seen tokens at a time, since ranks hold different pairs."""
-        self._flush()
-        bits = torch.zeros(_TOKEN_BITS + 1, dtype=torch.float64)  # the largest length on any rank, by sums alone
-        bits[self.tokens_V.size.bit_length()] = 1.0
-        all_reduce(bits)
-        tokens = torch.zeros(1 << int(bits.nonzero().max()), dtype=torch.float64)
-        tokens[: self.tokens_V.size] = torch.from_numpy(self.tokens_V.astype(np.float64))
-        all_reduce(tokens)
-        self.tokens_V = tokens.numpy().astype(np.int64)
-        seen_C = np.flatnonzero(self.tokens_V)
-        latent_P, column_P = self.key_P >> _TOKEN_BITS, np.searchsorted(seen_C, self.key_P & ((1 << _TOKEN_BITS) - 1))
-        rows = max(1, _DENSE_CELLS // max(1, seen_C.size))
-        keys, counts = [self.key_P[:0]], [self.count_P[:0]]
-        for first in range(0, self.n_latents, rows):
-            size = min(rows, self.n_latents - first)
-            block = slice(*np.searchsorted(latent_P, [first, first + size]))
-            dense = torch.zeros(size, seen_C.size, dtype=torch.float64)
-            dense.numpy()[latent_P[block] - first, column_P[block]] = self.count_P[block]
-            all_reduce(dense)
-            row_P, at_P = np.nonzero(dense.numpy())
-            keys.append((row_P + first) << _TOKEN_BITS | seen_C[at_P])
-            counts.append(dense.numpy()[row_P, at_P].astype(np.int64))
-        self.key_P, self.count_P = np.concatenate(keys), np.concatenate(counts)
 
     @property
     def n_tokens(self) -> int:
