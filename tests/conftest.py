@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import psutil
 import pytest
-from small_experiment import SmallExperiment, small_experiment
+from small_experiment import SmallExperiment, small_experiment, without_pages
 
 MOST_PROCESSES = 4
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -40,6 +40,12 @@ def small(tmp_path, monkeypatch, capsys) -> SmallExperiment:
     small = small_experiment(tmp_path, capsys)
     capsys.readouterr()
     return small
+
+
+@pytest.fixture
+def no_pages(monkeypatch) -> None:
+    """Runs write no figures and no report.html, which take most of their time."""
+    without_pages(monkeypatch)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

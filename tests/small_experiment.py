@@ -86,6 +86,12 @@ def small_experiment(folder: Path, capture: pytest.CaptureFixture[str]) -> Small
     return SmallExperiment(model, write_corpus(folder / "corpus"), folder / "run_1", capture)
 
 
+def without_pages(patch: pytest.MonkeyPatch) -> None:
+    """experiment.py leaves out the figures and report.html, which take most of a small run's time."""
+    for page in ("figures.write_figures", "html.write_report"):
+        patch.setattr(f"legato.report.{page}", lambda root: root)
+
+
 def zero_parameters(d_in: int, d_sae: int, seed: int) -> Parameters:
     """In place of `Parameters.initial`: weights that no gradient reaches."""
     return Parameters(torch.zeros(d_sae, d_in), torch.zeros(d_sae), torch.zeros(d_sae, d_in), torch.zeros(d_in))

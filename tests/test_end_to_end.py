@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from small_experiment import without_pages
 
 import legato.train_stage
 from legato import SparseAutoencoder
@@ -28,7 +29,7 @@ def without_times(metrics):
     return metrics
 
 
-def test_a_run_leaves_everything_behind_and_repeats_to_the_last_digit(small):
+def test_a_run_leaves_everything_behind_and_repeats_to_the_last_digit(small, monkeypatch):
     assert small.run(*GRID) == 0
     run = small.out_dir
     assert {path.name for path in run.iterdir()} >= FOLDERS | FILES
@@ -46,11 +47,13 @@ def test_a_run_leaves_everything_behind_and_repeats_to_the_last_digit(small):
         assert {row["arm"] for row in csv.DictReader(table)} == set(metrics)
 
     small.out_dir = run.with_name("again")
+    without_pages(monkeypatch)
     assert small.run(*GRID) == 0
     again = json.loads((small.out_dir / "metrics.json").read_text())
     assert without_times(again) == without_times(metrics)
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_a_failing_member_is_reported_and_the_exit_code_says_so(small):
     # A coefficient this large makes the first steps diverge or the penalised latents collapse.
     assert small.run("--ablation", "--grid=2x1e30") == 1
@@ -79,6 +82,8 @@ def test_an_sae_that_fires_nowhere_is_reported_and_the_others_are_judged(small, 
 
 
 def test_a_pass_whose_members_all_fail_does_not_stop_the_next(small, monkeypatch):
+    without_pages(monkeypatch)
+
     def two_passes(bank, *_args, **_options):
         return [[arm for arm in bank if arm.name != "baseline"], [arm for arm in bank if arm.name == "baseline"]]
 

@@ -152,6 +152,7 @@ def test_a_run_is_finished_once_and_never_overwritten(small, capsys):
     assert small.results() == []
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_activations_that_are_not_kept_train_the_same_sae(small):
     assert small.run() == 0
     kept = (small.out_dir / "saes" / "baseline" / "sae_weights.safetensors").read_bytes()

@@ -170,6 +170,7 @@ def test_a_batch_without_a_valid_token():
 # And the same command with nothing wrong
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_the_same_experiment_without_the_fault(small):
     assert small.run("--temporal=hysteresis,contrastive") == 0
     metrics = json.loads((small.out_dir / "metrics.json").read_text())

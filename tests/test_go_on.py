@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from killing import differences, results
-from small_experiment import SmallExperiment
+from small_experiment import SmallExperiment, without_pages
 from tensorboard.summary.writer import event_file_writer
 
 import legato.train_stage
@@ -24,9 +24,7 @@ FLAGS = ("--temporal=hysteresis", "--checkpoint_minutes=0")
 
 @pytest.fixture
 def run(small: SmallExperiment, monkeypatch) -> SmallExperiment:
-    """Without the pages and figures, which take most of the time."""
-    for page in ("figures.write_figures", "html.write_report"):
-        monkeypatch.setattr(f"legato.report.{page}", lambda root: root)
+    without_pages(monkeypatch)
     # TensorBoard reads the files of one second and process in the order of their names, in which 10 comes before 9.
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(1000))
     return small

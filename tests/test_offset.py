@@ -230,6 +230,7 @@ def test_a_trained_gpt2_moves(gpt2_mini):
     assert section["position_ids"][-1]["movement"] > 0.02
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_an_experiment_saves_the_test_of_the_arms_it_compares(small):
     assert small.run("--temporal=hysteresis", "--ablation", "--grid=2x0.1") == 0
     metrics = json.loads((small.out_dir / "metrics.json").read_text())

@@ -44,6 +44,7 @@ def history(root):
 
 @needs_wandb
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore:Attempting to set")
+@pytest.mark.usefixtures("no_pages")
 def test_a_run_s_steps_reach_the_client(small, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert small.run("--temporal=slowness", "--wandb=demo") == 0
