@@ -58,9 +58,7 @@ class ActivationStore(ActivationSource):
                 f"{path} is unfinished ({len(manifest.shards)} of {len(names)} shards): harvest again to go on there"
             )
         store = cls(path, manifest)
-        damaged = (
-            manifest.damaged_shards(path) if verify else [name for name in names if not store._has_right_size(name)]
-        )
+        damaged = manifest.damaged_shards(path) if verify else [n for n in names if not manifest.is_laid_out(path / n)]
         if damaged:
             raise LegatoError(
                 f"{path / damaged[0]} is missing or damaged ({len(damaged)} such): harvest again to make it anew"
@@ -108,11 +106,6 @@ class ActivationStore(ActivationSource):
 
     def batches_of(self, rows: Iterable[np.ndarray]) -> Iterator[ActivationBatch]:
         return map(self.read_rows, rows)
-
-    def _has_right_size(self, name: str) -> bool:
-        layout = self._layouts[len(self._manifest.rows_of(self._shard_names.index(name)))]
-        file = self.path / name
-        return file.is_file() and file.stat().st_size == layout.size
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._descriptors:

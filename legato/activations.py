@@ -44,6 +44,16 @@ class ActivationBatch:
     doc_BL: Tensor
     tokens_BL: Tensor
 
+    def __post_init__(self) -> None:
+        """Raises LegatoError where the four are not of the same positions."""
+        if self.acts_BLD.ndim != 3 or not self.acts_BLD.is_floating_point():
+            raise LegatoError(f"acts_BLD is {self.acts_BLD.dtype} {[*self.acts_BLD.shape]}: give floats [B, L, D]")
+        if self.mask_BL.dtype != torch.bool:
+            raise LegatoError(f"mask_BL is {self.mask_BL.dtype}: give torch.bool")
+        for name in ("mask_BL", "doc_BL", "tokens_BL"):
+            if (shape := getattr(self, name).shape) != self.acts_BLD.shape[:2]:
+                raise LegatoError(f"{name} is {[*shape]} where acts_BLD is {[*self.acts_BLD.shape]}")
+
 
 class ActivationSource(ABC):
     """Rows of activations, given out in batches: a store on disk, a stream, the synthetic bed."""

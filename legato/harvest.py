@@ -19,7 +19,7 @@ from legato.cache import cache_dir, locked
 from legato.errors import LegatoError, UsageError
 from legato.language_model import LanguageModel
 from legato.remote_store import is_url, key_at, local_copy_of, put_store
-from legato.store_format import LOCK, Manifest
+from legato.store_format import DTYPES, LOCK, MANIFEST, Manifest
 from legato.store_writer import StoreWriter
 from legato.tokens import TokenSet
 
@@ -87,6 +87,13 @@ def _claim(stream: ActivationStream, path: Path) -> Manifest:
             f"{path} holds activations of {_description(manifest.provenance)}, not of "
             f"{_description(stream.provenance())}: choose another folder"
         )
+    elif (manifest.n_rows, manifest.context_length, manifest.d_in, DTYPES[manifest.dtype]) != (
+        stream.n_rows,
+        stream.context_length,
+        stream.d_in,
+        stream.language_model.dtype,
+    ):
+        raise LegatoError(f"{path / MANIFEST} is damaged: delete {path} and harvest again")
     for leftover in path.glob("*.partial"):
         leftover.unlink()
     for name in manifest.damaged_shards(path):

@@ -68,7 +68,7 @@ def key_at(url: str) -> str | None:
             return None
         try:
             return str(json.loads(files.cat_file(f"{root}/{MANIFEST}"))["key"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise LegatoError(f"{url}/{MANIFEST} is damaged: delete it and harvest again") from error
 
 

@@ -20,6 +20,9 @@ FORMAT = "legato-activations-1"
 MANIFEST = "manifest.json"
 LOCK = ".lock"  # who writes a store holds it
 SHARD_BYTES = 64 * 2**20
+MAX_SHARDS = 2**20  # 64 TiB
+MAX_ROW_BYTES = 2**40
+MAX_MANIFEST_BYTES = 2**28  # MAX_SHARDS of them have 140 bytes each
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -63,8 +66,11 @@ class Manifest:
     @classmethod
     def read(cls, path: Path, rank: int = 0) -> "Manifest | None":
         """The manifest of a store, None where there is none yet; LegatoError for one that cannot be understood."""
+        place = path / _manifest_name(rank)
         try:
-            content = json.loads((path / _manifest_name(rank)).read_text())
+            if place.exists() and (not place.is_file() or place.stat().st_size > MAX_MANIFEST_BYTES):
+                raise LegatoError(f"{place} is no manifest: delete {path} and harvest again")
+            content = json.loads(place.read_text())
             digest = content.pop("sha256", None)  # earlier versions wrote none
             if content["format"] != FORMAT:
                 raise LegatoError(f"{path} was written by another version of legato: delete it and harvest again")
@@ -72,11 +78,30 @@ class Manifest:
                 raise LegatoError(f"{path / MANIFEST} is damaged: delete {path} and harvest again")
             del content["format"]
             shards = {name: Shard(**shard) for name, shard in content.pop("shards").items()}
-            return cls(**content, shards=shards, rank=rank)
+            manifest = cls(**content, shards=shards, rank=rank)
+            manifest._check()
+            return manifest
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise LegatoError(f"{path / MANIFEST} cannot be read ({error}): delete {path} and harvest again") from error
+
+    def _check(self) -> None:
+        """Raises ValueError where these cannot be the numbers of a store, which are taken for sizes and file names."""
+        for name in ("n_rows", "context_length", "d_in", "rows_per_shard"):
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise ValueError(f"{name} is {value!r}")
+        row_bytes = self.context_length * (self.d_in * DTYPES[self.dtype].itemsize + 9)
+        if row_bytes > MAX_ROW_BYTES or -(-self.n_rows // self.rows_per_shard) > MAX_SHARDS:
+            raise ValueError(f"{self.n_rows} rows of {row_bytes} bytes, {self.rows_per_shard} a shard")
+        if type(self.key) is not str or type(self.provenance) is not dict:
+            raise ValueError("it does not say what it holds")
+        if strangers := self.shards.keys() - self.shard_names:
+            raise ValueError(f"it names {min(strangers)!r}")
+        for name, shard in self.shards.items():
+            counts = (shard.n_valid, shard.n_outliers)
+            if any(type(count) is not int or count < 0 for count in counts):
+                raise ValueError(f"{name} has {shard.n_valid!r} valid positions and {shard.n_outliers!r} outliers")
 
     @classmethod
     def united(cls, path: Path) -> "Manifest | None":
@@ -117,7 +142,16 @@ class Manifest:
     def damaged_shards(self, path: Path) -> list[str]:
         """Shards named here whose file is missing or not what was written."""
         digests = sha256_files(path / name for name in self.shards)
-        return [name for name, digest in zip(self.shards, digests, strict=True) if digest != self.shards[name].sha256]
+        bad = {name for name, digest in zip(self.shards, digests, strict=True) if digest != self.shards[name].sha256}
+        return [name for name in self.shards if name in bad or not self.is_laid_out(path / name)]
+
+    def is_laid_out(self, shard: Path) -> bool:
+        """Whether a file has the size of a shard of this store and begins as one."""
+        layout = ShardLayout.of(self, len(self.rows_of(int(shard.stem.removeprefix("shard_")))))
+        if not shard.is_file() or shard.stat().st_size != layout.size:
+            return False
+        with shard.open("rb") as file:
+            return file.read(len(layout.header)) == layout.header
 
 
 def _manifest_name(rank: int | str) -> str:

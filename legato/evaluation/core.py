@@ -81,7 +81,9 @@ class InputSums(Summed):
         return cls(np.zeros(width))
 
     def add(self, acts_BLD: Tensor, mask_BL: Tensor) -> None:
-        """LegatoError where a valid activation is not finite."""
+        """LegatoError where a valid activation is not finite, or of another width than those before."""
+        if acts_BLD.shape[-1] != len(self.total_D):
+            raise LegatoError(f"activations of width {acts_BLD.shape[-1]} follow some of {len(self.total_D)}")
         x_BLD = acts_BLD.detach().cpu().double() * mask_BL[..., None].cpu()
         square_BL = x_BLD.square().sum(-1)
         total_BD = x_BLD.sum(1)

@@ -152,6 +152,10 @@ class _Shared(Summed):
         )
 
     def add(self, batch: JudgedBatch) -> None:
+        if batch.raw.mask_BL.shape[1] != len(self.counts.tokens_L):
+            raise LegatoError(
+                f"rows of {batch.raw.mask_BL.shape[1]} positions follow some of {len(self.counts.tokens_L)}"
+            )
         self.inputs.add(batch.raw.acts_BLD, batch.raw.mask_BL)
         self.counts.add(batch.layout)
         self.raw.add_dense(batch.raw.acts_BLD, batch.layout)
