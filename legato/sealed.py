@@ -90,7 +90,7 @@ def _sealed_body(path: Path, kind: str) -> dict[str, Any]:
         found = body["kind"]
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise DamagedError(f"{path} is damaged") from error
     if not sealed:
         raise DamagedError(f"{path} is damaged")
