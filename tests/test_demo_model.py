@@ -1,11 +1,15 @@
 """The cache of converted models: whole, or made again."""
 
-import subprocess
+import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from killing import path_for_children
+from ranks import ends, run_ranks, start_ranks
 from tiny_models import save_tiny_model, tiny_tokens
 
 from legato import demo_model
@@ -71,35 +75,42 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_whole(tmp_path: Pat
     assert convert.runs == 1
 
 
+def killed_half_way(path: Path) -> None:
+    def fill(folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    cached_folder(path, fill)
+
+
+def converting_slowly(path: Path) -> None:
+    def fill(folder: Path) -> None:
+        time.sleep(0.3)
+        (folder / "model").write_text("x")
+        print("converted")
+
+    cached_folder(path, fill)
+    print("ready")
+
+
+@pytest.fixture
+def children_find_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", path_for_children())
+
+
+@pytest.mark.usefixtures("children_find_the_tests")
 def test_a_conversion_killed_half_way_is_done_by_the_next_process(tmp_path: Path) -> None:
-    script = (
-        "import os, signal, sys; from pathlib import Path; from legato.demo_model import cached_folder\n"
-        "def fill(folder):\n"
-        "    (folder / 'model.safetensors').write_bytes(b'half')\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "cached_folder(Path(sys.argv[1]), fill)"
-    )
-    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "m")], check=False)
-    assert killed.returncode == -9
+    assert ends(start_ranks(1, killed_half_way, tmp_path / "m", folder=tmp_path)) == [-9]
     assert len(list(tmp_path.glob(".m-*"))) == 1
     cached_folder(tmp_path / "m", CountingConversion())
     assert (tmp_path / "m/model.safetensors").stat().st_size == 256 * 64
     assert not list(tmp_path.glob(".m-*"))
 
 
-def test_of_two_processes_one_converts(tmp_path: Path) -> None:
-    script = (
-        "import sys, time; from pathlib import Path; from legato.demo_model import cached_folder\n"
-        "def fill(folder):\n"
-        "    time.sleep(0.3)\n"
-        "    (folder / 'model').write_text('x'); print('converted')\n"
-        "cached_folder(Path(sys.argv[1]), fill); print('ready')"
-    )
-    processes = [
-        subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "m")], stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    said = "".join(process.communicate()[0] for process in processes)
+@pytest.mark.usefixtures("children_find_the_tests")
+def test_of_three_processes_one_converts(tmp_path: Path) -> None:
+    run_ranks(3, converting_slowly, tmp_path / "m", folder=tmp_path)
+    said = "".join(path.read_text() for path in tmp_path.glob("rank_*.txt"))
     assert (said.count("converted"), said.count("ready")) == (1, 3)
 
 
