@@ -18,12 +18,15 @@ from legato.report.ablation_table import write_ablation
 from legato.report.figures import write_figures
 from legato.report.html import write_report
 from legato.run_dir import RunDir
+from legato.sharing import check_shards
 from legato.tracking import say
 from legato.train_stage import train_arms
 
 
 @distributed.joined()
 def run_experiment(config: ExperimentConfig, options: RunOptions, interrupts: Interrupts) -> None:
+    if options.shard_latents:
+        distributed.from_writer(lambda: check_shards(config.training.d_sae))
     run = distributed.from_writer(lambda: RunDir.claim(options.out_dir, config, resume=options.resume))
     run.settle_machine()
     model = load_model(config)
@@ -32,7 +35,9 @@ def run_experiment(config: ExperimentConfig, options: RunOptions, interrupts: In
     with distributed.held_by_writer(run.locked(config)):
         checkpoint = Checkpoint(run.checkpoint, minutes=options.checkpoint_minutes, interrupts=interrupts)
         checkpoint.start(activations.key, lambda: run.begin(config, activations.provenance))
-        bank = train_arms(config, activations, run, checkpoint, wandb=options.wandb)
+        bank = train_arms(
+            config, activations, run, checkpoint, wandb=options.wandb, shard_latents=options.shard_latents
+        )
         evaluate_arms(config, bank, activations, model, run, checkpoint)
         if not distributed.is_writer():
             return

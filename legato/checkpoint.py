@@ -1,7 +1,7 @@
 """What a run needs to go on where it was cut off: <out_dir>/checkpoint/.
 
     progress.json            what is finished: trained and failed SAEs, with the checksums of their files
-    step_00000120/           the SAEs in training after that step: state.json and <arm>.safetensors
+    step_00000120/           the SAEs in training after that step: state.json and <arm>/*.safetensors
     evaluation/<part>.json   a finished part of the evaluation, its arrays in <part>.safetensors
 
 Every file is sealed (see sealed.py). Of the steps the last two are kept; one that is damaged is passed over for the one
@@ -26,12 +26,13 @@ from legato.arm import ArmConfig, TrainConfig
 from legato.cache import sha256_file
 from legato.errors import UsageError
 from legato.interrupts import Interrupted, Interrupts
-from legato.sealed import DamagedError, check_sealed, read_sealed, write_sealed, write_tensors
-from legato.sharing import divided
+from legato.member_files import read_member, write_member
+from legato.sealed import DamagedError, check_sealed, read_sealed, sealing, write_sealed
+from legato.sharing import Sharded, divided
 from legato.step import Workspace
 from legato.train import BankState, SAETrainer
 
-KIND = "legato-checkpoint-1"
+KIND = "legato-checkpoint-2"
 DEFAULT_MINUTES = 5.0
 _KEPT_STEPS = 2
 
@@ -155,18 +156,20 @@ class Checkpoint:
         members = [*bank.trainers, *(trainer for trainer, _ in bank.failed)]
         state = folder / "state.json"
         try:
-            tensors = {trainer.arm.name: trainer.tensors() for trainer in members}  # of all ranks together
+            files = [
+                file
+                for trainer in members
+                for file in write_member(folder / trainer.arm.name, trainer.tensors(), trainer.share, trainer.arm.d_sae)
+            ]
             parts = distributed.merged(
                 {
                     "failed": {trainer.arm.name: reason for trainer, reason in bank.failed},
                     "members": {trainer.arm.name: trainer.numbers() for trainer in members},
-                    "files": {
-                        name: write_tensors(state, name, each) for name, each in tensors.items() if bank.is_kept_here
-                    },
+                    "files": sealing(state, files),
                 }
             )
             if distributed.is_writer():
-                content = {"step": bank.step, "log_bytes": log_bytes}
+                content = {"step": bank.step, "log_bytes": log_bytes, "sharded": isinstance(bank.share, Sharded)}
                 content |= {key: parts[key] for key in ("failed", "members")}
                 write_sealed(state, content, kind=KIND, files=parts["files"])
         except BaseException:
@@ -178,28 +181,33 @@ class Checkpoint:
     def _make_room(self, folder: Path) -> None:
         for old in self._steps()[_KEPT_STEPS - 1 :]:
             _delete_step(old)
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # what a write that was cut off left there
+        folder.mkdir(parents=True)
 
-    def read_bank(self, arms: Sequence[ArmConfig], config: TrainConfig) -> SavedBank | None:
+    def read_bank(
+        self, arms: Sequence[ArmConfig], config: TrainConfig, *, shard_latents: bool = False
+    ) -> SavedBank | None:
         """The newest saved step that is whole, of a bank of any of these arms; None where there is none. Each rank
         gets its share of the members, however many ranks there were when it was saved.
 
+        shard_latents: of several ranks, each gets a part of every member, as it does where that was so when saved.
         Saved steps that are damaged are named, and deleted; so are those of other arms, without a word.
         """
         by_name = {arm.name: arm for arm in arms}
         folder = distributed.from_writer(lambda: self._newest_step(by_name))
         if folder is None:
             return None
-        content = read_sealed(folder / "state.json", kind=KIND, names=())[0]
-        names, share = divided([name for name in by_name if name in content["members"]])
-        tensors = read_sealed(folder / "state.json", kind=KIND, names=names)[1]
+        state = folder / "state.json"
+        content = check_sealed(state, kind=KIND, folders=())
+        members = [name for name in by_name if name in content["members"]]
+        names, share = divided(members, sharded=shard_latents or content["sharded"])
+        check_sealed(state, kind=KIND, folders=names)
         workspace = Workspace()
-        trainers = {
-            name: SAETrainer.restored(
-                by_name[name], config, workspace, tensors.pop(name), content["members"][name], share
-            )
-            for name in names
-        }
+        trainers = {}
+        for name in names:
+            arm, numbers = by_name[name], content["members"][name]
+            tensors = read_member(folder / name, share, arm.d_sae)
+            trainers[name] = SAETrainer.restored(arm, config, workspace, tensors, numbers, share)
         failed = [(trainers.pop(name), reason) for name, reason in content["failed"].items() if name in names]
         elsewhere = len(content["members"]) - len(content["failed"]) - len(trainers)
         bank = BankState(list(trainers.values()), failed, content["step"], elsewhere, share)

@@ -33,17 +33,21 @@ def write_sealed(
 ) -> None:
     """Write `path` (JSON: content, which may hold NaN) and `<name>.safetensors` beside it for each name in tensors.
 
-    kind: what such a file is and its version; one of another kind is not read. files: by name, what `write_tensors`
-    said of tensors that are there already. Raises OSError and SafetensorError.
+    kind: what such a file is and its version; one of another kind is not read. files: what `sealing` said of files that
+    are there already. Raises OSError and SafetensorError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = {name: write_tensors(path, name, named) for name, named in (tensors or {}).items()}
+    written = {name: _write_tensors(path, name, named) for name, named in (tensors or {}).items()}
     body = {"kind": kind, "files": {**(files or {}), **written}, "content": content}
     write_atomically(path, json.dumps({"sha256": sha256_json(body), **body}).encode())
 
 
-def write_tensors(path: Path, name: str, named: Tensors) -> dict[str, Any]:
-    """Write `<name>.safetensors` beside `path`, an existing folder's, and say what `write_sealed` needs to know."""
+def sealing(path: Path, files: Collection[Path]) -> dict[str, Any]:
+    """What `write_sealed` needs to know of .safetensors files beside `path` or in folders there."""
+    return {file.relative_to(path.parent).with_suffix("").as_posix(): {"sha256": sha256_file(file)} for file in files}
+
+
+def _write_tensors(path: Path, name: str, named: Tensors) -> dict[str, Any]:
     file = _tensor_file(path, name)
     save_file({key: tensor.contiguous() for key, tensor in named.items()}, file)
     sync_to_disk(file)
@@ -69,11 +73,19 @@ def read_sealed(
     return body["content"], tensors
 
 
-def check_sealed(path: Path, *, kind: str) -> Any:
-    """As read_sealed, with every file checked and none but `path` read: the content."""
+def check_sealed(path: Path, *, kind: str, folders: Collection[str] | None = None) -> Any:
+    """As read_sealed, with every file checked and none but `path` read: the content.
+
+    A folder beside `path` that holds files of it must hold no others. folders: only files in these are checked.
+    """
     body = _sealed_body(path, kind)
+    files = {_tensor_file(path, name): file for name, file in body["files"].items()}
+    for place in {place.parent for place in files} - {path.parent}:
+        for other in set(place.glob("*.safetensors")) - files.keys():
+            raise DamagedError(f"{other} does not belong there")
     for name, file in body["files"].items():
-        _check_file(path, name, file)
+        if folders is None or _tensor_file(path, name).parent.name in folders:
+            _check_file(path, name, file)
     return body["content"]
 
 
@@ -100,4 +112,4 @@ def _sealed_body(path: Path, kind: str) -> dict[str, Any]:
 
 
 def _tensor_file(path: Path, name: str) -> Path:
-    return path.with_name(f"{name}.safetensors")
+    return path.parent / f"{name}.safetensors"

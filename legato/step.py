@@ -1,7 +1,7 @@
 """One exact forward and backward pass of an SAE on a batch.
 
-Shape legend: B rows, L positions, N = B * L flat tokens, D width, F latents, P / Q active pairs by token / by latent,
-M dead latents, G nested groups.
+Shape legend: B rows, L positions, N = B * L flat tokens, D width, F latents, H those whose weights are here, P / Q
+active pairs by token / by latent, M dead latents, G nested groups.
 """
 
 import math
@@ -24,9 +24,15 @@ from legato.kernels import LatentOrder
 from legato.sequences import SequenceLayout
 from legato.sharing import WHOLE, Share
 from legato.sparsity import Preactivations
-from legato.sparsity.base import Decoding, decode
+from legato.sparsity.base import Decoding
 
 Array = NDArray[Any]
+
+# Initial weights are drawn this many rows at a time, in which a rank keeps its own. A multiple of 16, the numbers that
+# torch draws at once: the bits are those of a single draw.
+_ROWS_DRAWN = 1024
+
+PER_LATENT = ("W_enc_FD", "b_enc_F", "W_dec_FD")  # the parameters that ranks may divide
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class TrainBatch:
 @dataclass(frozen=True)
 class Parameters:
     """W_enc_FD, W_dec_FD (unit rows), b_enc_F, b_dec_D, in normalised activation units; own: what the sparsity learns
-    per latent (F), by name."""
+    per latent (F), by name. Where ranks divide the latents of an SAE, the first three have those of this rank only."""
 
     W_enc_FD: Tensor
     b_enc_F: Tensor
@@ -77,11 +83,18 @@ class Parameters:
     own: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def initial(cls, d_in: int, d_sae: int, seed: int) -> "Parameters":
+    def initial(cls, d_in: int, d_sae: int, seed: int, share: Share = WHOLE) -> "Parameters":
         """Random unit decoder rows, the encoder their transpose, biases zero (the normalised data's mean)."""
-        generator = torch.Generator().manual_seed(seed)
-        W_dec_FD = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=-1)
-        return cls(W_dec_FD.clone(), torch.zeros(d_sae), W_dec_FD, torch.zeros(d_in))
+        generator, held = torch.Generator().manual_seed(seed), share.held(d_sae)
+        W_dec_HD = torch.empty(held.stop - held.start, d_in)
+        for first in range(0, max(1, d_sae - _ROWS_DRAWN + 1), _ROWS_DRAWN):
+            end = first + _ROWS_DRAWN if first + 2 * _ROWS_DRAWN <= d_sae else d_sae
+            rows = torch.randn(end - first, d_in, generator=generator)
+            own = range(max(first, held.start), min(end, held.stop))
+            if own:
+                W_dec_HD[own.start - held.start : own.stop - held.start] = rows[own.start - first : own.stop - first]
+        W_dec_HD = torch.nn.functional.normalize(W_dec_HD, dim=-1)
+        return cls(W_dec_HD.clone(), torch.zeros(len(W_dec_HD)), W_dec_HD, torch.zeros(d_in))
 
     @classmethod
     def of(cls, named: Mapping[str, Tensor]) -> "Parameters":
@@ -100,22 +113,22 @@ class Parameters:
         return Parameters(**changed, own=own)
 
     def preactivations(
-        self, low_W_enc_FD: Tensor, batch: TrainBatch, out_NF: Tensor, share: Share = WHOLE
+        self, low_W_enc_HD: Tensor, batch: TrainBatch, out_NH: Tensor, share: Share = WHOLE
     ) -> Preactivations:
-        """The encoder's dense output on this rank's share of a batch, in the dtype of low_W_enc_FD, written to
-        out_NF."""
-        part = share.part(len(out_NF))
-        torch.addmm(self.b_enc_F.to(out_NF.dtype), batch.low_ND[part], low_W_enc_FD.T, out=out_NF[part])
+        """The encoder's dense output on this rank's share of a batch, in the dtype of low_W_enc_HD, written to
+        out_NH."""
+        part = share.tokens(len(out_NH))
+        torch.addmm(self.b_enc_F.to(out_NH.dtype), batch.low_ND[part], low_W_enc_HD.T, out=out_NH[part])
         own = {name: tensor.numpy() for name, tensor in self.own.items()}
-        arrays = (batch.x_ND.numpy(), self.W_enc_FD.numpy(), self.b_enc_F.numpy())
-        return Preactivations(out_NF, *arrays, batch.layout, own, share)
+        b_enc_F = share.of_latents(self.b_enc_F.numpy())
+        return Preactivations(out_NH, batch.x_ND.numpy(), self.W_enc_FD.numpy(), b_enc_F, batch.layout, own, share)
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What one forward and backward pass gives: named loss terms (each already times its coefficient), the gradients
-    (in the workspace, valid until its next use; decoder rows projected; of W_enc, W_dec and b_enc only the rank's share
-    of the latents), their norm, the active pairs."""
+    (in the workspace, valid until its next use; decoder rows projected; of W_enc, W_dec and b_enc only the rank's own
+    latents), their norm, the active pairs."""
 
     loss_terms: dict[str, float]
     gradients: Parameters
@@ -146,7 +159,7 @@ class Workspace:
 
 def forward_backward(
     parameters: Parameters,
-    low_W_enc_FD: Tensor,
+    low_W_enc_HD: Tensor,
     batch: TrainBatch,
     arm: ArmConfig,
     terms: Sequence[tuple[TemporalTerm, float]],
@@ -169,13 +182,13 @@ def forward_backward(
     """
     x_ND = batch.x_ND
     N, D = x_ND.shape
-    F = parameters.W_enc_FD.shape[0]
-    W_dec_FD, b_dec_D = parameters.W_dec_FD.numpy(), parameters.b_dec_D.numpy()
-    pre_NF = workspace.get("pre", (N, F), batch.low_ND.dtype)
-    forward = arm.sparsity.forward(parameters.preactivations(low_W_enc_FD, batch, pre_NF, share), memory, progress)
+    F, H = arm.d_sae, len(parameters.W_enc_FD)
+    W_dec_HD, b_dec_D = parameters.W_dec_FD.numpy(), parameters.b_dec_D.numpy()
+    pre_NH = workspace.get("pre", (N, H), batch.low_ND.dtype)
+    forward = arm.sparsity.forward(parameters.preactivations(low_W_enc_HD, batch, pre_NH, share), memory, progress)
     order = kernels.by_latent(forward.pairs, F)
     groups = arm.nested()
-    pull_GND, squared_GN = decode(forward.pairs, groups, W_dec_FD, b_dec_D, x_ND.numpy(), batch.layout.valid_N, share)
+    pull_GND, squared_GN = share.decode(forward.pairs, groups, W_dec_HD, b_dec_D, x_ND.numpy(), batch.layout.valid_N)
     mean_squared_G = squared_GN.sum(1, dtype=np.float64) / batch.n_valid
     loss_terms = {"reconstruction": float(groups.weights_G @ mean_squared_G) / D}
 
@@ -186,21 +199,21 @@ def forward_backward(
         slope_Q += slope_Q.dtype.type(coefficient) * value.gradient_Q
 
     gradients = Parameters(
-        workspace.get("gW_enc", (F, D), x_ND.dtype),
-        workspace.get("gb_enc", (F,), x_ND.dtype),
-        workspace.get("gW_dec", (F, D), x_ND.dtype),
+        workspace.get("gW_enc", (H, D), x_ND.dtype),
+        workspace.get("gb_enc", (H,), x_ND.dtype),
+        workspace.get("gW_dec", (H, D), x_ND.dtype),
         workspace.get("gb_dec", (D,), x_ND.dtype),
         {name: workspace.get(f"g{name}", (F,), x_ND.dtype) for name in parameters.own},
     )
     seeded_F = np.zeros(F, np.bool_)
     if dead_F is not None and bool(dead_F.any()):
         residual_ND = torch.from_numpy(pull_GND[-1]) / groups.weights_G[-1]
-        loss_terms["auxiliary"] = _revive(parameters, gradients, batch, residual_ND, dead_F, seeded_F, config)
+        loss_terms["auxiliary"] = _revive(parameters, gradients, batch, residual_ND, dead_F, seeded_F, config, share)
     scale = 2 / (D * batch.n_valid)
     own_terms, squared = forward.backward(
         Decoding(
             x_ND=x_ND.numpy(),
-            W_dec_FD=W_dec_FD,
+            W_dec_HD=W_dec_HD,
             b_dec_D=b_dec_D,
             layout=batch.layout,
             n_valid=batch.n_valid,
@@ -216,7 +229,7 @@ def forward_backward(
     )
     torch.sum(torch.from_numpy(pull_GND[0]), dim=0, out=gradients.b_dec_D).mul_(scale)
     if arm.freeze_decoder:
-        squared -= float(gradients.W_dec_FD[share.part(F)].square().sum())
+        squared -= float(gradients.W_dec_FD[share.rows(F)].square().sum())
         gradients.W_dec_FD.zero_()
     squared = share.total(squared)
     squared += sum(float(tensor.square().sum()) for tensor in (gradients.b_dec_D, *gradients.own.values()))
@@ -249,22 +262,27 @@ def _revive(
     dead_F: Tensor,
     seeded_F: Array,
     config: TrainConfig,
+    share: Share,
 ) -> float:
     """Writes the auxiliary loss's gradient for the dead latents and marks them; returns the loss. At most 8 aux_k
-    dead latents, the first ones."""
+    dead latents, the first ones, whose weights all ranks send each other."""
     dead = dead_F.nonzero().flatten()[: 8 * config.aux_k]
+    held = share.held(len(dead_F))
+    here = (dead >= held.start) & (dead < held.stop)
+    own = dead[here] - held.start
+
+    def leaf(tensor_H: Tensor) -> Tensor:
+        return torch.from_numpy(share.of_latents(tensor_H[own].numpy())).requires_grad_()
+
     rows = torch.from_numpy(np.flatnonzero(batch.layout.valid_N))
     rows = rows[:: max(1, len(rows) // config.aux_tokens)]
     leaves = Parameters(
-        parameters.W_enc_FD[dead].requires_grad_(),
-        parameters.b_enc_F[dead].requires_grad_(),
-        parameters.W_dec_FD[dead].requires_grad_(),
-        parameters.b_dec_D,
+        leaf(parameters.W_enc_FD), leaf(parameters.b_enc_F), leaf(parameters.W_dec_FD), parameters.b_dec_D
     )
     loss = config.aux_coefficient * auxiliary_loss(batch.x_ND[rows], residual_ND[rows], leaves, config.aux_k)
     g_enc, g_bias, g_dec = torch.autograd.grad(loss, [leaves.W_enc_FD, leaves.b_enc_F, leaves.W_dec_FD])
-    gradients.W_enc_FD[dead] = g_enc
-    gradients.b_enc_F[dead] = g_bias
-    gradients.W_dec_FD[dead] = g_dec
+    gradients.W_enc_FD[own] = g_enc[here]
+    gradients.b_enc_F[own] = g_bias[here]
+    gradients.W_dec_FD[own] = g_dec[here]
     seeded_F[dead.numpy()] = True
     return float(loss.detach())

@@ -24,7 +24,7 @@ from legato.kernels import LatentOrder
 from legato.sae import SparseAutoencoder
 from legato.sharing import WHOLE, Share
 from legato.sparsity import Preactivations
-from legato.step import Parameters, StepResult, TrainBatch, Workspace, forward_backward
+from legato.step import PER_LATENT, Parameters, StepResult, TrainBatch, Workspace, forward_backward
 
 __all__ = [
     "ArmConfig",
@@ -43,14 +43,11 @@ __all__ = [
 _NUMBERS = ("steps_done", "tokens_seen", "seconds", "memory", "final_loss")
 
 
-_PER_LATENT = ("W_enc_FD", "b_enc_F", "W_dec_FD")
-
-
 class SAETrainer:
     """One SAE of the bank with its optimiser state. Nothing it does depends on the other members.
 
     share: of several ranks that train it together, all calling the same methods, this one's part of each step. Of the
-    moments of W_enc, b_enc and W_dec a rank has only its share of the latents, until `tensors` brings them together.
+    moments of W_enc, b_enc and W_dec a rank has only its own latents, until `tensors` brings them together.
     """
 
     def __init__(
@@ -59,11 +56,11 @@ class SAETrainer:
         self.arm = arm
         self.share = share
         self.config = config
-        self.parameters = Parameters.initial(d_in, arm.d_sae, arm.seed)
+        self.parameters = Parameters.initial(d_in, arm.d_sae, arm.seed, share)
         self.first_moment = self.parameters.map(torch.zeros_like)
         self.second_moment = self.parameters.map(torch.zeros_like)
         self.dtype = fast_matmul_dtype()
-        self.low_W_enc_FD = self.parameters.W_enc_FD.to(self.dtype)
+        self.low_W_enc_HD = self.parameters.W_enc_FD.to(self.dtype)
         self.silent_tokens_F = torch.zeros(arm.d_sae, dtype=torch.int64)
         self.steps_done = 0
         self.tokens_seen = 0
@@ -93,7 +90,7 @@ class SAETrainer:
         trainer.parameters = Parameters.of(parts["parameters"])
         trainer.first_moment = Parameters.of(parts["first_moment"])
         trainer.second_moment = Parameters.of(parts["second_moment"])
-        trainer.low_W_enc_FD.copy_(trainer.parameters.W_enc_FD)
+        trainer.low_W_enc_HD.copy_(trainer.parameters.W_enc_FD)
         trainer.silent_tokens_F = tensors["silent_tokens_F"]
         for name in _NUMBERS:
             setattr(trainer, name, numbers[name])
@@ -105,7 +102,7 @@ class SAETrainer:
         """All tensors of its state, not copied."""
         parts = {"parameters": self.parameters, "first_moment": self.first_moment, "second_moment": self.second_moment}
         for moment in (self.first_moment, self.second_moment):
-            for name in _PER_LATENT:
+            for name in PER_LATENT:
                 self.share.unite_rows(getattr(moment, name))
         named = {f"{part}.{name}": tensor for part, each in parts.items() for name, tensor in each.items()}
         return {**named, "silent_tokens_F": self.silent_tokens_F}
@@ -131,7 +128,7 @@ class SAETrainer:
         dead_F = self.dead_F
         result = forward_backward(
             self.parameters,
-            self.low_W_enc_FD,
+            self.low_W_enc_HD,
             batch,
             self.arm,
             [(term, term.coefficient * self.arm.term_scale_at(step, config.steps)) for term in self.arm.terms],
@@ -198,29 +195,44 @@ class SAETrainer:
             if name == "W_dec_FD" and self.arm.freeze_decoder:
                 continue
             tensors = [tensor for _, tensor in entries]
-            own = self.share.part(len(tensors[0])) if name in _PER_LATENT else slice(None)
+            own = self.share.rows(self.arm.d_sae) if name in PER_LATENT else slice(None)
             rows = [np.atleast_2d(tensor[own].numpy()) for tensor in tensors]
             rate = lr * self.arm.sparsity.own_rate if name in self.parameters.own else lr
             kernels.adam(*rows, clip=clip, lr=rate, step=self.steps_done + 1, unit_rows=name == "W_dec_FD")
-            if name in _PER_LATENT:
+            if name in PER_LATENT:
                 self.share.unite_rows(tensors[0])
-        self.low_W_enc_FD.copy_(self.parameters.W_enc_FD)
+        self.low_W_enc_HD.copy_(self.parameters.W_enc_FD)
 
     def finish(self, normaliser: Normaliser, calibration: Sequence[TrainBatch]) -> SparseAutoencoder:
         """The SAE for raw activations: the normaliser folded in, and what its sparsity leaves open during training
         settled on the calibration batches (a threshold at which k latents per token are active there, for one)."""
+        sae = self.finish_on_first(normaliser, calibration)
+        assert sae is not None, "of several ranks only the first has it"
+        return sae
+
+    def finish_on_first(self, normaliser: Normaliser, calibration: Sequence[TrainBatch]) -> SparseAutoencoder | None:
+        """As `finish`, by all ranks that train it together: the first gets the SAE, the others None."""
         if self.steps_done == 0:
             raise LegatoError(f"{self.arm.name}: 0 training steps were taken: there is nothing to save; raise --tokens")
-        p = self.parameters
         fields = self.arm.sparsity.frozen([self._preactivations(batch) for batch in calibration])
+        p = self.whole_parameters()
+        if self.share.rank > 0:
+            return None
         sae = SparseAutoencoder(
             W_enc=p.W_enc_FD.T.contiguous(), b_enc=p.b_enc_F, W_dec=p.W_dec_FD.clone(), b_dec=p.b_dec_D, **fields
         )
         return sae.on_raw(normaliser)
 
+    def whole_parameters(self) -> Parameters:
+        """On the first of the ranks that train it together, all of which call this: those of all latents."""
+        whole = {
+            name: self.share.whole(tensor) if name in PER_LATENT else tensor for name, tensor in self.parameters.items()
+        }
+        return Parameters.of(whole)
+
     def _preactivations(self, batch: TrainBatch) -> Preactivations:
-        out_NF = torch.empty(len(batch.low_ND), self.arm.d_sae, dtype=self.dtype)
-        return self.parameters.preactivations(self.low_W_enc_FD, batch, out_NF)
+        out_NH = torch.empty(len(batch.low_ND), len(self.low_W_enc_HD), dtype=self.dtype)
+        return self.parameters.preactivations(self.low_W_enc_HD, batch, out_NH, self.share)
 
     def _add_own_parameters(self, batch: TrainBatch) -> None:
         if self.arm.sparsity.own_parameters:
@@ -287,14 +299,15 @@ class NoMemberLeftError(LegatoError):
         self.failed = failed
 
 
-def bank_bytes(arms: Sequence[ArmConfig], d_in: int, tokens_per_batch: int) -> list[int]:
+def bank_bytes(arms: Sequence[ArmConfig], d_in: int, tokens_per_batch: int, shards: int = 1) -> list[int]:
     """Memory that training each arm takes: weights and Adam's moments in float32, the encoder once more in the matmul's
-    dtype, and its part of the shared buffers if it is the widest (pre-activations, gradients)."""
+    dtype, and its part of the shared buffers if it is the widest (pre-activations, gradients). shards: ranks that its
+    latents are divided over; it is then what one of them needs."""
     low = torch.finfo(fast_matmul_dtype()).bits // 8
-    widest = max(arm.d_sae for arm in arms)
-    shared = tokens_per_batch * widest * low + 2 * widest * d_in * 4 + 3 * tokens_per_batch * d_in * 4
-    own = [arm.d_sae * d_in * (6 * 4 + low) for arm in arms]
-    return [shared // len(arms) + each for each in own]
+    held = [-(-arm.d_sae // shards) for arm in arms]
+    batch = (3 if shards == 1 else 6) * tokens_per_batch * d_in * 4  # with the parts of the sum over the ranks
+    shared = tokens_per_batch * max(held) * low + 2 * max(held) * d_in * 4 + batch
+    return [shared // len(arms) + n_latents * d_in * (6 * 4 + low) for n_latents in held]
 
 
 def train_bank(

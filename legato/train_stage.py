@@ -40,13 +40,20 @@ MEMORY_SHARE = 0.6  # of what is free, for training; the rest is left to the sto
 
 
 def train_arms(
-    config: ExperimentConfig, activations: Activations, run: RunDir, checkpoint: Checkpoint, *, wandb: str = ""
+    config: ExperimentConfig,
+    activations: Activations,
+    run: RunDir,
+    checkpoint: Checkpoint,
+    *,
+    wandb: str = "",
+    shard_latents: bool = False,
 ) -> Bank:
     """Train the bank on shared batches and save every SAE; in several passes where it would not fit in memory. Of
-    several ranks each trains its share of the members.
+    several ranks each trains its share of the members, or its share of the latents of those that fit no other way.
 
     What an earlier attempt has trained is opened, what it was training goes on from the checkpoint.
-    wandb: the Weights & Biases project that the steps are sent to as well, if any.
+    wandb: the Weights & Biases project that the steps are sent to as well, if any. shard_latents: divide the latents of
+    every member.
     """
     wanted = arms(config, activations.train.d_in)
     checkpoint.progress = distributed.from_writer(lambda: _progress_found(run, checkpoint))
@@ -54,11 +61,11 @@ def train_arms(
     missing = [arm for arm in wanted if arm.name not in trained and arm.name not in checkpoint.progress.failed]
     if missing:
         stage = _Stage.of(config, activations)
-        saved = checkpoint.read_bank(missing, stage.train_config)
+        saved = checkpoint.read_bank(missing, stage.train_config, shard_latents=shard_latents)
         going_on = distributed.merged(dict.fromkeys(saved.bank.in_training, None)) if saved else {}
         if distributed.is_writer():
             _cut_logs(run, missing, going_on, saved.log_bytes if saved else checkpoint.progress.log_bytes)
-        for state in _passes(missing, saved, stage, config):
+        for state in _passes(missing, saved, stage, config, shard_latents):
             tracker = WandbLog(wandb, run.root) if wandb and distributed.is_writer() else None
             trained |= _train_pass(state, stage, run, checkpoint, tracker)
     failures = {name: failure["reason"] for name, failure in checkpoint.progress.failed.items()}
@@ -124,19 +131,18 @@ def _cut_logs(run: RunDir, missing: Sequence[ArmConfig], going_on: Collection[st
 
 
 def _passes(
-    missing: Sequence[ArmConfig], saved: SavedBank | None, stage: _Stage, config: ExperimentConfig
+    missing: Sequence[ArmConfig],
+    saved: SavedBank | None,
+    stage: _Stage,
+    config: ExperimentConfig,
+    shard_latents: bool,
 ) -> Iterator[BankState]:
     """Banks to train, this rank's part of each, one after the other: the saved one first."""
     source, training = stage.activations.train, config.training
     started = distributed.merged(dict.fromkeys(saved.bank.names, None)) if saved else {}
     new = [arm for arm in missing if arm.name not in started]
     passes = distributed.from_writer(
-        lambda: split_to_fit(
-            new,
-            source.d_in,
-            training.batch_rows * source.context_length,
-            copies=1 if len(new) >= distributed.size() else distributed.local_size(),
-        )
+        lambda: _planned(new, source.d_in, training.batch_rows * source.context_length, shard_latents)
     )
     say(
         f"training: {len(missing)} SAEs of {training.d_sae:,} latents in {len(passes) + bool(saved)} pass(es), "
@@ -145,8 +151,8 @@ def _passes(
     if saved:
         say(f"going on with {len(started)} of them after step {saved.bank.step}")
         yield saved.bank
-    for members in passes:
-        own, share = divided(members)
+    for members, sharded in passes:
+        own, share = divided(members, sharded=sharded)
         yield BankState.new(own, stage.train_config, source.d_in, elsewhere=len(members) - len(own), share=share)
 
 
@@ -183,16 +189,18 @@ def _train_pass(
             )
         except NoMemberLeftError as error:  # of this pass; the others may be well
             result = BankResult([], error.failed)
-        kept = result if state.is_kept_here else BankResult([], [])
-        own = {trainer.arm.name: _save(trainer, stage, run) for trainer in kept.finished}
-        for trainer, reason in kept.failed:
-            run.write_failure(trainer.arm.name, dict(trainer.parameters.items()), trainer.steps_done, reason)
+        saved = {trainer.arm.name: _save(trainer, stage, run) for trainer in result.finished}
+        own = {name: arm for name, arm in saved.items() if arm is not None}
+        for trainer, reason in result.failed:
+            parameters = trainer.whole_parameters()
+            if state.is_kept_here:
+                run.write_failure(trainer.arm.name, dict(parameters.items()), trainer.steps_done, reason)
         ranks = distributed.merged(
             {
                 "trained": {
                     name: {"training": arm.training, "files": checksums(run.sae(name))} for name, arm in own.items()
                 },
-                "failed": {trainer.arm.name: _failure(trainer.steps_done, reason) for trainer, reason in kept.failed},
+                "failed": {trainer.arm.name: _failure(trainer.steps_done, reason) for trainer, reason in result.failed},
             }
         )
         for failure in ranks["failed"].values():
@@ -210,8 +218,12 @@ def _failure(steps: int, reason: str) -> dict[str, Any]:
     return {"steps": steps, "reason": reason}
 
 
-def _save(trainer: SAETrainer, stage: _Stage, run: RunDir) -> TrainedArm:
-    """The finished SAE as it lies on the disk, which is what is judged."""
+def _save(trainer: SAETrainer, stage: _Stage, run: RunDir) -> TrainedArm | None:
+    """The finished SAE as it lies on the disk, which is what is judged; None but on the first of the ranks that trained
+    it together."""
+    finished = trainer.finish_on_first(stage.normaliser, stage.calibration)
+    if finished is None:
+        return None
     training = {**dataclasses.asdict(stage.train_config), "batch_rows": stage.config.training.batch_rows}
     details: Mapping[str, Any] = {
         **stage.activations.provenance,
@@ -220,8 +232,7 @@ def _save(trainer: SAETrainer, stage: _Stage, run: RunDir) -> TrainedArm:
         "training": training,
         "environment": environment(),
     }
-    sae = dataclasses.replace(trainer.finish(stage.normaliser, stage.calibration), details=details)
-    path = sae.save(run.sae(trainer.arm.name))
+    path = dataclasses.replace(finished, details=details).save(run.sae(trainer.arm.name))
     return TrainedArm(SparseAutoencoder.load(path), _training_metrics(trainer, stage.activations.n_valid))
 
 
@@ -240,14 +251,42 @@ def _training_metrics(trainer: SAETrainer, n_valid: int) -> dict[str, Any]:
     }
 
 
-def split_to_fit(bank: Sequence[ArmConfig], d_in: int, tokens_per_batch: int, copies: int = 1) -> list[list[ArmConfig]]:
+def _planned(
+    bank: Sequence[ArmConfig], d_in: int, tokens_per_batch: int, shard_latents: bool
+) -> list[tuple[list[ArmConfig], bool]]:
+    """Passes, and whether the latents of their members are divided over the ranks: those of SAEs that do not fit
+    otherwise, or of all."""
+    ranks, here = distributed.size(), distributed.local_size()
+    limit = MEMORY_SHARE * psutil.virtual_memory().available
+
+    def copies(members: Sequence[ArmConfig]) -> int:
+        return 1 if len(members) >= ranks else here
+
+    def too_wide(members: Sequence[ArmConfig]) -> list[ArmConfig]:
+        whole = {arm: bank_bytes([arm], d_in, tokens_per_batch)[0] for arm in members}
+        return [arm for arm, need in whole.items() if ranks > 1 and copies(members) * need > limit]
+
+    together = [] if shard_latents else list(bank)
+    while wide := too_wide(together):
+        together = [arm for arm in together if arm not in wide]
+    sharded = [arm for arm in bank if arm not in together]
+    return [
+        *((members, False) for members in split_to_fit(together, d_in, tokens_per_batch, copies=copies(together))),
+        *((members, True) for members in split_to_fit(sharded, d_in, tokens_per_batch, copies=here, shards=ranks)),
+    ]
+
+
+def split_to_fit(
+    bank: Sequence[ArmConfig], d_in: int, tokens_per_batch: int, *, copies: int = 1, shards: int = 1
+) -> list[list[ArmConfig]]:
     """The bank in as few passes as fit into 60 % of the free memory; says what it needs. copies: ranks on this machine
-    that hold all of it."""
+    that hold all of it, or its part where the latents are divided over `shards` ranks."""
     if not bank:
         return []
     free = psutil.virtual_memory().available
-    needs = [copies * need for need in bank_bytes(bank, d_in, tokens_per_batch)]
-    say(f"memory: the bank needs {sum(needs) / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
+    needs = [copies * need for need in bank_bytes(bank, d_in, tokens_per_batch, shards)]
+    divided_over = f", its latents divided over {shards} ranks" if shards > 1 else ""
+    say(f"memory: the bank needs {sum(needs) / 2**30:.1f} GiB{divided_over}, {free / 2**30:.1f} GiB are free")
     passes: list[list[ArmConfig]] = [[]]
     used = 0
     for arm, need in zip(bank, needs, strict=True):

@@ -95,7 +95,7 @@ def flip_a_bit(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["state.json", "topk.safetensors"])
+@pytest.mark.parametrize("name", ["state.json", "topk/whole.safetensors"])
 @pytest.mark.parametrize("damage", [flip_a_bit, lambda path: path.write_bytes(path.read_bytes()[:-1])])
 def test_a_damaged_step_is_named_and_the_one_before_it_taken(normaliser, tmp_path, capsys, name, damage):
     checkpoint = checkpoint_in(tmp_path)
@@ -113,8 +113,8 @@ def test_a_damaged_step_is_named_and_the_one_before_it_taken(normaliser, tmp_pat
 def test_a_step_that_was_being_written_is_no_step(normaliser, tmp_path, capsys):
     checkpoint = checkpoint_in(tmp_path)
     save_steps(checkpoint, normaliser, 3)
-    (checkpoint.folder / "step_00000004").mkdir()
-    (checkpoint.folder / "step_00000004" / "baseline.safetensors").write_bytes(b"half")
+    (checkpoint.folder / "step_00000004" / "baseline").mkdir(parents=True)
+    (checkpoint.folder / "step_00000004" / "baseline" / "whole.safetensors").write_bytes(b"half")
     assert checkpoint.read_bank(ARMS, SHORT).bank.step == 3
     assert capsys.readouterr().err == ""
     assert checkpoint.read_bank([ARMS[3]], SHORT) is None  # of arms that are trained by now

@@ -1,6 +1,7 @@
 """experiment.py by several ranks: the same weights and numbers as by one process, and nothing lost when a rank dies."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,14 +10,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from killing import differences, path_for_children, results
 from ranks import ends, free_port, run_ranks, start_ranks
+from safetensors.torch import load_file
 from small_experiment import ROOT, experiment_main, write_corpus
 from tiny_models import save_tiny_model
 
 from legato import distributed, store_format
 from legato.checkpoint import Checkpoint
 from legato.report import figures, html
+from legato.sae import SparseAutoencoder
 
 OPTIONS = {
     "context_length": 16,
@@ -110,6 +114,49 @@ def test_fewer_members_than_ranks_are_trained_together_to_the_bits_of_one_proces
     )
     assert ends(dying) == [1, 1, -9]
     assert differences(finished(4, arguments, together), whole) == []
+
+
+def test_a_run_divided_by_latents_goes_on_with_any_number_of_ranks(flags, tmp_path):
+    arguments = [*flags, "--temporal=tsae", "--controls="]
+    sharded = [*arguments, "--shard_latents"]
+    killed = tmp_path / "killed"
+    dying = start_ranks(
+        3, experiment, [*sharded, f"--out_dir={killed / 'run'}"], killed / "cache", (2, 9), folder=killed
+    )
+    assert ends(dying) == [1, 1, -9]
+    [step] = (killed / "run" / "checkpoint").glob("step_00000008")
+    held = {name: len(rows) for path in step.glob("baseline/shard-00003-*") for name, rows in load_file(path).items()}
+    assert {held[f"{part}.W_enc_FD"] for part in ("parameters", "first_moment", "second_moment")} == {64 - 2 * 22}
+    uninterrupted = finished(3, sharded, tmp_path / "whole")
+    weights = saes(tmp_path / "whole" / "run")
+    for n_ranks, options in ((3, sharded), (2, sharded), (1, arguments)):
+        folder = tmp_path / f"by_{n_ranks}"
+        shutil.copytree(killed, folder)
+        found = finished(n_ranks, options, folder)
+        assert "after step 8" in (folder / "rank_0.txt").read_text()
+        if n_ranks == 3:
+            assert differences(found, uninterrupted) == []
+        for name, sae in saes(folder / "run").items():
+            for field in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"):
+                torch.testing.assert_close(
+                    getattr(sae, field),
+                    getattr(weights[name], field),
+                    rtol=1e-4,
+                    atol=1e-5,
+                    msg=f"{n_ranks} {name} {field}",
+                )
+
+
+def saes(run: Path) -> dict[str, SparseAutoencoder]:
+    return {path.name: SparseAutoencoder.load(path) for path in sorted((run / "saes").iterdir())}
+
+
+def test_an_sae_is_divided_only_where_there_are_processes_for_it(flags, tmp_path, capsys):
+    assert experiment_main()([*flags, "--shard_latents", f"--out_dir={tmp_path / 'run'}"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --shard_latents divides SAEs over processes: start them with torchrun --nproc_per_node=2\n"
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_signal_to_one_rank_ends_all_after_the_same_step(flags, tmp_path):

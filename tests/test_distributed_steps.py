@@ -14,7 +14,7 @@ from test_train import InMemory, planted_batches
 from legato import distributed
 from legato.activations import Normaliser
 from legato.hardware import settle_matmul_dtype
-from legato.sharing import Share
+from legato.sharing import WHOLE, Together
 from legato.train import BankState, train_on
 
 STEPS = 16
@@ -25,7 +25,7 @@ def train(dtype: str, path: Path) -> None:
     """Train the bank and save all that its next step depends on."""
     settle_matmul_dtype(dtype)
     with distributed.joined():
-        share = Share(distributed.rank(), distributed.size())
+        share = Together(distributed.rank(), distributed.size()) if distributed.size() > 1 else WHOLE
         bank = BankState.new(BANK, CONFIG, 32, share=share)
         result = train_on(
             bank,

@@ -43,12 +43,12 @@ class Decoding:
     The reconstruction loss is scale / 2 * (sum over groups of weight * ||residual||^2); pull_GND as in kernels.decode.
     order: the active pairs by latent. slope_Q: derivative of the temporal terms by their codes.
     gradients: arrays to fill, by parameter name. seeded_F: latents whose rows of W_enc, W_dec and b_enc hold a gradient
-    already, to be added to. share: of several ranks each fills in the gradients of its share of the latents, and the
-    squared norms are theirs.
+    already, to be added to. share: of several ranks each fills in the gradients of its latents, and the squared norms
+    are theirs.
     """
 
     x_ND: Array
-    W_dec_FD: Array
+    W_dec_HD: Array
     b_dec_D: Array
     layout: SequenceLayout
     n_valid: int
@@ -64,47 +64,49 @@ class Decoding:
     def code_gradient(self, token_P: Array, latent_P: Array, pull_GND: Array | None = None) -> Array:
         """Derivative of the reconstruction loss by the codes of any pairs, whether they are active or not."""
         pull = self.pull_GND if pull_GND is None else pull_GND
-        compute = partial(pair_kernels.code_gradients, pull, self.groups, self.scale, self.W_dec_FD)
-        return self.share.split(compute, token_P, latent_P)
+        F = len(self.seeded_F)
+        groups = self.groups._replace(ends_G=self.groups.ends_G - self.share.held(F).start)
+        compute = partial(pair_kernels.code_gradients, pull, groups, self.scale, self.W_dec_HD)
+        return self.share.of_pairs(compute, token_P, latent_P, (len(self.x_ND), F))
 
-    def _own(self) -> tuple[slice, Array]:
-        """This rank's latents, and where the groups end counted from the first of them."""
-        part = self.share.part(len(self.seeded_F))
-        return part, self.groups.ends_G - part.start
+    def _own(self) -> tuple[slice, slice, Array]:
+        """This rank's latents, their rows, and where the groups end counted from the first of them."""
+        own = self.share.latents(len(self.seeded_F))
+        return own, self.share.rows(len(self.seeded_F)), self.groups.ends_G - own.start
 
     def through_codes(self, slope_Q: Array) -> float:
         """Fill in W_enc, b_enc and W_dec where every active code is its pre-activation; slope_Q: derivative of all but
         the reconstruction by the codes. Returns the squared norm."""
-        out, (own, ends_G) = self.gradients, self._own()
+        out, (own, rows, ends_G) = self.gradients, self._own()
         return kernels.gradients(
             self.x_ND,
             self.pull_GND,
             self.groups._replace(ends_G=ends_G),
             self.scale,
-            self.W_dec_FD[own],
+            self.W_dec_HD[rows],
             _only(self.order, own),
             slope_Q,
             self.seeded_F[own],
-            out["W_enc_FD"][own],
-            out["W_dec_FD"][own],
-            out["b_enc_F"][own],
+            out["W_enc_FD"][rows],
+            out["W_dec_FD"][rows],
+            out["b_enc_F"][rows],
         )
 
     def apart(self, encoder: Pairs, bias_F: Array) -> float:
         """Fill in W_dec from the active codes, W_enc from pairs whose value_P is the derivative by <x_n, W_enc_f>, and
         b_enc. Returns the squared norm."""
-        own, ends_G = self._own()
-        W_enc_FD, W_dec_FD, b_enc_F = (self.gradients[name][own] for name in ("W_enc_FD", "W_dec_FD", "b_enc_F"))
-        order, seeded_F = _only(kernels.by_latent(encoder, len(self.seeded_F)), own), self.seeded_F[own]
+        own, rows, ends_G = self._own()
+        W_enc_HD, W_dec_HD, b_enc_H = (self.gradients[name][rows] for name in ("W_enc_FD", "W_dec_FD", "b_enc_F"))
+        order, seeded_H = _only(kernels.by_latent(encoder, len(self.seeded_F)), own), self.seeded_F[own]
         weight_Q = self.order.value_Q * self.order.value_Q.dtype.type(self.scale)
-        b_enc_F[~seeded_F] = 0
-        b_enc_F += bias_F[own].astype(self.x_ND.dtype)
+        b_enc_H[~seeded_H] = 0
+        b_enc_H += bias_F[own].astype(self.x_ND.dtype)
         decoder_order = _only(self.order, own)
         return (
-            float(np.square(b_enc_F, dtype=np.float64).sum())
-            + pair_kernels.add_rows(self.x_ND[None], ends_G[-1:], order, order.value_Q, seeded_F, W_enc_FD)
+            float(np.square(b_enc_H, dtype=np.float64).sum())
+            + pair_kernels.add_rows(self.x_ND[None], ends_G[-1:], order, order.value_Q, seeded_H, W_enc_HD)
             + pair_kernels.add_rows(
-                self.pull_GND, ends_G, decoder_order, weight_Q, seeded_F, W_dec_FD, self.W_dec_FD[own]
+                self.pull_GND, ends_G, decoder_order, weight_Q, seeded_H, W_dec_HD, self.W_dec_HD[rows]
             )
         )
 
@@ -112,21 +114,6 @@ class Decoding:
 def _only(order: LatentOrder, own: slice) -> LatentOrder:
     """The latents of a slice; their pairs lie where they did."""
     return order._replace(ptr_F=order.ptr_F[own.start : own.stop + 1])
-
-
-def decode(
-    pairs: Pairs, groups: Groups, W_dec_FD: Array, b_dec_D: Array, x_ND: Array, valid_N: Array, share: Share
-) -> tuple[Array, Array]:
-    """kernels.decode, of which every rank does its share of the tokens."""
-    if share.size == 1:
-        return kernels.decode(pairs, groups, W_dec_FD, b_dec_D, x_ND, valid_N)
-    part = share.part(len(x_ND))
-    ptr_N = pairs.ptr_N[part.start : part.stop + 1]
-    own = slice(ptr_N[0], ptr_N[-1])
-    pairs = Pairs(ptr_N - ptr_N[0], pairs.token_P[own], pairs.latent_P[own], pairs.value_P[own])
-    pull_GND, squared_GN = kernels.decode(pairs, groups, W_dec_FD, b_dec_D, x_ND[part], valid_N[part])
-    pull_NGD, squared_NG = share.united(pull_GND.swapaxes(0, 1)), share.united(squared_GN.T)
-    return np.ascontiguousarray(pull_NGD.swapaxes(0, 1)), np.ascontiguousarray(squared_NG.T)
 
 
 @dataclass(frozen=True)

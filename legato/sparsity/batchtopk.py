@@ -29,7 +29,7 @@ class BatchTopK(Sparsity):
 
 def batch_top(pre: Preactivations, k: float, floor: float) -> tuple[Pairs, float]:
     """The k * (valid tokens) largest positive pre-activations, and the floor for the next batch."""
-    N = pre.pre_NF.shape[0]
+    N = pre.shape[0]
     count = round(k * pre.n_valid)
     if floor <= 0:
         floor = quantile_floor(pre, k)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from legato import kernels, pair_kernels
 from legato.kernels import Array, Pairs
-from legato.sparsity.base import OPENING, Decoding, Forward, Sparsity, decode, opening
+from legato.sparsity.base import OPENING, Decoding, Forward, Sparsity, opening
 from legato.sparsity.preactivations import Preactivations, budget_threshold
 
 # The logarithm of the coefficient follows the relative excess of L0, cut to -1..1: its sum over the steps (integral),
@@ -47,7 +47,7 @@ class Gated(Sparsity):
     def forward(self, pre: Preactivations, memory: float, progress: float) -> Forward:
         """memory: logarithm of the steered coefficient over l1."""
         b_gate_F, gain_F = pre.own["b_gate_F"], np.exp(pre.own["r_mag_F"])
-        N = pre.pre_NF.shape[0]
+        N = pre.shape[0]
         token, latent, value = pre.above(pre.b_enc_F - b_gate_F, 4 * (self.k or 32) * pre.n_valid)
         product = value - pre.b_enc_F[latent]
         code = gain_F[latent] * product + pre.b_enc_F[latent]
@@ -79,8 +79,8 @@ class _Gates(Forward):
 
     def backward(self, decoding: Decoding) -> tuple[dict[str, float], float]:
         d, gates, latent_P = decoding, self.gates, self.pairs.latent_P
-        F, D = d.W_dec_FD.shape
-        pull_GND, squared_GN = decode(gates, d.groups, d.W_dec_FD, d.b_dec_D, d.x_ND, d.layout.valid_N, d.share)
+        F, D = len(self.b_enc_F), len(d.b_dec_D)
+        pull_GND, squared_GN = d.share.decode(gates, d.groups, d.W_dec_HD, d.b_dec_D, d.x_ND, d.layout.valid_N)
         slope = self.l1 / (D * d.n_valid)
         gate_J = d.code_gradient(gates.token_P, gates.latent_P, pull_GND) + d.x_ND.dtype.type(slope)
         code_P = np.empty_like(d.slope_Q)

@@ -36,7 +36,7 @@ class Hysteresis(Sparsity):
         check_release(self.release)
 
     def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
-        N, F = pre.pre_NF.shape
+        N, F = pre.shape
         count, release = self.k * pre.n_valid, release_at(self.release, self.anneal, progress)
         if floor <= 0:
             floor = quantile_floor(pre, self.k)

@@ -41,7 +41,7 @@ class HysteresisTopK(Sparsity):
 def held_top_pairs(pre: Preactivations, k: int, release: float, rough_share: float = ROUGH_SHARE) -> Pairs:
     """The pairs that are on, exact among those that the matmul's own values nominate: what counts there at least
     `rough_share` of the token's k-th."""
-    N, F = pre.pre_NF.shape
+    N, F = pre.shape
     layout = pre.layout
 
     def top(value_P: Any, margin: float) -> Any:

@@ -51,7 +51,7 @@ class JumpReLU(Sparsity):
         token, latent, value = pre.above(lowest_F, 4 * self.k * pre.n_valid)
         distance = value - threshold_F[latent]
         band = np.abs(distance) < self.bandwidth / 2
-        pairs = kernels.keep(pre.pre_NF.shape[0], token, latent, value, distance > 0)
+        pairs = kernels.keep(pre.shape[0], token, latent, value, distance > 0)
         return _Jumped(pairs, memory, self, threshold_F, token[band], latent[band])
 
     def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:

@@ -53,7 +53,7 @@ class Persistent(Sparsity):
         order = kernels.by_latent(selected, len(leak_F))
         carried = carry(order, leak_F, self.tail, pre.layout)
         share = max(len(order.value_Q), 1) / max(len(carried.value_H), 1)
-        return _Leaky(carried.pairs(pre.pre_NF.shape[0]), float(np.log(share)), selected, order, carried, leak_F)
+        return _Leaky(carried.pairs(pre.shape[0]), float(np.log(share)), selected, order, carried, leak_F)
 
     def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
         forward = self.forward(pre, floor, progress)

@@ -25,7 +25,7 @@ class ReLU(Sparsity):
     holds_l0: ClassVar[bool] = False
 
     def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
-        N, F = pre.pre_NF.shape
+        N, F = pre.shape
         token_P, latent_P, value_P = pre.scan(pre.constant_floor(0.0), N * F // 8)
         return kernels.keep(N, token_P, latent_P, value_P, value_P > 0), 0.0
 

@@ -18,7 +18,7 @@ class TopK(Sparsity):
     architecture: ClassVar[str] = "topk"
 
     def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
-        N = pre.pre_NF.shape[0]
+        N = pre.shape[0]
         token_P, latent_P, value_P = pre.scan(pre.row_floors(self.k), (2 * self.k + 64) * N)
         keep_P = kernels.keep_row_top(N, token_P, value_P, self.k)
         return kernels.keep(N, token_P, latent_P, value_P, keep_P), 0.0

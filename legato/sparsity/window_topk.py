@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from legato import kernels
 from legato.kernels import Pairs
@@ -39,7 +40,7 @@ class WindowTopK(Sparsity):
     def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
         cells = best_cells(pre, self.window, self.k * pre.n_valid)
         threshold = _budget_norm(cells.norm_C, cells.positive_C, self.k * pre.n_valid)[0]
-        return cells.pairs(pre.pre_NF.shape[0], cells.norm_C >= threshold), 0.0
+        return cells.pairs(pre.shape[0], cells.norm_C >= threshold), 0.0
 
     def frozen(self, calibration: Sequence[Preactivations]) -> dict[str, Any]:
         cells = [best_cells(pre, self.window, self.k * pre.n_valid) for pre in calibration]
@@ -70,19 +71,30 @@ class Cells:
 
 def best_cells(pre: Preactivations, window: int, count: int) -> Cells:
     """The cells of largest norm, enough of them for `count` positive pre-activations if there are that many."""
-    F = pre.pre_NF.shape[1]
     window_N, first_G, end_G = windows_of(pre.layout, window)
     valid = np.flatnonzero(window_N >= 0)
-    squares_NF = pre.dense(valid).relu().float().square_()
-    norm2_GF = torch.zeros(len(first_G), F).index_add_(0, torch.from_numpy(window_N[valid]), squares_NF)
-    n_cells = 2 * count // window + 1
+    squares_NH = pre.dense(valid).relu().float().square_()
+    norm2_GH = torch.zeros(len(first_G), squares_NH.shape[1])
+    norm2_GH.index_add_(0, torch.from_numpy(window_N[valid]), squares_NH)
+    n_cells, most = 2 * count // window + 1, len(first_G) * pre.shape[1]
     while True:
-        n_cells = min(n_cells, norm2_GF.numel())
-        best = norm2_GF.flatten().topk(n_cells, sorted=False).indices.numpy()
-        cells = _exact_cells(pre, best // F, best % F, first_G, end_G)
-        if cells.positive_C.sum() >= _SURPLUS * count or n_cells == norm2_GF.numel():
+        n_cells = min(n_cells, most)
+        cells = _exact_cells(pre, *_nominated_cells(pre, norm2_GH, n_cells), first_G, end_G)
+        if cells.positive_C.sum() >= _SURPLUS * count or n_cells == most:
             return cells
         n_cells *= 2
+
+
+def _nominated_cells(pre: Preactivations, norm2_GH: Tensor, n_cells: int) -> tuple[Array, Array]:
+    """(window_C, latent_C) of the n_cells largest, from each rank's best."""
+    n_held, first = norm2_GH.shape[1], pre.share.held(pre.shape[1]).start
+    own = norm2_GH.flatten().topk(min(n_cells, norm2_GH.numel()), sorted=False)
+    cell_C = own.indices.numpy()
+    window_C, latent_C, norm2_C = (
+        pre.share.of_latents(column) for column in (cell_C // n_held, cell_C % n_held + first, own.values.numpy())
+    )
+    best = torch.from_numpy(norm2_C).topk(n_cells, sorted=False).indices.numpy()
+    return window_C[best], latent_C[best]
 
 
 def windows_of(layout: SequenceLayout, window: int) -> tuple[Array, Array, Array]:
@@ -99,7 +111,7 @@ def _exact_cells(pre: Preactivations, window_C: Array, latent_C: Array, first_G:
     cell_P = np.repeat(np.arange(len(window_C)), length_C)
     step_P = np.arange(len(cell_P)) - np.repeat(np.cumsum(length_C) - length_C, length_C)
     token_P, latent_P = first_G[window_C][cell_P] + step_P, latent_C[cell_P]
-    order = np.argsort(token_P * pre.pre_NF.shape[1] + latent_P)
+    order = np.argsort(token_P * pre.shape[1] + latent_P)
     cell_P, token_P, latent_P = cell_P[order], token_P[order].astype(np.int32), latent_P[order].astype(np.int32)
     value_P = pre.exact(token_P, latent_P)
     positive_P = np.maximum(value_P, 0)
