@@ -6,30 +6,22 @@ import hashlib
 import importlib.util
 import json
 import os
-import time
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 import psutil
 
 from legato.errors import LegatoError, UsageError
-from legato.tracking import say
-
-if TYPE_CHECKING:
-    import datasets
+from legato.hub_text import hub_records
 
 DEMO_ARTICLES = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 MIN_ARTICLE_CHARACTERS = 600  # disambiguation pages and stubs end below, the shortest real article lies at 720
 TEXT_PART_CHARACTERS = 20_000  # a longer .txt becomes several documents, so that held-out text can be told apart
-HUB_TIMEOUT_SECONDS = 10.0
-STREAM_RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-_HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp")
 MAX_LINE_BYTES = 64 * 2**20  # of a .jsonl: one document, and what an archive of some kilobytes could unpack to
 MAX_MEMORY_SHARE = 0.5  # of what is free: text is held while it is tokenised
 LISTED_COLUMNS = 8
@@ -55,12 +47,14 @@ def load_documents(
 
     dataset: "demo"; a .txt, .jsonl, .jsonl.gz or .parquet file; a folder of such files (searched in depth, sorted by
         path); or a hub data set id, "name" or "name:configuration", whose train split is streamed.
+    max_documents: where to end any corpus.
     max_stream_characters: where to end a hub stream, which may hold more text than there is memory. A local corpus is
         read whole, so that a sample of it can be a sample of all its files.
     text_column: the key or column that holds the text, for everything but "demo" and .txt.
 
     A .txt file is one document; one longer than 20,000 characters is cut at blank lines (or else at line ends).
-    Raises UsageError, naming file and line, for what cannot be found or read, and for a corpus without any text.
+    Raises UsageError, naming file and line, for what cannot be found or read, and for a corpus without any text;
+    LegatoError for more text than fits into memory, and for a hub that cannot be reached.
     """
     if dataset == "demo":
         found = _demo_documents()
@@ -280,64 +274,8 @@ def _no_column(text_column: str, place: str, names: list[str]) -> str:
 
 
 def _hub_documents(dataset: str, text_column: str) -> Iterator[Document]:
-    name, _, configuration = dataset.partition(":")
-    if importlib.util.find_spec("datasets") is None:
-        raise UsageError(f'no local file {dataset}; to read a hub data set: pip install "legato-sae[hub]"')
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-
-    # Asked before `datasets`, which would try an unreachable hub six times over 23 s.
-    try:
-        HfApi().dataset_info(name, timeout=HUB_TIMEOUT_SECONDS)
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UsageError(f"no local file and no hub data set {name!r} (private ones need `hf auth login`)") from error
-    except Exception as error:  # the HTTP library behind the hub client, and so its errors, differ by version
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise LegatoError(f"no local file {name!r}, and the hub cannot be asked for it: {reason}") from error
-    import datasets
-
-    def opened() -> "datasets.IterableDataset":
-        return datasets.load_dataset(name, configuration or None, split="train", streaming=True)
-
-    try:
-        for number, record in enumerate(_resumed(opened, dataset), start=1):
-            yield from _record_document(record, text_column, f"{dataset}:{number}", f"{dataset}:{number}")
-    except ValueError as error:  # a configuration to choose, a split that is missing
-        raise UsageError(f"hub data set {dataset}: {' '.join(str(error).split())}") from error
-
-
-def _resumed(opened: "Callable[[], datasets.IterableDataset]", dataset: str) -> Iterator[object]:
-    """The records of a stream; where the connection breaks it is opened again, at the record that was to come.
-
-    After the last of STREAM_RETRY_SECONDS without a record in between, LegatoError.
-    """
-    place: dict[str, object] | None = None
-    failures = 0
-    while True:
-        try:
-            stream = opened()
-            if place is not None:
-                stream.load_state_dict(place)
-            for record in stream:
-                place, failures = stream.state_dict(), 0
-                yield record
-            return
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            if not _is_of_the_connection(error):
-                raise
-            if failures == len(STREAM_RETRY_SECONDS):
-                raise LegatoError(f"hub data set {dataset} stopped: {reason}") from error
-            seconds = STREAM_RETRY_SECONDS[failures]
-            say(f"hub data set {dataset} stopped ({reason}): going on there in {seconds:g} s")
-            time.sleep(seconds)
-            failures += 1
-
-
-def _is_of_the_connection(error: Exception) -> bool:
-    """Timeouts and broken connections, in the words of the HTTP libraries that hub clients have used."""
-    of_http = any(base.__module__.partition(".")[0] in _HTTP_LIBRARIES for base in type(error).__mro__)
-    return (isinstance(error, OSError) and not isinstance(error, FileNotFoundError | PermissionError)) or of_http
+    for number, record in enumerate(hub_records(dataset), start=1):
+        yield from _record_document(record, text_column, f"{dataset}:{number}", f"{dataset}:{number}")
 
 
 _READERS: dict[str, Callable[[Path, str, str], Iterator[Document]]] = {
