@@ -143,3 +143,7 @@ COMMANDS = {
     "saebench": Command("Run sae-bench itself on a saved SAE.", bench_sae.add_arguments, bench_sae.main),
     "synthetic": Command("Train and judge SAEs where the truth is known.", synthetic.add_arguments, synthetic.main),
 }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
