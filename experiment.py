@@ -10,10 +10,11 @@ from legato.comparison import write_matched
 from legato.config import ExperimentConfig
 from legato.errors import LegatoError, UsageError
 from legato.experiment import evaluate_arms, harvest_activations, load_model, read_text
+from legato.final_info import write_final_info
 from legato.flags import RunOptions, parse
 from legato.hardware import keep_freed_memory
 from legato.interrupts import Interrupts
-from legato.notes import write_final_info, write_notes
+from legato.notes import write_notes
 from legato.report.ablation_table import write_ablation
 from legato.report.figures import write_figures
 from legato.report.html import write_report

@@ -20,7 +20,8 @@ from legato.command import run_command
 from legato.comparison import compare_runs, write_json, write_matched
 from legato.comparison_table import legend, tables
 from legato.errors import UsageError
-from legato.notes import write_final_info, write_notes
+from legato.final_info import write_final_info
+from legato.notes import write_notes
 from legato.report.ablation_table import write_ablation
 from legato.report.comparison import write_comparison
 from legato.report.figures import write_figures

@@ -29,10 +29,12 @@ from legato.experiment import (
     load_model,
     origin,
 )
+from legato.final_info import write_final_info
 from legato.harvest import harvest
 from legato.interrupts import Interrupts
 from legato.language_model import LanguageModel
-from legato.notes import results_table, write_final_info, write_notes
+from legato.notes import write_notes
+from legato.overview import results_table
 from legato.report.ablation_table import write_ablation
 from legato.report.figures import write_figures
 from legato.report.html import write_report

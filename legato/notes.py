@@ -1,22 +1,18 @@
-"""What a run's numbers say in words, with what they do not say: notes.txt and final_info.json.
+"""What a run's numbers say in words, with what they do not say: notes.txt.
 
 Everything is read from the saved results; verdict.py judges each method against the baseline.
 """
 
-import json
 import math
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from legato.answers import answers
 from legato.cache import write_atomically
 from legato.comparison_table import legend, tables
 from legato.latent_notes import latents_in_words
+from legato.overview import number, results_table
 from legato.results import Arm, SavedRun
 from legato.verdict import (
     KAPPA_EXCESS,
@@ -28,7 +24,6 @@ from legato.verdict import (
     joined,
     mean,
     seed_groups,
-    standard_error,
 )
 
 FEW_TRAINING_TOKENS = 10_000_000
@@ -37,36 +32,6 @@ MANY_SILENT = 0.05
 MANY_DENSE = 0.01
 POOR_FVU = 0.30
 POOR_CE_SCORE = 0.80
-
-
-@dataclass(frozen=True)
-class Column:
-    """A quantity of the overview tables: its key in metrics.json, its heading, and how to write it."""
-
-    key: str
-    heading: str
-    digits: int
-    better: str = ""  # "lower" or "higher" where one of them is
-    scale: float = 1.0
-
-    def of(self, arm: Arm) -> float | None:
-        value = arm.value(self.key)
-        return None if value is None else self.scale * value
-
-    def text(self, arm: Arm) -> str:
-        return number(self.of(arm), self.digits)
-
-
-COLUMNS = (
-    Column("core.fvu", "FVU", 3, "lower"),
-    Column("core.l0", "L0", 1),
-    Column("core.ce_loss_score", "CE score", 3, "higher"),
-    Column("core.frac_alive", "alive %", 1, "higher", scale=100),
-    Column(KAPPA_EXCESS, "kappa excess", 3, "higher"),
-    Column("consistency.kappa1_excess_cross", "beyond position", 3, "higher"),
-    Column("consistency.ac1_excess_within", "AC excess", 3, "higher"),
-    Column("consistency.half_life_median", "half-life", 1, "higher"),
-)
 
 
 def warnings(run: SavedRun) -> list[str]:
@@ -92,7 +57,7 @@ def warnings(run: SavedRun) -> list[str]:
     return found
 
 
-def _flag(run: SavedRun, test: Any) -> list[str]:
+def _flag(run: SavedRun, test: Callable[[SavedRun, Arm], bool]) -> list[str]:
     return [arm.name for arm in run.trained if test(run, arm)]
 
 
@@ -230,12 +195,6 @@ def _comparisons(run: SavedRun) -> list[str]:
     return paragraphs if len(paragraphs) == 1 else [_paragraph([headline(run)]), *paragraphs]
 
 
-def raw_stream_sentence(run: SavedRun) -> str | None:
-    """The AC excess of the language model's own activations, which that of the codes is to be seen against."""
-    raw = run.arms[0].series("consistency.raw_stream.ac.excess_within")
-    return None if raw is None else f"AC excess of the activations themselves, mean over dimensions: {raw[0]:.3f}."
-
-
 def described(run: SavedRun) -> list[str]:
     """What was run, a sentence each, as far as the saved configuration tells."""
     get = run.setting
@@ -261,24 +220,6 @@ def described(run: SavedRun) -> list[str]:
     return sentences
 
 
-def results_table(run: SavedRun) -> str:
-    """A plain-text table, a row per arm, with a legend below it."""
-    rows = [["arm", *(column.heading for column in COLUMNS)]]
-    rows += [[arm.name, *(column.text(arm) for column in COLUMNS)] for arm in run.arms]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    raw = raw_stream_sentence(run)
-    legend = (
-        "kappa excess, AC excess: lag 1, over the null that shuffles tokens inside a document. beyond position:\n"
-        "kappa over the null that keeps only position. half-life: median over latents, in tokens. alive: fires on\n"
-        "the held-out text at all."
-    )
-    return "\n".join([*lines, "", legend, *([raw] if raw else [])])
-
-
 def matched_tables(run: SavedRun) -> str:
     """The matched comparison with its legend; empty where none was saved."""
     if run.matched is None:
@@ -294,51 +235,6 @@ def write_notes(run_dir: str | Path) -> Path:
     path = run.path / "notes.txt"
     write_atomically(path, notes(run).encode())
     return path
-
-
-def final_info(run: SavedRun) -> dict[str, Any]:
-    """final_info.json in the AI-Scientist shape: per recipe `means`, `stderrs` and `final_info_dict` over its seeds.
-
-    Keys are the dotted keys of metrics.json (`core.fvu`). A standard error is sd / sqrt(n) over n >= 2 seeds; with one
-    seed `stderrs` is empty and `note` says so.
-    """
-    info: dict[str, Any] = {}
-    for group, arms in seed_groups(run).items():
-        per_seed = [dict(_scalars(arm.metrics)) for arm in arms]
-        keys = [key for key in per_seed[0] if all(key in values for values in per_seed)]
-        values = {key: [seed[key] for seed in per_seed] for key in keys}
-        info[group] = {
-            "means": {key: float(np.mean(v)) for key, v in values.items()},
-            "stderrs": {key: standard_error(v) for key, v in values.items()} if len(arms) > 1 else {},
-            "final_info_dict": values,
-            "seeds": [arm.seed for arm in arms],
-        }
-        if len(arms) == 1:
-            info[group]["note"] = "one seed: there is no standard error"
-    return info
-
-
-def write_final_info(run_dir: str | Path) -> Path:
-    """Write final_info.json in a run folder from its metrics.json; return its path."""
-    run = SavedRun.open(run_dir)
-    path = run.path / "final_info.json"
-    write_atomically(path, (json.dumps(final_info(run), indent=1, allow_nan=False) + "\n").encode())
-    return path
-
-
-def _scalars(node: Any, prefix: str = "") -> list[tuple[str, float]]:
-    """Every finite number below the sections of an arm's metrics, by dotted key; lists and the recipe are left out."""
-    found = []
-    for key, value in node.items():
-        if isinstance(value, dict) and key != "recipe":
-            found += _scalars(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            found.append((prefix + key, value))
-    return found
-
-
-def number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def count(tokens: float) -> str:

@@ -7,7 +7,8 @@ from synthetic_run import write_synthetic_run
 
 from legato.answers import answers
 from legato.errors import LegatoError, UsageError
-from legato.notes import final_info, notes, scope, warnings, write_final_info, write_notes
+from legato.final_info import final_info, write_final_info
+from legato.notes import notes, scope, warnings, write_notes
 from legato.results import SavedRun, arms_of
 from legato.verdict import compare, headline
 

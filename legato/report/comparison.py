@@ -9,7 +9,8 @@ from typing import Any
 from legato.cache import write_atomically
 from legato.comparison import compare_runs
 from legato.comparison_table import Table, legend, tables
-from legato.notes import COLUMNS, Column, described, number
+from legato.notes import described
+from legato.overview import COLUMNS, Column, number
 from legato.report.comparability import barriers, joined, places, pooled, settings
 from legato.report.comparison_figures import drawn
 from legato.report.comparison_recipes import Recipe, recipes_of

@@ -10,7 +10,8 @@ from legato.answers import answers
 from legato.cache import write_atomically
 from legato.comparison_table import legend
 from legato.evaluation.offset import offset_lines
-from legato.notes import COLUMNS, ablation_in_words, described, number, raw_stream_sentence, scope, warnings
+from legato.notes import ablation_in_words, described, scope, warnings
+from legato.overview import COLUMNS, number, raw_stream_sentence
 from legato.report.browser import browser_section
 from legato.report.comparability import flat
 from legato.report.embed import json_island, plotly_island, script

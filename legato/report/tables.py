@@ -10,7 +10,7 @@ import numpy as np
 from legato.comparison import bins_ahead
 from legato.comparison_points import ALL, MEASURES
 from legato.comparison_table import Table, tables
-from legato.notes import COLUMNS, Column, number
+from legato.overview import COLUMNS, Column, number
 from legato.report.style import ArmStyle, arm_styles
 from legato.results import Arm, SavedRun
 from legato.verdict import seed_groups, standard_error
