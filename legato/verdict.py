@@ -126,7 +126,7 @@ def _compare(arms: Sequence[Arm], base: Sequence[Arm]) -> Comparison:
     details += [sentence for sentence in (_beyond_position(arms, base), _across_rates(arms[0], base[0])) if sentence]
     mechanism = None
     if outcome == "longer":
-        mechanism, kept = _mechanism(arms, base)
+        mechanism, kept = made_by_itself(arms, base)
         details.append(kept)
     unmatched = ", but not at a matched cost" if outcome == "longer" else ", and not at a matched cost"
     tail = ", at matched sparsity and reconstruction" if matched else unmatched
@@ -135,9 +135,14 @@ def _compare(arms: Sequence[Arm], base: Sequence[Arm]) -> Comparison:
     return Comparison(name, outcome, matched, words[outcome] + tail, tuple(details), times, mechanism)
 
 
-def _mechanism(arms: Sequence[Arm], base: Sequence[Arm]) -> tuple[float | None, str]:
-    """Which share of the gain in kappa excess remains on activations in shuffled order, and that in words."""
+def made_by_itself(arms: Sequence[Arm], base: Sequence[Arm]) -> tuple[float | None, str]:
+    """Which share of a gain in kappa excess remains on activations in shuffled order, and that in words.
+
+    The share is None where it was not measured, and where there is no gain that it could be a share of.
+    """
     ours, theirs, left, left_base = (mean(a, key) for key in (KAPPA_EXCESS, SHUFFLED_EXCESS) for a in (arms, base))
+    if ours is not None and theirs is not None and ours <= theirs:
+        return None, "There is no gain in kappa excess over the baseline."
     if ours is None or theirs is None or left is None or left_base is None:
         return None, "Part of the gain may be made by the mechanism: the control on shuffled text was not run for it."
     share = max(0.0, (left - left_base) / (ours - theirs))

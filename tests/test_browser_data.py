@@ -242,6 +242,8 @@ def test_more_arms_are_added_while_they_fit(tmp_path: Path, monkeypatch: pytest.
     meta, _, arms = islands(str(browser_section(run)))
     assert meta["whole"]
     assert (len(arms), meta["left_out"]) == (3, ["topk"])
+    assert set(meta["mechanism"]) == set(arms)
+    assert "mechanism" in meta["mechanism"]["legato"]
 
 
 def test_a_run_without_passages_says_how_to_get_them(tmp_path: Path) -> None:

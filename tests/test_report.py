@@ -14,16 +14,19 @@ from synthetic_latents import describe_latents
 from synthetic_run import write_synthetic_run
 
 from legato.comparison import write_matched
+from legato.comparison_points import ALL, MEASURES
 from legato.errors import LegatoError, UsageError
 from legato.report.ablation_figures import pareto_front
 from legato.report.comparison import write_comparison
 from legato.report.figures import FIGURES, write_figures
 from legato.report.html import report_html, write_report
 from legato.report.latent_tables import Piece, pieces
+from legato.report.matched_figures import matched_comparison
 from legato.report.plots import plain, rounded, significant
-from legato.report.style import arm_colours, arm_styles
+from legato.report.style import arm_colours, arm_styles, figure_style
 from legato.report.tables import matched_tables, recipe_rows
 from legato.report.tradeoff import cost_scene, outside_in_words
+from legato.report.training_figures import sparsity_fidelity
 from legato.results import SavedRun
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -345,3 +348,35 @@ def test_hostile_tokens_are_shown_as_text(tmp_path):
     page = Page(report_html(SavedRun.open(describe_latents(other, ("baseline",), token=token))))
     assert page.open_tags.count("script") == harmless.open_tags.count("script")
     assert page.text.count("<script>alert(1)</script>") >= 2
+
+
+def test_where_arms_crowd_a_legend_names_them_and_says_what_every_dot_is(tmp_path):
+    names = ("a_arm", "b_arm", "c_arm", "d_arm", "e_arm")
+    run = SavedRun.open(write_synthetic_run(tmp_path / "run_1", named=names, seeds=2))
+    with figure_style():
+        figure = sparsity_fidelity(run)
+    told = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    assert told == ["baseline", *names, "small: another seed"]
+    assert not {text.get_text() for text in figure.axes[0].texts} & set(names)
+
+    few = SavedRun.open(write_synthetic_run(tmp_path / "run_2", grid=True))
+    with figure_style():
+        figure = sparsity_fidelity(few)
+    assert [text.get_text() for legend in figure.legends for text in legend.get_texts()] == ["15 ablation members"]
+    assert {"baseline", "contrastive"} <= {text.get_text() for text in figure.axes[0].texts}
+
+
+def test_ratios_far_apart_have_ticks_apart_and_an_arrow_below_the_floor(tmp_path):
+    def method(ratio):
+        entry = {"ratio": ratio, "interval95_documents": None, "interval95_seeds": None}
+        populations = {ALL: {measure: entry for measure in MEASURES[:2]}}
+        return {"at_l0": {"matched": True, "populations": populations}, "at_fvu": {"matched": False}}
+
+    run = SavedRun.open(write_synthetic_run(tmp_path / "run_1"))
+    ratios = {"persistent": 65.0, "slowness": 0.8, "frozen_decoder": 0.04}
+    run.__dict__["matched"] = {"methods": {name: method(ratio) for name, ratio in ratios.items()}}
+    with figure_style():
+        figure = matched_comparison(run)
+    ax = figure.axes[0]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1×", "3×", "10×", "30×"]
+    assert [line.get_marker() for line in ax.lines].count("<") == 1

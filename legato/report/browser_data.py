@@ -35,6 +35,7 @@ from legato.report.strip_tables import ShownText, StripTable
 from legato.report.style import arm_styles, page_colour
 from legato.results import Arm, SavedRun
 from legato.run_dir import RunDir
+from legato.verdict import made_by_itself
 
 MOST_BYTES = 9_500_000  # in the page, all arms together
 BYTES_A_FIRING = 1.5  # about
@@ -97,6 +98,7 @@ def browser_islands(run: SavedRun) -> Markup:
         "showcase": showcase(
             [(one.arm.name, one.features, one.strips) for one in shown], run.baseline.name if run.baseline else None
         ),
+        "mechanism": {one.arm.name: made_by_itself([one.arm], [run.baseline])[1] for one in shown if run.baseline},
         "words": words.words,
     }
     content = json.dumps(meta, allow_nan=False, separators=(",", ":"), ensure_ascii=False).encode()

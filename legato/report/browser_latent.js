@@ -178,7 +178,7 @@
     return el("div", {class: "pairs"},
       el("p", {class: "facts"}, `${n.toLocaleString("en")} latents of ${own.name} have a close match in ${theirs.name} (decoder cosine above ${
         B.meta.close_match}, both firing 20 times or more). ${Math.round(100 * share)} % of them hold better than their match; the median difference of the `
-        + `kappa excess at lag 1 is ${B.signed(median)}.`),
+        + `kappa excess at lag 1 is ${B.signed(median)}. For ${own.name} as a whole: ${B.meta.mechanism[own.name]}`),
       el("p", {class: "lanes-legend"}, "Bars under the tokens: ", el("span", {}, el("i", {class: "dot", "--colour": own.colour}), `upper ${own.name}`),
         el("span", {}, el("i", {class: "dot", "--colour": theirs.colour}), `lower ${theirs.name}`)),
       group("Drawn at random from these pairs", random),

@@ -184,6 +184,7 @@ def excess_by_firing_rate(run: SavedRun) -> Figure:
                     textcoords="offset points",
                     ha="center",
                     va=side,
+                    rotation=0 if len(tables) <= 4 else 90,
                     fontsize=7,
                     color=MUTED,
                 )

@@ -123,8 +123,8 @@ FIGURES = (
         "position_profiles",
         "position",
         "Profiles over position",
-        "A flat line does not depend on position. First panel: L0 of every arm; then, for each arm, the three latents "
-        "that depend on it most. Bands: 95 %.",
+        "A flat line does not depend on position. First panel: L0 of the arms in colour; then, for the first four, the "
+        "three latents that depend on position most. Bands: 95 %.",
         position_profiles,
     ),
     FigureSpec(

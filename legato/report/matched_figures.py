@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
@@ -15,7 +16,9 @@ from legato.results import SavedRun
 
 _PANELS = ((MEASURES[0], "Kappa excess, times the baseline's", KAPPA_RATIO), (MEASURES[1], "AC excess", AC_RATIO))
 _PLACES = {"at_l0": -0.13, "at_fvu": 0.17}
-_TICKS = (0.25, 0.5, 1, 2, 3, 4, 6, 8, 12, 16)
+_FLOOR = 0.2  # a smaller ratio is an arrow at the edge
+# Ticks for an axis that spans up to so many times its lowest value: more would run into each other.
+_TICKS = ((12.0, (0.25, 0.5, 1, 2, 3, 4, 6, 8, 12)), (300.0, (0.3, 1, 3, 10, 30, 100)), (np.inf, (1, 10, 100, 1000)))
 
 
 def matched_comparison(run: SavedRun) -> Figure:
@@ -32,23 +35,29 @@ def matched_comparison(run: SavedRun) -> Figure:
     figure = Figure(figsize=(WIDTH, 0.3 * len(shown) + 1.15))
     axes = figure.subplots(1, 2, sharey=True)
     for ax, (measure, title, target) in zip(axes, _PANELS, strict=True):
-        ends = [1.0, target]
+        ends, beyond = [1.0, target], []
         for row, (name, found) in enumerate(shown.items()):
             style = styles.get(name, ArmStyle(MUTED, "-", "o"))
             for place, entry in found.items():
                 if measure not in entry:
                     continue
                 ratio, (low, high) = entry[measure]
-                ends += [low, high]
                 y = row + _PLACES[place]
+                if ratio < _FLOOR:
+                    beyond.append((y, style.colour))
+                    continue
+                ends += [low, high]
                 ax.plot([low, high], [y, y], color=style.colour, linewidth=1.3, solid_capstyle="butt")
                 face = style.colour if place == "at_l0" else SURFACE
                 ax.plot(ratio, y, style.marker, color=style.colour, markerfacecolor=face, markersize=5.5)
         ax.axvline(1, color=FAINT, linewidth=1)
         ax.axvline(target, color=MUTED, linewidth=1, linestyle=(0, (4, 2)))
         ax.set_xscale("log")
-        ax.set_xlim(0.9 * max(min(ends), 0.2), 1.12 * max(ends))
-        ticks = [tick for tick in _TICKS if 0.9 * min(ends) <= tick <= 1.12 * max(ends)]
+        left, right = 0.9 * max(min(ends), _FLOOR), 1.12 * max(ends)
+        ax.set_xlim(left, right)
+        for y, colour in beyond:
+            ax.plot(left, y, "<", color=colour, markersize=5, clip_on=False)
+        ticks = [tick for tick in next(few for span, few in _TICKS if right / left <= span) if left <= tick <= right]
         ax.xaxis.set_major_locator(FixedLocator(ticks))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xticklabels([f"{tick:g}×" for tick in ticks])
@@ -77,7 +86,7 @@ def _ratios(method: Mapping[str, Any], place: str) -> dict[str, tuple[float, tup
     found = {}
     for measure, _, _ in _PANELS:
         entry = at["populations"][ALL].get(measure)
-        if entry is not None and entry["ratio"] is not None and entry["ratio"] > 0:
+        if entry is not None and entry["ratio"] is not None:
             low, high = widest(entry) or (entry["ratio"], entry["ratio"])
-            found[measure] = (entry["ratio"], (max(low, 0.05), high))
+            found[measure] = (entry["ratio"], (max(low, _FLOOR), high))
     return found

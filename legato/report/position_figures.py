@@ -67,7 +67,7 @@ def position_profiles(run: SavedRun) -> Figure:
     if curves:
         for name, arm in curves.items():
             _draw_l0(axes[0], arm, styles[name].colour, styles[name].line)
-        axes[0].set_title("L0, all arms")
+        axes[0].set_title("L0")
         axes[0].set_ylim(bottom=0)
     for ax, (name, profiles) in zip(axes[bool(curves) :], bound.items(), strict=False):
         for (latent, rate_L, low_L, high_L), line in zip(profiles, _LINES, strict=False):

@@ -144,7 +144,8 @@ def label_points(
 ) -> None:
     """Write each label beside its point where it covers least; the first listed choose first.
 
-    A label that would cover another label, a labelled point or a line is left out unless it is `required`.
+    A label that would cover another label, a labelled point or a line is left out unless it is `required`; one without
+    text only keeps its point free.
     Call it last: it needs the axes' final limits. lines: points along drawn lines; faint: points that may be covered
     where nothing else is left. All in data coordinates.
     """
@@ -161,6 +162,8 @@ def label_points(
     taken = around([label.point for label in labels], 3 * pixel)
     strokes, dots = around(lines, pixel), around(faint, 2 * pixel)
     for label in labels:
+        if not label.text:
+            continue
         [(x, y)] = ax.transData.transform([label.point])
         width, height = 0.62 * len(label.text) * _LABEL_SIZE * pixel, 1.15 * _LABEL_SIZE * pixel
 

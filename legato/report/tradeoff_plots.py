@@ -83,13 +83,16 @@ def _plot(
         "xaxis": {"title": {"text": titles[0]}, "range": [x0, x1]},
         "yaxis": {"title": {"text": titles[1]}, "range": [y0, y1]},
     }
-    hollow = "Hollow: controls, made of a trained SAE without training." if any(not a.trained for a in others) else ""
+    grey = sum(arm.trained and arm.group not in of_group for arm in others)
+    dots = [f"Grey: {grey} further SAEs, named where you point at them."] if grey else []
+    dots += ["Small: another seed."] if any(arm.trained and arm.group in of_group for arm in others) else []
+    dots += ["Hollow: controls, made of a trained SAE without training."] if any(not a.trained for a in others) else []
     return Plot(
         [View("", [Panel(traces, layout)])],
         height=420,
         columns=1,
         keys=keys_of(run.highlighted, styles),
-        note=" ".join(text for text in (hollow, note) if text),
+        note=" ".join([*dots, note]).strip(),
     )
 
 

@@ -3,6 +3,7 @@
 import itertools
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -97,19 +98,23 @@ def draw_arm_points(
     further_labels: Sequence[PointLabel] = (),
     lines: Sequence[tuple[float, float]] = (),
 ) -> None:
-    """Scatter the arms of a scene: grid members faint, controls hollow, each sweep over k joined, the named labelled.
+    """Scatter the arms of a scene: grid members faint, controls hollow, each sweep over k joined.
 
-    What lies outside is an arrow at the edge.
+    The named arms are labelled where they are few, else told apart in the legend, which also says what the other dots
+    are. What lies outside is an arrow at the edge.
     """
     styles, points = arm_styles(run.highlighted), found.inside
     of_group = {arm.group: styles[arm.name] for arm in run.highlighted}
     labels, covered = [], list(lines)
+    few = sum(arm.name in points for arm in run.highlighted) <= _MOST_LABELLED
     for arm in run.highlighted:
         if arm.name in points:
             style = styles[arm.name]
             x, y = points[arm.name]
             ax.scatter(x, y, s=46, c=style.colour, marker=style.marker, linewidths=0, zorder=4)
-            labels.append(PointLabel((x, y), arm.name, style.colour))
+            # A point without text is one that no other label may cover.
+            labels.append(PointLabel((x, y), arm.name if few else "", style.colour))
+    _point_legend(ax, run, found, named=not few)
     faint = []
     for arm in run.arms:
         if arm.name not in points or arm in run.highlighted or arm.role == "sweep":
@@ -132,12 +137,46 @@ def draw_arm_points(
             for k, (role, point) in by_k.items()
             if role == "sweep"
         ]
+    for group in dict.fromkeys(arm.group for arm in run.arms if arm.role == "named" and arm.group not in of_group):
+        seeds = [points[arm.name] for arm in run.arms if arm.group == group and arm.name in points]
+        if seeds:
+            x, y = np.mean(seeds, axis=0)
+            labels.append(PointLabel((float(x), float(y)), group, MUTED, required=False))
     for name in found.outside:
         x, y, side = found.at_edge(name)
         ax.scatter(x, y, s=30, c=MUTED, marker=_ARROWS[side], linewidths=0, clip_on=False, zorder=5)
     ax.set(xlim=found.limits[0], ylim=found.limits[1])
     ax.grid(True, axis="both")
     label_points(ax, [*labels, *further_labels], lines=covered, faint=faint)
+
+
+_MOST_LABELLED = 4
+
+
+def _point_legend(ax: Axes, run: SavedRun, found: Scene, *, named: bool) -> None:
+    """What the dots of a scene are, above the figure. named: the highlighted arms too, which then bear no labels."""
+    styles = arm_styles(run.highlighted)
+    groups = {arm.group for arm in run.highlighted}
+    shown = [arm for arm in run.arms if arm.name in found.inside and arm not in run.highlighted]
+    grey = [arm for arm in shown if arm.trained and arm.group not in groups and arm.role != "sweep"]
+    entries: dict[str, dict[str, Any]] = {
+        arm.name: {"color": styles[arm.name].colour, "marker": styles[arm.name].marker, "markersize": 6.5}
+        for arm in run.highlighted
+        if named and arm.name in found.inside
+    }
+    if any(arm.trained and arm.group in groups for arm in shown):
+        entries["small: another seed"] = {"color": MUTED, "marker": "o", "markersize": 3.5}
+    if grey:
+        entries[_background_label(grey)] = {"color": FAINT, "marker": "o", "markersize": 4}
+    if any(not arm.trained for arm in shown):
+        entries["controls (no training)"] = {"color": MUTED, "marker": "o", "markerfacecolor": SURFACE}
+    figure = ax.get_figure(root=True)
+    if entries and figure is not None:
+        handles = [Line2D([], [], linestyle="", **look) for look in entries.values()]
+        columns = max(1, min(4, len(entries), int(WIDTH / (0.5 + 0.08 * max(map(len, entries))))))
+        figure.legend(
+            handles, list(entries), loc="outside upper left", ncols=columns, columnspacing=1.4, handlelength=1
+        )
 
 
 _ARROWS = {"right": ">", "left": "<", "above": "^", "below": "v"}
