@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from legato.checksums import made_sense_of
 from legato.errors import LegatoError, UsageError
 from legato.report.comparison import write_comparison
 from legato.results import SavedRun
@@ -36,8 +37,9 @@ def compare(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     runs = {labels.get(path.name, path.name): SavedRun.open(path) for path in options.runs or _found(here)}
     try:
-        for path in write_comparison(runs, options.out).values():
-            print(path)
+        with made_sense_of([run.path for run in runs.values()]):
+            for path in write_comparison(runs, options.out).values():
+                print(path)
     except OSError as error:
         raise UsageError(f"{options.out} cannot be written ({error.strerror}): choose another --out") from error
 

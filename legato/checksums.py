@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from legato.cache import sha256_file, sha256_files, sha256_json, write_atomically
 from legato.errors import LegatoError, UsageError
-from legato.reading import read_json
+from legato.reading import one_line, read_json
 
 FILENAME = "checksums.json"  # RunDir.checksums
 FORMAT = "legato-run-1"
@@ -40,7 +40,7 @@ class Checksums:
         try:
             files, digest = content["files"], content["sha256"]
             whole = content["format"] == FORMAT and digest == sha256_json(files) and isinstance(files, dict)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, RecursionError) as error:
             raise LegatoError(f"{path} is damaged: delete it to read the run unchecked") from error
         if not whole:
             raise LegatoError(f"{path} is damaged, or of another version: delete it to read the run unchecked")
@@ -115,6 +115,22 @@ def rebuilding(root: Path, places: Sequence[str] = DERIVED) -> Iterator[None]:
     yield
     rebuilt = [name for name in _files(root) if _is_in(name, places)]
     Checksums(root, {**kept, **_hashed(root, rebuilt)}).write()
+
+
+@contextmanager
+def made_sense_of(roots: Sequence[Path]) -> Iterator[None]:
+    """Within it the content of runs is relied on: where nothing vouches for one of them, an error is its files' fault,
+    and becomes a LegatoError; where all are sealed it is Legato's own, and passes."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        unsealed = [root for root in roots if not (root / FILENAME).is_file()]
+        if not unsealed:
+            raise
+        raise LegatoError(
+            f"{unsealed[0]} holds results that no run writes ({type(error).__name__}: {one_line(error)}): "
+            "restore its files, or run it again"
+        ) from error
 
 
 def is_derived(name: str) -> bool:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from legato import bench_sae, check_run, distributed, exchange_sae, judge_sae, synthetic
-from legato.checksums import rebuilding
+from legato.checksums import made_sense_of, rebuilding
 from legato.command import run_command
 from legato.comparison import compare_runs, write_json, write_matched
 from legato.comparison_table import legend, tables
@@ -46,7 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     command = COMMANDS[options.command]
-    return run_command(lambda _: command.run(options), debug=options.debug, go_on=command.go_on)
+
+    def run() -> None:
+        with made_sense_of(getattr(options, "runs", ())):
+            command.run(options)
+
+    return run_command(lambda _: run(), debug=options.debug, go_on=command.go_on)
 
 
 class _Parser(argparse.ArgumentParser):

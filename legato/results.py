@@ -19,6 +19,7 @@ from legato.checksums import check_one, check_read
 from legato.errors import LegatoError, UsageError
 from legato.reading import read_arrays, read_json, read_table, read_yaml
 from legato.run_dir import RunDir
+from legato.saved_metrics import read_metrics
 
 MAX_HIGHLIGHTED = 7  # as many as a reader tells apart by colour, line style and marker
 _GRID_NAME = re.compile(r"^(?P<term>[a-z_]+?)_w(?P<window>\d+)_c(?P<coefficient>\d+(\.\d+)?(e[+-]?\d+)?)$")
@@ -109,11 +110,7 @@ class SavedRun:
         if not os.path.isfile(metrics_path):
             raise UsageError(f"{path} is not a finished run: it has no metrics.json")
         check_read(path)
-        metrics = read_json(metrics_path)
-        if not isinstance(metrics, dict) or not metrics or not all(isinstance(m, dict) for m in metrics.values()):
-            raise LegatoError(f"{metrics_path} holds no arm; run the evaluation again")
-        if paths := [name for name in metrics if not name or name.startswith(".") or set(name) & set("/\\\0")]:
-            raise LegatoError(f"{metrics_path} names an arm {paths[0]!r}, which is a path: rename it")
+        metrics = read_metrics(metrics_path)
         config_path = RunDir(path).config
         config: Any = {}
         if config_path.is_file():

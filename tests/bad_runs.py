@@ -45,6 +45,21 @@ def _recipe(**changes: object) -> Callable[[Path], object]:
     return change
 
 
+def _set(value: object, *keys: str | int) -> Callable[[Path], object]:
+    """One entry of the arm contrastive in metrics.json."""
+
+    def change(folder: Path) -> None:
+        path = folder / "metrics.json"
+        metrics = json.loads(path.read_text())
+        node = metrics["contrastive"]
+        for key in keys[:-1]:
+            node = node[key]
+        node[keys[-1]] = value
+        path.write_text(json.dumps(metrics))
+
+    return change
+
+
 def _flipped(name: str, at: int = -20) -> Callable[[Path], object]:
     def change(folder: Path) -> None:
         content = bytearray((folder / name).read_bytes())
@@ -78,6 +93,10 @@ def _features(**columns: list[object]) -> Callable[[Path], object]:
     return lambda folder: pq.write_table(pa.table(columns), folder / "features" / "baseline.parquet")
 
 
+def _nested(depth: int) -> object:
+    return [_nested(depth - 1)] if depth else 1
+
+
 # Nine lists of the list before, nine times over.
 _LAUGHS = "a: &a [x]\n" + "".join(
     f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
@@ -102,6 +121,22 @@ _DAMAGED: list[tuple[str, Callable[[Path], object], tuple[str, ...], int]] = [
     ("a window of words", _recipe(window="wide"), ("metrics.json is damaged: the recipe of an arm",), 1),
     ("a coefficient of words", _recipe(coefficient=[1]), ("metrics.json is damaged: the recipe of an arm",), 1),
     ("a seed without end", _recipe(seed=1e999), ("metrics.json is damaged: the recipe of an arm",), 1),
+    (
+        "a section of words",
+        _set("all of it", "core"),
+        ("metrics.json is damaged: contrastive has a section 'core'",),
+        1,
+    ),
+    ("a section that is a list", _set([1], "training"), ("metrics.json is damaged: contrastive has a section",), 1),
+    ("a recipe that is a number", _set(3, "training", "recipe"), ("contrastive has a recipe that is none",), 1),
+    ("a role that is a list", _recipe(role=["named"]), ("contrastive has a recipe whose role is no word",), 1),
+    ("a method that is a number", _recipe(method=3), ("contrastive has a recipe whose method is no word",), 1),
+    ("more tokens than are", _set(10**30, "core", "tokens"), ("contrastive has 1000000000", "for core.tokens"), 1),
+    ("bins that are a number", _set(3, "consistency", "by_rate_bin"), ("that holds no bins of firing rates",), 1),
+    ("bins of nothing", _set([{}], "consistency", "by_rate_bin"), ("that holds no bins of firing rates",), 1),
+    ("a bin of words", _set("a", "consistency", "by_rate_bin", 0, "bin"), ("holds no bins of firing rates",), 1),
+    ("a bin with one edge", _set([0.1], "consistency", "by_rate_bin", 0, "bin"), ("no bins of firing rates",), 1),
+    ("a nested entry", _set(_nested(600), "core", "fvu"), ("metrics.json is damaged",), 1),
     ("config.yaml damaged", _write("config.yaml", "config: [1, 2"), ("config.yaml is damaged",), 1),
     ("config.yaml with code", _write("config.yaml", "a: !!python/object/apply:os.system [ls]"), ("config.yaml",), 1),
     ("config.yaml of laughs", _write("config.yaml", _LAUGHS), ("config.yaml is damaged: it holds an alias",), 1),

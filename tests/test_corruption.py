@@ -17,7 +17,7 @@ from small_experiment import RESULTS, SmallExperiment, small_experiment
 from tiny_models import save_tiny_model, tiny_tokenizer
 
 from legato.activation_store import ActivationStore
-from legato.checksums import DERIVED, EXEMPT, UNREAD, check_all
+from legato.checksums import DERIVED, EXEMPT, UNREAD, check_all, made_sense_of, seal
 from legato.cli import main
 from legato.demo_model import cached_folder
 from legato.errors import LegatoError
@@ -26,6 +26,7 @@ from legato.interop.formats import export
 from legato.language_model import LanguageModel
 from legato.results import SavedRun
 from legato.sae import SparseAutoencoder
+from legato.sealed import read_sealed
 from legato.text import Document
 from legato.tokens import tokenise
 
@@ -254,6 +255,26 @@ def test_every_file_of_a_converted_model(tmp_path):
         cached_folder(folder, fill)
         assert len(filled) == number, (name, done)
         assert {name: (folder / name).read_bytes() for name in files_of(folder)} == whole
+
+
+def test_what_cannot_be_made_sense_of_is_the_files_fault_unless_the_run_is_sealed(tmp_path):
+    def read(root: Path) -> None:
+        with made_sense_of([root]):
+            json.loads((root / "metrics.json").read_text())["baseline"]["core"].lower()
+
+    (tmp_path / "metrics.json").write_text('{"baseline": {"core": {}}}')
+    with pytest.raises(LegatoError, match=r"holds results that no run writes \(AttributeError: .*run it again"):
+        read(tmp_path)
+    seal(tmp_path)
+    with pytest.raises(AttributeError):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "null", "3", '{"sha256": 7}', '{"a": ' * 10**5, b"\xff\xfe"])
+def test_a_sealed_file_that_says_nothing(tmp_path, content):
+    path = tmp_path / "progress.json"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    naming("progress.json", lambda: read_sealed(path, kind="any"))
 
 
 @pytest.mark.parametrize("manifest", ["", "[]", "{}", "null", "3", '{"config.json": 7}', '{"a": ' * 10**5])
