@@ -266,7 +266,8 @@ def test_how_rows_are_batched_does_not_matter_but_to_saebench():
     for part in ("core", "consistency", "position"):
         for key, value in together[part].items():
             if isinstance(value, float):
-                assert apart[part][key] == pytest.approx(value, rel=1e-9), key
+                # The model's float32 logits round by how many rows it is given.
+                assert apart[part][key] == pytest.approx(value, rel=1e-7), key
     np.testing.assert_allclose(apart["features"]["ac1"], together["features"]["ac1"], rtol=1e-9)
     np.testing.assert_array_equal(apart["arrays"]["position_matrix"], together["arrays"]["position_matrix"])
 
