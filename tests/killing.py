@@ -20,6 +20,18 @@ POLL_SECONDS = 0.002
 PATIENCE_SECONDS = 300.0
 PRELOADED = ["legato.train_stage", "legato.comparison", "legato.notes", "legato.report.html", "legato.report.figures"]
 TIMES = ("wall_seconds", "tokens_per_second")
+MEMBERS = "--temporal=hysteresis,tsae,gated,shuffled"
+OPTIONS = {
+    "context_length": 16,
+    "held_out": 0.3,
+    "batch_rows": 4,
+    "d_sae": 64,
+    "k": 4,
+    "eval_rows": 16,
+    "ce_rows": 2,
+    "controls": "ema",
+    "checkpoint_minutes": 0,
+}
 
 Moment = Callable[["Attempt"], bool]
 
@@ -154,6 +166,12 @@ def _timeless(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: _timeless(entry) for key, entry in tree.items() if key not in TIMES}
     return [_timeless(entry) for entry in tree] if isinstance(tree, list) else tree
+
+
+def flags_of(model: Path, dataset: Path, *, tokens: int) -> list[str]:
+    """A short experiment without the ablation; the arms are up to the test."""
+    options = {"model": model, "dataset": dataset, "tokens": tokens, **OPTIONS}
+    return [*(f"--{name}={value}" for name, value in options.items()), "--no-ablation"]
 
 
 def path_for_children() -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from killing import differences, path_for_children, results
+from killing import MEMBERS, differences, flags_of, path_for_children, results
 from ranks import ends, free_port, run_ranks, start_ranks
 from safetensors.torch import load_file
 from small_experiment import ROOT, experiment_main, write_corpus
@@ -21,20 +21,6 @@ from legato import distributed, store_format
 from legato.checkpoint import Checkpoint
 from legato.report import figures, html
 from legato.sae import SparseAutoencoder
-
-OPTIONS = {
-    "context_length": 16,
-    "held_out": 0.3,
-    "tokens": 1200,
-    "batch_rows": 4,
-    "d_sae": 64,
-    "k": 4,
-    "eval_rows": 16,
-    "ce_rows": 2,
-    "controls": "ema",
-    "checkpoint_minutes": 0,
-}
-MEMBERS = "--temporal=hysteresis,tsae,gated,shuffled"
 
 
 def experiment(flags: list[str], cache: Path, dies: tuple[int, int] | None = None, signum: int = signal.SIGKILL) -> int:
@@ -59,8 +45,7 @@ def experiment(flags: list[str], cache: Path, dies: tuple[int, int] | None = Non
 def flags(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("experiment")
     save_tiny_model(folder / "model", "gpt2", pad_token_id=None)
-    options = {"model": folder / "model", "dataset": write_corpus(folder / "corpus"), **OPTIONS}
-    return [*(f"--{name}={value}" for name, value in options.items()), "--no-ablation"]
+    return flags_of(folder / "model", write_corpus(folder / "corpus"), tokens=1200)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,26 +10,13 @@ from itertools import count
 
 import numpy as np
 import pytest
-from killing import Attempt, Killable, differences, path_for_children, results
+from killing import MEMBERS, Attempt, Killable, differences, flags_of, path_for_children, results
 from small_experiment import write_corpus
 from tiny_models import save_tiny_model
 
 from legato.checksums import check_all
 
 LONGEST_DELAY = 0.5  # seconds
-ARMS = "--temporal=hysteresis,tsae,gated,shuffled"
-OPTIONS = {
-    "context_length": 16,
-    "held_out": 0.3,
-    "tokens": 3000,
-    "batch_rows": 4,
-    "d_sae": 64,
-    "k": 4,
-    "eval_rows": 16,
-    "ce_rows": 2,
-    "controls": "ema",
-    "checkpoint_minutes": 0,
-}
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +26,7 @@ def flags(tmp_path_factory) -> list[str]:
     corpus = write_corpus(folder / "corpus")
     gguf = folder / "model.gguf"
     gguf.write_bytes(b"what `model` stands for")
-    options = {"model": gguf, "dataset": corpus, **OPTIONS}
-    return [*(f"--{name}={value}" for name, value in options.items()), "--no-ablation", ARMS]
+    return [*flags_of(gguf, corpus, tokens=3000), MEMBERS]
 
 
 @pytest.fixture(scope="module")
