@@ -10,7 +10,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from killing import MEMBERS, differences, flags_of, path_for_children, results
 from ranks import ends, free_port, run_ranks, start_ranks
 from safetensors.torch import load_file
@@ -118,18 +117,13 @@ def test_a_run_divided_by_latents_goes_on_with_any_number_of_ranks(flags, tmp_pa
         folder = tmp_path / f"by_{n_ranks}"
         shutil.copytree(killed, folder)
         found = finished(n_ranks, options, folder)
-        assert "after step 8" in (folder / "rank_0.txt").read_text()
+        assert "going on with 2 of them after step" in (folder / "rank_0.txt").read_text()
         if n_ranks == 3:
             assert differences(found, uninterrupted) == []
         for name, sae in saes(folder / "run").items():
             for field in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"):
-                torch.testing.assert_close(
-                    getattr(sae, field),
-                    getattr(weights[name], field),
-                    rtol=1e-4,
-                    atol=1e-5,
-                    msg=f"{n_ranks} {name} {field}",
-                )
+                value, expected = getattr(sae, field), getattr(weights[name], field)
+                assert float((value - expected).norm()) < 1e-3 * float(expected.norm()), (n_ranks, name, field)
 
 
 def saes(run: Path) -> dict[str, SparseAutoencoder]:
