@@ -65,13 +65,13 @@ def test_a_failing_member_is_reported_and_the_exit_code_says_so(small):
 
 
 def test_an_sae_that_fires_nowhere_is_reported_and_the_others_are_judged(small, monkeypatch):
-    finish = SAETrainer.finish
+    finish = SAETrainer.finish_on_first
 
     def silent(trainer, *rest):
         sae = finish(trainer, *rest)
         return replace(sae, b_enc=sae.b_enc - 1e6) if trainer.arm.name == "matryoshka" else sae
 
-    monkeypatch.setattr(SAETrainer, "finish", silent)
+    monkeypatch.setattr(SAETrainer, "finish_on_first", silent)
     assert small.run("--temporal=matryoshka,hysteresis", "--controls=ema,hysteresis") == 1
     assert "1 arms failed (matryoshka)" in small.capture.readouterr().err
     metrics = json.loads((small.out_dir / "metrics.json").read_text())
