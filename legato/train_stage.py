@@ -142,7 +142,7 @@ def _passes(
     started = distributed.merged(dict.fromkeys(saved.bank.names, None)) if saved else {}
     new = [arm for arm in missing if arm.name not in started]
     passes = distributed.from_writer(
-        lambda: _planned(new, source.d_in, training.batch_rows * source.context_length, shard_latents)
+        lambda: planned(new, source.d_in, training.batch_rows * source.context_length, shard_latents)
     )
     say(
         f"training: {len(missing)} SAEs of {training.d_sae:,} latents in {len(passes) + bool(saved)} pass(es), "
@@ -251,11 +251,11 @@ def _training_metrics(trainer: SAETrainer, n_valid: int) -> dict[str, Any]:
     }
 
 
-def _planned(
+def planned(
     bank: Sequence[ArmConfig], d_in: int, tokens_per_batch: int, shard_latents: bool
 ) -> list[tuple[list[ArmConfig], bool]]:
     """Passes, and whether the latents of their members are divided over the ranks: those of SAEs that do not fit
-    otherwise, or of all."""
+    otherwise, or of all. Raises LegatoError where one does not fit either way."""
     ranks, here = distributed.size(), distributed.local_size()
     limit = MEMORY_SHARE * psutil.virtual_memory().available
 

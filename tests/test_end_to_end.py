@@ -10,12 +10,12 @@ import pytest
 from small_experiment import without_pages
 
 import legato.train_stage
-from legato import SparseAutoencoder
+from legato import SparseAutoencoder, distributed
 from legato.config import ExperimentConfig
 from legato.errors import LegatoError
 from legato.recipes import arms
 from legato.train import SAETrainer
-from legato.train_stage import split_to_fit
+from legato.train_stage import planned, split_to_fit
 
 FOLDERS = {"saes", "eval_results", "features", "arrays", "figures"}
 FILES = {"config.yaml", "log.jsonl", "metrics.json", "final_info.json", "notes.txt", "report.html", "ablation.csv"}
@@ -104,3 +104,16 @@ def test_a_bank_that_does_not_fit_is_trained_in_several_passes(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
     with pytest.raises(LegatoError, match="lower --d_sae or free memory"):
         split_to_fit(bank, 640, 2048)
+
+
+@pytest.mark.parametrize(("free_mib", "sharded"), [(600, False), (120, True)])
+def test_latents_are_divided_over_the_ranks_where_an_sae_fits_no_other_way(free_mib, sharded, monkeypatch):
+    bank = arms(ExperimentConfig.from_options("demo", {}), d_in=640)[:1]
+    monkeypatch.setattr(distributed, "size", lambda: 4)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free_mib * 2**20))
+    assert planned(bank, 640, 2048, shard_latents=False) == [(bank, sharded)]
+    assert planned(bank, 640, 2048, shard_latents=True) == [(bank, True)]
+    monkeypatch.setattr(distributed, "size", lambda: 1)
+    if sharded:
+        with pytest.raises(LegatoError, match="lower --d_sae or free memory"):
+            planned(bank, 640, 2048, shard_latents=False)
