@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from legato.results import Arm, SavedRun
 from legato.verdict import KAPPA_EXCESS, SHUFFLED_EXCESS, Comparison, compare, joined, mean, seed_groups
 
-SAME_COST = (
-    0.02  # relative: what FVU, CE score and alive latents may lose and still be called as good as the baseline's
-)
+# Relative: what FVU, CE score and alive latents may lose and still be called as good as the baseline's.
+SAME_COST = 0.02
 KINDS_TOLD = 3
 
 _COSTS = (("core.fvu", "FVU", -1), ("core.ce_loss_score", "CE score", 1), ("core.frac_alive", "alive latents", 1))

@@ -163,7 +163,7 @@ class Sharded(_Several):
     divides them."""
 
     def held(self, n_latents: int) -> slice:
-        block = -(-n_latents // self.size)
+        block = block_of(n_latents, self.size)
         if block * (self.size - 1) >= n_latents:
             raise UsageError(f"{n_latents} latents cannot be divided over {self.size} ranks: start fewer of them")
         return slice(block * self.rank, min(block * (self.rank + 1), n_latents))
@@ -177,7 +177,7 @@ class Sharded(_Several):
         return tuple(column[order] for column in by_rank)
 
     def owner(self, token_P: Array, latent_P: Array, shape: tuple[int, int]) -> Array:
-        return latent_P // -(-shape[1] // self.size)
+        return latent_P // block_of(shape[1], self.size)
 
     def of_latents(self, own: Array) -> Array:
         return united(own)
@@ -214,6 +214,11 @@ class Sharded(_Several):
 
     def whole(self, tensor_H: Tensor) -> Tensor:
         return distributed.rows_on_writer(tensor_H)
+
+
+def block_of(n_latents: int, size: int) -> int:
+    """The latents that a rank holds of an SAE divided over `size` ranks, but for the last one, which may hold fewer."""
+    return -(-n_latents // size)
 
 
 def check_shards(n_latents: int) -> None:

@@ -58,8 +58,7 @@ class Manifest:
         cls, key: str, *, n_rows: int, context_length: int, d_in: int, dtype: torch.dtype, provenance: dict[str, Any]
     ) -> "Manifest":
         """Of a store without shards yet, which are to have some 64 MiB each, or a row where that is more."""
-        row_bytes = context_length * (d_in * dtype.itemsize + 9)
-        rows_per_shard = max(1, SHARD_BYTES // row_bytes)
+        rows_per_shard = max(1, SHARD_BYTES // _row_bytes(context_length, d_in, dtype))
         name = next(name for name, known in DTYPES.items() if known == dtype)
         return cls(key, n_rows, context_length, d_in, name, rows_per_shard, provenance, {})
 
@@ -91,7 +90,7 @@ class Manifest:
         for name in ("n_rows", "context_length", "d_in", "rows_per_shard"):
             if type(value := getattr(self, name)) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}")
-        row_bytes = self.context_length * (self.d_in * DTYPES[self.dtype].itemsize + 9)
+        row_bytes = _row_bytes(self.context_length, self.d_in, DTYPES[self.dtype])
         if row_bytes > MAX_ROW_BYTES or -(-self.n_rows // self.rows_per_shard) > MAX_SHARDS:
             raise ValueError(f"{self.n_rows} rows of {row_bytes} bytes, {self.rows_per_shard} a shard")
         if type(self.key) is not str or type(self.provenance) is not dict:
@@ -152,6 +151,11 @@ class Manifest:
             return False
         with shard.open("rb") as file:
             return file.read(len(layout.header)) == layout.header
+
+
+def _row_bytes(context_length: int, d_in: int, dtype: torch.dtype) -> int:
+    """Of the four tensors: an activation, two int32 and a bool a position."""
+    return context_length * (d_in * dtype.itemsize + 9)
 
 
 def _manifest_name(rank: int | str) -> str:

@@ -22,7 +22,7 @@ from legato.guard import StepGuard
 from legato.hardware import fast_matmul_dtype
 from legato.kernels import LatentOrder
 from legato.sae import SparseAutoencoder
-from legato.sharing import WHOLE, Share
+from legato.sharing import WHOLE, Share, block_of
 from legato.sparsity import Preactivations
 from legato.step import PER_LATENT, Parameters, StepResult, TrainBatch, Workspace, forward_backward
 
@@ -304,7 +304,7 @@ def bank_bytes(arms: Sequence[ArmConfig], d_in: int, tokens_per_batch: int, shar
     dtype, and its part of the shared buffers if it is the widest (pre-activations, gradients). shards: ranks that its
     latents are divided over; it is then what one of them needs."""
     low = torch.finfo(fast_matmul_dtype()).bits // 8
-    held = [-(-arm.d_sae // shards) for arm in arms]
+    held = [block_of(arm.d_sae, shards) for arm in arms]
     batch = (3 if shards == 1 else 6) * tokens_per_batch * d_in * 4  # with the parts of the sum over the ranks
     shared = tokens_per_batch * max(held) * low + 2 * max(held) * d_in * 4 + batch
     return [shared // len(arms) + n_latents * d_in * (6 * 4 + low) for n_latents in held]
