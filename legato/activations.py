@@ -21,6 +21,7 @@ from torch import Tensor
 from legato import distributed
 from legato.cache import sha256_json
 from legato.errors import LegatoError
+from legato.hardware import single_threaded
 from legato.language_model import LanguageModel
 from legato.store_format import FORMAT
 from legato.tokens import TokenSet
@@ -238,6 +239,7 @@ class Normaliser:
     scale: float
 
     @classmethod
+    @single_threaded()
     def fit(cls, source: ActivationSource, *, max_rows: int = NORMALISER_ROWS) -> "Normaliser":
         """From the valid positions of up to `max_rows` rows drawn at random; sums in float64.
 

@@ -9,10 +9,7 @@ Shape legend: B rows (contexts), L positions, D width, N flat tokens, H head wid
 """
 
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
-from threading import Barrier
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from legato import fused_kernels as kernels
+from legato.hardware import on_each_core
 
 TOKENS_A_TASK = 512
 MAX_CONTEXT = 2048  # beyond it the matrix of scores outgrows the caches, and flash attention is the better way
@@ -240,11 +238,7 @@ class FusedDecoder:
                 for layer in layers:
                     layer.run(rows_BLD.view(-1, D), *ropes[layer.rope])
 
-        if torch.get_num_threads() == 1 or len(tasks) == 1:
-            for task in tasks:
-                through_layers(task)
-        else:
-            list(_workers(torch.get_num_threads()).map(through_layers, tasks))
+        on_each_core(through_layers, tasks)
         return hidden_BLD
 
     def _rope(self, kind: str, hidden_BLD: Tensor, first_position: int) -> tuple[Any, Any]:
@@ -269,19 +263,3 @@ def _activation_name(config: Any) -> str:
     return (
         getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None) or config.activation_function
     )
-
-
-@cache
-def _workers(n_threads: int) -> ThreadPoolExecutor:
-    """That many threads, in each of which torch uses one core only."""
-    pool = ThreadPoolExecutor(n_threads, "fused-decoder")
-    all_started = Barrier(n_threads)
-
-    def settle() -> None:
-        torch.set_num_threads(1)
-        all_started.wait()
-
-    for settled in [pool.submit(settle) for _ in range(n_threads)]:
-        settled.result()
-    torch.set_num_threads(n_threads)  # for threads started later: what the workers set holds for those as well
-    return pool

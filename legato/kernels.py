@@ -445,9 +445,10 @@ def gradients(
     gW_enc_FD: Array,
     gW_dec_FD: Array,
     gb_enc_F: Array,
-) -> float:
+) -> Array:
     """Gradients of scale/2 * (sum over groups of weight * ||residual||^2) plus the term whose derivative by code q is
-    extra_Q, written in place, each decoder row's without its part along the (unit) row; returns their squared norm.
+    extra_Q, written in place, each decoder row's without its part along the (unit) row; returns their
+    squared norms by latent (float64).
 
     For an active pair the code is its pre-activation, so d/d code = scale * <W_dec_f, pull_n> + extra; that number
     times x_n is the encoder's share, the decoder's is scale * code * pull_n. Inactive latents get zero. Latents in
@@ -474,7 +475,7 @@ def gradients(
         gb_enc_F,
         squared_F,
     )
-    return float(squared_F.sum())
+    return squared_F
 
 
 def adam(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from legato import kernels
-from legato.hardware import fast_matmul_dtype
+from legato.hardware import fast_matmul_dtype, fixed_matmul
 from legato.persistence import carry
 from legato.sequences import SequenceLayout
 from legato.sparsity import Preactivations
@@ -52,7 +52,7 @@ class Nominator:
         low_W_enc_FD = self._low_W_enc_FD
         dtype = low_W_enc_FD.dtype
         pre = Preactivations(
-            torch.addmm(self.bias_F.to(dtype), x_ND.to(dtype), low_W_enc_FD.T),
+            fixed_matmul(x_ND.to(dtype), low_W_enc_FD.T, self.bias_F.to(dtype)),
             x_ND.numpy(),
             self.W_enc_FD.numpy(),
             self.bias_F.numpy(),

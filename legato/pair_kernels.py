@@ -110,9 +110,9 @@ def add_rows(
     seeded_F: Array,
     out_FD: Array,
     unit_FD: Array | None = None,
-) -> float:
+) -> Array:
     """out_f = sum of weight_q * source[group of f, token of q] over the pairs of latent f, written in place; returns
-    the squared norm of all of it.
+    its squared norms by latent (float64).
 
     Latents in seeded_F (bool) start from what out_FD holds for them. unit_FD: leave out the part along these rows.
     """
@@ -125,7 +125,7 @@ def add_rows(
     _add_rows(
         source_GND, ends_G, order.ptr_F, order.token_Q, weight_Q, cuts_T, seeded_F, tangent, unit, out_FD, squared_F
     )
-    return float(squared_F.sum())
+    return squared_F
 
 
 def sum_by_latent(latent_P: Array, value_P: Array, n_latents: int) -> Array:

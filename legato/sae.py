@@ -16,6 +16,7 @@ from legato import kernels, stateful
 from legato.activations import ActivationBatch, Normaliser
 from legato.codes import SparseCodes
 from legato.errors import LegatoError, UsageError
+from legato.hardware import fixed_matmul
 from legato.interop.formats import read_sae
 from legato.interop.hub_files import local_copy
 from legato.interop.saelens_folder import write_saelens_folder
@@ -153,7 +154,8 @@ class SparseAutoencoder:
 
     def _nominator(self) -> Nominator | None:
         """None where a threshold is not positive, or whole windows decide."""
-        centre_F = self.b_dec @ self.W_enc  # activations less b_dec have smaller numbers, which round less
+        # activations less b_dec have smaller numbers, which round less
+        centre_F = fixed_matmul(self.b_dec[None], self.W_enc)[0]
         gain_F = offset_F = None
         if self.b_gate is not None and self.r_mag is not None:
             bias_F, gain_F = torch.zeros_like(centre_F), self.r_mag.exp()
@@ -187,13 +189,14 @@ class SparseAutoencoder:
         leak, tail and r_mag have no unit. A bias also takes up the mean.
         """
         mean_D, scale = normaliser.mean_D, normaliser.scale
+        shift_F = fixed_matmul(mean_D[None], self.W_enc)[0]
         gain = 1.0 if self.r_mag is None else self.r_mag.exp()
         return replace(
             self,
-            b_enc=self.b_enc / scale - mean_D @ self.W_enc * gain,
+            b_enc=self.b_enc / scale - shift_F * gain,
             b_dec=mean_D + self.b_dec / scale,
             threshold=None if self.threshold is None else self.threshold / scale,
-            b_gate=None if self.b_gate is None else self.b_gate / scale - mean_D @ self.W_enc,
+            b_gate=None if self.b_gate is None else self.b_gate / scale - shift_F,
         )
 
     def stateless(self, batch: ActivationBatch) -> "SparseAutoencoder":

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from legato import distributed, kernels
 from legato.errors import UsageError
+from legato.hardware import rows_a_block
 from legato.kernels import Groups, Pairs
 
 Array = NDArray[Any]
@@ -87,9 +88,10 @@ class Share:
         """(pull_GND, squared_GN): see kernels.decode."""
         return kernels.decode(pairs, groups, W_dec_HD, b_dec_D, x_ND, valid_N)
 
-    def total(self, own: float) -> float:
-        """The sum over the ranks, in their order."""
-        return own
+    def total(self, own_R: Array) -> float:
+        """The sum over all latents, from what each rank has about those it updates: added up in one order, so that the
+        bits do not depend on how they are divided."""
+        return float(own_R.sum())
 
     def unite_rows(self, tensor_H: Tensor) -> None:
         """Fill in the rows of held latents that other ranks have updated."""
@@ -118,8 +120,8 @@ class _Several(Share, ABC):
         result[np.argsort(owner_P, kind="stable")] = by_rank
         return result
 
-    def total(self, own: float) -> float:
-        return sum(distributed.gather(own))
+    def total(self, own_R: Array) -> float:
+        return float(united(own_R).sum())
 
 
 class Together(_Several):
@@ -129,7 +131,9 @@ class Together(_Several):
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def tokens(self, n_tokens: int) -> slice:
-        return self._part(n_tokens)
+        block = rows_a_block(n_tokens)  # see fixed_matmul: only between its blocks may a product be cut
+        blocks = self._part(-(-n_tokens // block))
+        return slice(min(n_tokens, blocks.start * block), min(n_tokens, blocks.stop * block))
 
     def latents(self, n_latents: int) -> slice:
         return self._part(n_latents)
@@ -141,7 +145,8 @@ class Together(_Several):
         return tuple(united(column) for column in columns)
 
     def owner(self, token_P: Array, latent_P: Array, shape: tuple[int, int]) -> Array:
-        return ((token_P.astype(np.int64) + 1) * self.size - 1) // shape[0]
+        block = rows_a_block(shape[0])
+        return ((token_P.astype(np.int64) // block + 1) * self.size - 1) // -(-shape[0] // block)
 
     def decode(
         self, pairs: Pairs, groups: Groups, W_dec_HD: Array, b_dec_D: Array, x_ND: Array, valid_N: Array

@@ -19,7 +19,7 @@ from legato.activations import ActivationBatch, Normaliser
 from legato.arm import ArmConfig, TrainConfig
 from legato.consistency_losses import TemporalTerm
 from legato.errors import LegatoError
-from legato.hardware import fast_float32
+from legato.hardware import fixed_matmul, fixed_product, rows_a_block, single_threaded
 from legato.kernels import LatentOrder
 from legato.sequences import SequenceLayout
 from legato.sharing import WHOLE, Share
@@ -48,6 +48,7 @@ class TrainBatch:
     act_norm: float
 
     @classmethod
+    @single_threaded()
     def of(cls, batch: ActivationBatch, normaliser: Normaliser, dtype: torch.dtype) -> "TrainBatch":
         """Raises LegatoError where no token is valid or an activation is not finite."""
         mask_N = batch.mask_BL.reshape(-1)
@@ -118,7 +119,8 @@ class Parameters:
         """The encoder's dense output on this rank's share of a batch, in the dtype of low_W_enc_HD, written to
         out_NH."""
         part = share.tokens(len(out_NH))
-        torch.addmm(self.b_enc_F.to(out_NH.dtype), batch.low_ND[part], low_W_enc_HD.T, out=out_NH[part])
+        bias_H, block = self.b_enc_F.to(out_NH.dtype), rows_a_block(len(out_NH))
+        fixed_matmul(batch.low_ND[part], low_W_enc_HD.T, bias_H, block=block, out_NM=out_NH[part])
         own = {name: tensor.numpy() for name, tensor in self.own.items()}
         b_enc_F = share.of_latents(self.b_enc_F.numpy())
         return Preactivations(out_NH, batch.x_ND.numpy(), self.W_enc_FD.numpy(), b_enc_F, batch.layout, own, share)
@@ -157,6 +159,7 @@ class Workspace:
         return buffer[:size].view(*shape)
 
 
+@single_threaded()
 def forward_backward(
     parameters: Parameters,
     low_W_enc_HD: Tensor,
@@ -210,7 +213,7 @@ def forward_backward(
         residual_ND = torch.from_numpy(pull_GND[-1]) / groups.weights_G[-1]
         loss_terms["auxiliary"] = _revive(parameters, gradients, batch, residual_ND, dead_F, seeded_F, config, share)
     scale = 2 / (D * batch.n_valid)
-    own_terms, squared = forward.backward(
+    own_terms, squared_H = forward.backward(
         Decoding(
             x_ND=x_ND.numpy(),
             W_dec_HD=W_dec_HD,
@@ -229,9 +232,9 @@ def forward_backward(
     )
     torch.sum(torch.from_numpy(pull_GND[0]), dim=0, out=gradients.b_dec_D).mul_(scale)
     if arm.freeze_decoder:
-        squared -= float(gradients.W_dec_FD[share.rows(F)].square().sum())
+        squared_H = squared_H - gradients.W_dec_FD[share.rows(F)].double().square().sum(1).numpy()
         gradients.W_dec_FD.zero_()
-    squared = share.total(squared)
+    squared = share.total(squared_H)
     squared += sum(float(tensor.square().sum()) for tensor in (gradients.b_dec_D, *gradients.own.values()))
     return StepResult(
         loss_terms=loss_terms | own_terms,
@@ -246,14 +249,13 @@ def forward_backward(
 def auxiliary_loss(x_ND: Tensor, residual_ND: Tensor, dead: Parameters, k: int) -> Tensor:
     """Share of the residual x - xhat that the k largest of the dead latents leave unexplained (Gao et al. 2024, 2.4):
     ||(x - xhat) - z W_dec||^2 / ||x - xhat||^2, the residual taken as a constant. residual_ND holds xhat - x."""
-    pre_NM = (x_ND @ dead.W_enc_FD.T + dead.b_enc_F).relu()
+    pre_NM = (fixed_product(x_ND, dead.W_enc_FD.T) + dead.b_enc_F).relu()
     top = pre_NM.topk(min(k, pre_NM.shape[1]), dim=-1)
     codes_NM = torch.zeros_like(pre_NM).scatter(-1, top.indices, top.values)
     power = residual_ND.square().sum()
-    return (residual_ND + codes_NM @ dead.W_dec_FD).square().sum() / power.clamp_min(1e-30)
+    return (residual_ND + fixed_product(codes_NM, dead.W_dec_FD)).square().sum() / power.clamp_min(1e-30)
 
 
-@fast_float32()
 def _revive(
     parameters: Parameters,
     gradients: Parameters,

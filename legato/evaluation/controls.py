@@ -19,7 +19,7 @@ from legato.codes import SparseCodes
 from legato.config import CONTROLS
 from legato.errors import UsageError
 from legato.evaluation.judge import Judged
-from legato.hardware import fast_matmul_dtype
+from legato.hardware import fast_matmul_dtype, fixed_matmul
 from legato.sae import SparseAutoencoder
 from legato.sequences import SequenceLayout
 from legato.sparsity import Hysteresis, Preactivations
@@ -149,12 +149,12 @@ def with_hysteresis(
 ) -> SparseAutoencoder:
     """A SAE with one threshold per latent as a hysteresis SAE of the same weights, never trained as one: its latents
     share the threshold that gives k active latents per token on the batches."""
-    bias_F = sae.b_enc + sae.b_dec @ sae.W_enc
+    bias_F = sae.b_enc + fixed_matmul(sae.b_dec[None], sae.W_enc)[0]
     W_enc_FD, dtype = sae.W_enc.T.contiguous(), fast_matmul_dtype()
     calibration = []
     for batch in batches:
         x_ND = batch.acts_BLD.flatten(0, 1).float() - sae.b_dec
-        pre_NF = torch.addmm(bias_F.to(dtype), x_ND.to(dtype), W_enc_FD.to(dtype).T)
+        pre_NF = fixed_matmul(x_ND.to(dtype), W_enc_FD.to(dtype).T, bias_F.to(dtype))
         layout = SequenceLayout.of(batch.mask_BL, batch.doc_BL)
         calibration.append(Preactivations(pre_NF, x_ND.numpy(), W_enc_FD.numpy(), bias_F.numpy(), layout))
     return replace(sae, **Hysteresis(k, release=release).frozen(calibration))

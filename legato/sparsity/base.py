@@ -74,9 +74,9 @@ class Decoding:
         own = self.share.latents(len(self.seeded_F))
         return own, self.share.rows(len(self.seeded_F)), self.groups.ends_G - own.start
 
-    def through_codes(self, slope_Q: Array) -> float:
+    def through_codes(self, slope_Q: Array) -> Array:
         """Fill in W_enc, b_enc and W_dec where every active code is its pre-activation; slope_Q: derivative of all but
-        the reconstruction by the codes. Returns the squared norm."""
+        the reconstruction by the codes. Returns the squared norms by latent."""
         out, (own, rows, ends_G) = self.gradients, self._own()
         return kernels.gradients(
             self.x_ND,
@@ -92,9 +92,9 @@ class Decoding:
             out["b_enc_F"][rows],
         )
 
-    def apart(self, encoder: Pairs, bias_F: Array) -> float:
+    def apart(self, encoder: Pairs, bias_F: Array) -> Array:
         """Fill in W_dec from the active codes, W_enc from pairs whose value_P is the derivative by <x_n, W_enc_f>, and
-        b_enc. Returns the squared norm."""
+        b_enc. Returns the squared norms by latent."""
         own, rows, ends_G = self._own()
         W_enc_HD, W_dec_HD, b_enc_H = (self.gradients[name][rows] for name in ("W_enc_FD", "W_dec_FD", "b_enc_F"))
         order, seeded_H = _only(kernels.by_latent(encoder, len(self.seeded_F)), own), self.seeded_F[own]
@@ -103,7 +103,7 @@ class Decoding:
         b_enc_H += bias_F[own].astype(self.x_ND.dtype)
         decoder_order = _only(self.order, own)
         return (
-            float(np.square(b_enc_H, dtype=np.float64).sum())
+            np.square(b_enc_H, dtype=np.float64)
             + pair_kernels.add_rows(self.x_ND[None], ends_G[-1:], order, order.value_Q, seeded_H, W_enc_HD)
             + pair_kernels.add_rows(
                 self.pull_GND, ends_G, decoder_order, weight_Q, seeded_H, W_dec_HD, self.W_dec_HD[rows]
@@ -124,11 +124,11 @@ class Forward(ABC):
     memory: float
 
     @abstractmethod
-    def backward(self, decoding: Decoding) -> tuple[dict[str, float], float]:
+    def backward(self, decoding: Decoding) -> tuple[dict[str, float], Array]:
         """Fill in the gradients of W_enc, b_enc, W_dec and of the sparsity's own parameters.
 
-        Returns the loss terms that the sparsity adds, each already times its coefficient, and the squared norm of the
-        three shared gradients.
+        Returns the loss terms that the sparsity adds, each already times its coefficient, and by latent (those this
+        rank updates) the squared norm of the three shared gradients.
         """
 
 
@@ -138,7 +138,7 @@ class Selected(Forward):
 
     sparsity: "Sparsity"
 
-    def backward(self, decoding: Decoding) -> tuple[dict[str, float], float]:
+    def backward(self, decoding: Decoding) -> tuple[dict[str, float], Array]:
         value, slope = self.sparsity.penalty(self.pairs, decoding.n_valid, decoding.x_ND.shape[1])
         squared = decoding.through_codes(decoding.slope_Q + decoding.slope_Q.dtype.type(slope))
         return {"sparsity": value} if slope else {}, squared

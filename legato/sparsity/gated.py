@@ -77,7 +77,7 @@ class _Gates(Forward):
     b_gate_F: Array
     l1: float
 
-    def backward(self, decoding: Decoding) -> tuple[dict[str, float], float]:
+    def backward(self, decoding: Decoding) -> tuple[dict[str, float], Array]:
         d, gates, latent_P = decoding, self.gates, self.pairs.latent_P
         F, D = len(self.b_enc_F), len(d.b_dec_D)
         pull_GND, squared_GN = d.share.decode(gates, d.groups, d.W_dec_HD, d.b_dec_D, d.x_ND, d.layout.valid_N)

@@ -70,7 +70,7 @@ class _Jumped(Forward):
     token_J: Array
     latent_J: Array
 
-    def backward(self, decoding: Decoding) -> tuple[dict[str, float], float]:
+    def backward(self, decoding: Decoding) -> tuple[dict[str, float], Array]:
         k, strength = self.sparsity.k, self.sparsity.strength
         excess = len(self.pairs.value_P) / decoding.n_valid / k - 1
         # d code / d threshold = -threshold / bandwidth and d active / d threshold = -1 / bandwidth inside the band.

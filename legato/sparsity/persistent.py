@@ -84,7 +84,7 @@ class _Leaky(Forward):
     carried: Carried
     leak_F: Array
 
-    def backward(self, decoding: Decoding) -> tuple[dict[str, float], float]:
+    def backward(self, decoding: Decoding) -> tuple[dict[str, float], Array]:
         carried, F = self.carried, len(self.leak_F)
         by_code_H = decoding.slope_Q + decoding.code_gradient(carried.token_H, carried.latent_H)
         by_selected_Q, by_leak_F = carry_back(carried, by_code_H, self.selected_order, self.leak_F)
