@@ -2,26 +2,25 @@
 
 import sys
 
-from legato import distributed
-from legato.checkpoint import Checkpoint
-from legato.checksums import seal
-from legato.command import run_command
-from legato.comparison import write_matched
-from legato.config import ExperimentConfig
-from legato.errors import LegatoError, UsageError
-from legato.experiment import evaluate_arms, harvest_activations, load_model, read_text
-from legato.final_info import write_final_info
-from legato.flags import RunOptions, parse
-from legato.hardware import keep_freed_memory
-from legato.interrupts import Interrupts
-from legato.notes import write_notes
-from legato.report.ablation_table import write_ablation
-from legato.report.figures import write_figures
-from legato.report.html import write_report
-from legato.run_dir import RunDir
-from legato.sharing import check_shards
-from legato.tracking import say
-from legato.train_stage import train_arms
+from legato.common import distributed
+from legato.common.command import Interrupts, run_command
+from legato.common.errors import LegatoError, UsageError
+from legato.common.hardware import keep_freed_memory
+from legato.common.progress import say
+from legato.experiment.checkpoint import Checkpoint
+from legato.experiment.config import ExperimentConfig, RunOptions, parse
+from legato.experiment.evaluate import evaluate_arms
+from legato.experiment.inputs import harvest_activations, load_model, read_text
+from legato.experiment.train import train_arms
+from legato.report.registry import write_figures
+from legato.report.run_page import write_report
+from legato.report.text.notes import write_notes
+from legato.results.ablation_table import write_ablation
+from legato.results.final_info import write_final_info
+from legato.results.integrity import seal
+from legato.results.matched.compare import write_matched
+from legato.results.run_dir import RunDir
+from legato.training.passes import check_shards
 
 
 @distributed.joined()

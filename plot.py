@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from legato.checksums import made_sense_of
-from legato.errors import LegatoError, UsageError
-from legato.report.comparison import write_comparison
-from legato.results import SavedRun
+from legato.common.errors import LegatoError, UsageError
+from legato.report.runs.page import write_comparison
+from legato.results.integrity import made_sense_of
+from legato.results.saved_run import SavedRun
 
 # Which runs to compare and what to call them; empty: every finished run_* folder found, by its name.
 labels: dict[str, str] = {}

@@ -41,9 +41,9 @@ def main() -> None:
         serve(lambda: contender(chosen))
         return
 
-    from legato.config import ExperimentConfig
-    from legato.language_model import LanguageModel
-    from legato.recipes import arms
+    from legato.data.language_model import LanguageModel
+    from legato.experiment.arms import arms
+    from legato.experiment.config import ExperimentConfig
 
     config = ExperimentConfig()
     model = LanguageModel.load("demo")
@@ -80,12 +80,13 @@ def main() -> None:
 
 
 def contender(chosen: Namespace) -> Callable[[], Measurement]:
-    from legato.activations import Normaliser
-    from legato.config import ExperimentConfig
-    from legato.harvest import harvest
-    from legato.language_model import LanguageModel
-    from legato.recipes import arms
-    from legato.train import TrainConfig, train_bank
+    from legato.data.activations import Normaliser
+    from legato.data.harvest import harvest
+    from legato.data.language_model import LanguageModel
+    from legato.experiment.arms import arms
+    from legato.experiment.config import ExperimentConfig
+    from legato.training.bank import train_bank
+    from legato.training.config import TrainConfig
 
     config = ExperimentConfig()
     model, tokens = LanguageModel.load("demo"), token_set(chosen.tokens)

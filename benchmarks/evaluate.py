@@ -85,11 +85,13 @@ def main() -> None:
 
 def prepare(chosen: Namespace, folder: str, tokens: Path, sae: Path) -> None:
     """Write the tokens to judge on and a trained SAE."""
-    from legato.activations import ActivationStream, Normaliser
-    from legato.hardware import fast_matmul_dtype
-    from legato.language_model import LanguageModel
-    from legato.sparsity import BatchTopK
-    from legato.train import ArmConfig, TrainBatch, TrainConfig, train_bank
+    from legato.common.hardware import fast_matmul_dtype
+    from legato.data.activations import ActivationStream, Normaliser
+    from legato.data.language_model import LanguageModel
+    from legato.sae.architectures import BatchTopK
+    from legato.training.bank import train_bank
+    from legato.training.config import ArmConfig, TrainConfig
+    from legato.training.step import TrainBatch
 
     model = LanguageModel.load(folder)
     write_tokens(tokens, model.tokenizer, rows=TRAINING_ROWS, context=chosen.context)
@@ -130,11 +132,11 @@ Numbers = tuple[dict[str, Any], dict[str, list[float]]]
 
 
 def ours(chosen: Namespace) -> Callable[[int], Numbers]:
-    from legato.activations import ActivationStream
+    from legato.data.activations import ActivationStream
+    from legato.data.language_model import LanguageModel
+    from legato.data.tokens import TokenSet
     from legato.evaluation.evaluate import evaluate
-    from legato.language_model import LanguageModel
-    from legato.sae import SparseAutoencoder
-    from legato.tokens import TokenSet
+    from legato.sae.autoencoder import SparseAutoencoder
 
     model = LanguageModel.load(chosen.model, dtype=chosen.dtype)
     sae, tokens = SparseAutoencoder.load(chosen.sae), token_set(chosen.tokens)

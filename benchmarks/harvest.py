@@ -50,7 +50,7 @@ def main() -> None:
         serve(lambda: contender(chosen))
         return
 
-    from legato.language_model import LanguageModel
+    from legato.data.language_model import LanguageModel
 
     folder = model_folder(chosen.model)
     model = LanguageModel.load(folder, dtype=chosen.dtype)
@@ -101,8 +101,8 @@ def contender(chosen: Namespace) -> Callable[[], Measurement]:
 
 
 def ours(chosen: Namespace) -> Callable[[], object]:
-    from legato.harvest import harvest
-    from legato.language_model import LanguageModel
+    from legato.data.harvest import harvest
+    from legato.data.language_model import LanguageModel
 
     model, tokens = LanguageModel.load(chosen.model, dtype=chosen.dtype), token_set(chosen.tokens)
     model.fingerprint()  # once a process, whatever is harvested
@@ -117,8 +117,8 @@ def ours(chosen: Namespace) -> Callable[[], object]:
 
 
 def stream(chosen: Namespace) -> Callable[[], object]:
-    from legato.activations import ActivationStream
-    from legato.language_model import LanguageModel
+    from legato.data.activations import ActivationStream
+    from legato.data.language_model import LanguageModel
 
     model, tokens = LanguageModel.load(chosen.model, dtype=chosen.dtype), token_set(chosen.tokens)
 
@@ -155,7 +155,7 @@ def matmuls(chosen: Namespace) -> Callable[[], object]:
     """Every linear map of the layers, on batches of the same size."""
     import torch
 
-    from legato.language_model import LanguageModel
+    from legato.data.language_model import LanguageModel
 
     model = LanguageModel.load(chosen.model, dtype=chosen.dtype)
     parts = [model.module_path(layer) for layer in range(chosen.layer + 1)]

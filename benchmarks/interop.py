@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from legato.harvest import harvest
-from legato.interop.formats import export
-from legato.language_model import LanguageModel
-from legato.sae import SparseAutoencoder
-from legato.text import load_documents
-from legato.tokens import tokenise
+from legato.data.documents import load_documents
+from legato.data.harvest import harvest
+from legato.data.language_model import LanguageModel
+from legato.data.tokens import tokenise
+from legato.sae.autoencoder import SparseAutoencoder, export
 
 LAYER, ROWS, TEST_ROWS, RANDOM = 9, 256, 8, 512
 PLACES = {"saelens": "", "dictionary_learning": "trainer_0", "temporal_saes": "trainer_0", "sparsify": "layers.9"}

@@ -31,7 +31,7 @@ def main() -> int:
 
     import torch
 
-    from legato.language_model import LanguageModel
+    from legato.data.language_model import LanguageModel
 
     pool_4ND = torch.randn(4, DIMS["batch"], DIMS["d_in"], generator=torch.Generator().manual_seed(0))
     settings = Namespace(**DIMS)

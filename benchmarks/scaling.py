@@ -85,9 +85,11 @@ def step_of(arms: Sequence[Any], rows: int = ROWS, d_in: int = D_IN) -> Callable
     """One step of a bank on Gaussian noise."""
     import torch
 
-    from legato.activations import ActivationBatch, Normaliser
-    from legato.hardware import fast_matmul_dtype
-    from legato.train import SAETrainer, TrainBatch, TrainConfig, Workspace
+    from legato.common.hardware import fast_matmul_dtype
+    from legato.data.activations import ActivationBatch, Normaliser
+    from legato.training.config import TrainConfig
+    from legato.training.step import TrainBatch, Workspace
+    from legato.training.trainer import SAETrainer
 
     workspace, config = Workspace(), TrainConfig(steps=10**6)
     trainers = [SAETrainer(arm, config, d_in, workspace) for arm in arms]
@@ -109,9 +111,9 @@ def step_of(arms: Sequence[Any], rows: int = ROWS, d_in: int = D_IN) -> Callable
 
 
 def arm(d_sae: int = D_SAE, k: int = K, window: int | None = None, name: str = "bench") -> Any:
-    from legato.consistency_losses import WindowVariance
-    from legato.sparsity import BatchTopK
-    from legato.train import ArmConfig
+    from legato.sae.architectures import BatchTopK
+    from legato.training.config import ArmConfig
+    from legato.training.losses import WindowVariance
 
     terms = () if window is None else (WindowVariance(window=window, coefficient=0.3),)
     return ArmConfig(name, BatchTopK(k), d_sae, terms)
@@ -127,7 +129,7 @@ SERIES: list[tuple[str, Sequence[int], Callable[[int], Callable[[], object]]]] =
 
 
 def memory_turns(chosen: Namespace) -> Turns:
-    from legato.language_model import LanguageModel
+    from legato.data.language_model import LanguageModel
 
     tokenizer = LanguageModel.load("demo").tokenizer
     contenders = []
@@ -141,12 +143,14 @@ def memory_turns(chosen: Namespace) -> Turns:
 
 def memory_run(chosen: Namespace) -> Callable[[], Measurement]:
     """Harvest every row, train on the store, evaluate on all of it."""
-    from legato.activations import Normaliser
+    from legato.common.hardware import fast_matmul_dtype
+    from legato.data.activations import Normaliser
+    from legato.data.harvest import harvest
+    from legato.data.language_model import LanguageModel
     from legato.evaluation.evaluate import evaluate
-    from legato.hardware import fast_matmul_dtype
-    from legato.harvest import harvest
-    from legato.language_model import LanguageModel
-    from legato.train import TrainBatch, TrainConfig, train_bank
+    from legato.training.bank import train_bank
+    from legato.training.config import TrainConfig
+    from legato.training.step import TrainBatch
 
     model, tokens = LanguageModel.load("demo"), token_set(chosen.tokens)
 

@@ -11,8 +11,8 @@ import numpy as np
 
 def write_tokens(path: Path, tokenizer: Any, *, rows: int, context: int) -> None:
     """`rows` contexts of the packaged demo articles, as tokens, mask and document numbers."""
-    from legato.text import load_documents
-    from legato.tokens import tokenise
+    from legato.data.documents import load_documents
+    from legato.data.tokens import tokenise
 
     tokens = tokenise(load_documents("demo"), tokenizer, context_length=context)
     assert len(tokens) >= rows, f"the demo articles fill {len(tokens)} contexts of {context}: ask for no more rows"
@@ -28,7 +28,7 @@ def token_set(path: str) -> Any:
     """The same as Legato's TokenSet."""
     import torch
 
-    from legato.tokens import TokenSet
+    from legato.data.tokens import TokenSet
 
     with np.load(path) as arrays:
         tokens, mask, doc = (torch.from_numpy(arrays[name]) for name in ("tokens", "mask", "doc"))
@@ -39,6 +39,6 @@ def model_folder(model: str) -> str:
     """What transformers can load: the demo model's converted folder, or the name as given."""
     if model != "demo":
         return model
-    from legato.demo_model import demo_model_folder
+    from legato.data.gguf import demo_model_folder
 
     return str(demo_model_folder())

@@ -121,11 +121,13 @@ def ours(chosen: Namespace, pool_4ND: Any, sparsity: str, term: str = "") -> Cal
     """From raw activations to updated weights."""
     import torch
 
-    from legato.activations import ActivationBatch, Normaliser
-    from legato.consistency_losses import Contrastive, WindowVariance
-    from legato.hardware import fast_matmul_dtype
-    from legato.sparsity import BatchTopK, TopK
-    from legato.train import ArmConfig, SAETrainer, TrainBatch, TrainConfig, Workspace
+    from legato.common.hardware import fast_matmul_dtype
+    from legato.data.activations import ActivationBatch, Normaliser
+    from legato.sae.architectures import BatchTopK, TopK
+    from legato.training.config import ArmConfig, TrainConfig
+    from legato.training.losses import Contrastive, WindowVariance
+    from legato.training.step import TrainBatch, Workspace
+    from legato.training.trainer import SAETrainer
 
     terms = {
         "": (),
@@ -146,7 +148,7 @@ def matmul(chosen: Namespace, pool_4ND: Any) -> Callable[[], object]:
     """The limit: x W_enc in the dtype that is fast on this machine."""
     import torch
 
-    from legato.hardware import fast_matmul_dtype
+    from legato.common.hardware import fast_matmul_dtype
 
     dtype = fast_matmul_dtype()
     x_ND, W_FD = pool_4ND[0].to(dtype), torch.randn(chosen.d_sae, chosen.d_in).to(dtype)
@@ -217,8 +219,8 @@ def dictionary_learning(chosen: Namespace, pool_4ND: Any, sparsity: str) -> Call
 
 def loss_table(chosen: Namespace) -> str:
     """Losses of Legato's step beside a dense float32 autograd step, same start, data and optimiser."""
-    from legato.consistency_losses import WindowVariance
-    from legato.sparsity import BatchTopK, TopK
+    from legato.sae.architectures import BatchTopK, TopK
+    from legato.training.losses import WindowVariance
 
     rows = []
     for name, sparsity, terms in (
@@ -242,9 +244,11 @@ def loss_table(chosen: Namespace) -> str:
 def loss_curves(chosen: Namespace, sparsity: Any, terms: Any) -> tuple[list[float], list[float]]:
     import torch
 
-    from legato.activations import ActivationBatch, Normaliser
-    from legato.hardware import fast_matmul_dtype
-    from legato.train import ArmConfig, Parameters, SAETrainer, TrainBatch, TrainConfig, Workspace
+    from legato.common.hardware import fast_matmul_dtype
+    from legato.data.activations import ActivationBatch, Normaliser
+    from legato.training.config import ArmConfig, TrainConfig
+    from legato.training.step import Parameters, TrainBatch, Workspace
+    from legato.training.trainer import SAETrainer
 
     config = TrainConfig(steps=chosen.loss_steps, lr=1e-3)
     trainer = SAETrainer(ArmConfig("bench", sparsity, chosen.loss_d_sae, terms), config, chosen.d_in, Workspace())

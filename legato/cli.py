@@ -8,25 +8,43 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
 from rich.table import Table
 
-from legato import bench_sae, check_run, distributed, exchange_sae, judge_sae, synthetic
-from legato.checksums import made_sense_of, rebuilding
-from legato.command import run_command
-from legato.comparison import compare_runs, write_json, write_matched
-from legato.comparison_table import legend, tables
-from legato.errors import UsageError
-from legato.final_info import write_final_info
-from legato.notes import write_notes
-from legato.report.ablation_table import write_ablation
-from legato.report.comparison import write_comparison
-from legato.report.figures import write_figures
-from legato.report.html import write_report
-from legato.results import SavedRun
+from legato import synthetic
+from legato.common import distributed
+from legato.common.command import run_command
+from legato.common.errors import UsageError
+from legato.common.progress import say
+from legato.experiment import evaluate_saved as judge_sae
+from legato.experiment.config import DataConfig, EvaluationConfig, ModelConfig
+from legato.experiment.evaluate_saved import (
+    JudgeConfig,
+    add_place_arguments,
+    check_width,
+    harvest_rows,
+    named,
+    opened,
+    read_rows,
+)
+from legato.experiment.inputs import load_model
+from legato.interop.saebench_evals import EVALS, start
+from legato.report.registry import write_figures
+from legato.report.run_page import write_report
+from legato.report.runs.page import write_comparison
+from legato.report.text.matched_tables import legend, tables
+from legato.report.text.notes import write_notes
+from legato.results.ablation_table import write_ablation
+from legato.results.final_info import write_final_info
+from legato.results.integrity import check_all, made_sense_of, rebuilding
+from legato.results.matched.compare import compare_runs, write_json, write_matched
+from legato.results.saved_run import SavedRun
+from legato.sae.autoencoder import EXPORT_FORMATS, SparseAutoencoder, export
+from legato.sae.provenance import origin_of
 
 
 @dataclass(frozen=True)
@@ -128,8 +146,104 @@ def _writing(target: Path) -> Iterator[None]:
         raise UsageError(f"{target} cannot be written ({error.strerror}): choose another place") from error
 
 
+def _saebench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sae", metavar="[NAME=]SAE", help="a saved SAE of any format that legato reads")
+    said = "(default: what the SAE says)"
+    parser.add_argument(
+        "--eval", default="core", choices=("core", *EVALS), help="core takes any model and text; the others their own"
+    )
+    parser.add_argument("--model", help=f"core: hub id, folder or 'demo'; others: TransformerLens' name {said}")
+    parser.add_argument("--layer", type=int, help=f"decoder layer, from 0 {said}")
+    parser.add_argument("--dataset", help="core: 'demo', a file, a folder or a hub id (default: the SAE's, or demo)")
+    parser.add_argument("--text_column", default="text", help="core: column that holds the text")
+    parser.add_argument("--context_length", type=int, default=128, help="core: tokens per context")
+    parser.add_argument("--rows", type=int, default=64, help="core: contexts, in batches of 16")
+    parser.add_argument("--held_out", type=float, help="core: judge on the documents that this share holds out")
+    parser.add_argument("--dtype", default="float32", help="core: dtype of the model")
+    parser.add_argument("--out", type=Path, default=Path("eval_results"), help="folder for sae-bench's file")
+
+
+def _saebench(options: argparse.Namespace) -> None:
+    if find_spec("sae_bench") is None:
+        raise UsageError(
+            "sae-bench is not installed here, and pins older versions of other packages: make an environment with "
+            "`pip install legato-sae sae-bench` and run this there"
+        )
+    from legato.interop.saebench_wrapper import LegatoSAE, run_core
+
+    ((name, source),) = named([options.sae]).items()
+    sae = SparseAutoencoder.load(source)
+    origin = origin_of(sae)
+    model_name, place = options.model or origin.model, origin.place() if options.layer is None else None
+    layer, site = (options.layer, origin.site or "resid_post") if place is None else place
+    if model_name is None or layer is None:
+        what = "model" if model_name is None else "layer"
+        raise UsageError(f"{name} does not say which {what} it reads: add --{what}")
+    if options.eval != "core":
+        if site != "resid_post":
+            raise UsageError(f"sae-bench's {options.eval} reads resid_post, {name} reads {site}")
+        start(options.eval, LegatoSAE(sae, model_name, layer), name, model_name, options.out)
+        say(f"results: {options.out}/")
+        return
+    dataset = options.dataset or origin.dataset or "demo"
+    config = JudgeConfig(
+        {name: source},
+        ModelConfig(model_name, layer, site, options.dtype),
+        DataConfig(dataset, options.text_column, options.context_length),
+        options.held_out,
+        EvaluationConfig(options.rows, controls=()),
+    )
+    model = load_model(config.as_experiment())
+    check_width({name: sae}, model)
+    tokens = read_rows(config, model)
+    path = run_core(
+        sae, model, tokens, layer=layer, site=site, out=options.out, release="legato", name=name, dataset=dataset
+    )
+    say(f"results: {path}")
+
+
+def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="folders of finished runs")
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises LegatoError, naming the first file that is not."""
+    for path in options.runs:
+        say(f"{path}: {check_all(path)} files are as the run wrote them")
+
+
+def add_import_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sae", metavar="SAE", help=_SOURCE)
+    parser.add_argument("out", metavar="FOLDER", type=Path, help="where to save it, as a SAELens folder")
+
+
+def import_sae(options: argparse.Namespace) -> None:
+    sae = SparseAutoencoder.load(options.sae)
+    say(f"{_described(sae)}\nsaved: {sae.save(options.out)}")
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sae", metavar="SAE", help=_SOURCE)
+    parser.add_argument("--to", required=True, choices=EXPORT_FORMATS, help="the tool whose format to write")
+    parser.add_argument("--out", required=True, type=Path, help="the folder to write, or the file for safetensors")
+    parser.add_argument(
+        "--stateless",
+        action="store_true",
+        help="write a topk or jumprelu approximation of an SAE with state along the sequence, with the same L0, and "
+        "say by how much it differs; the options below say on which activations",
+    )
+    add_place_arguments(parser, rows=64)
+
+
+def export_sae(options: argparse.Namespace) -> None:
+    options.saes, options.ce_rows = [options.sae], 0
+    sae = _stateless(options) if options.stateless else SparseAutoencoder.load(options.sae)
+    path = export(sae, options.out, options.to)
+    say(f"{_described(sae)}\nsaved as {options.to}: {path}")
+
+
 COMMANDS = {
-    "check": Command("Whether a run's files are as it wrote them.", check_run.add_arguments, check_run.main),
+    "check": Command("Whether a run's files are as it wrote them.", _check_arguments, _check),
     "compare": Command("Set methods side by side at the baseline's L0 and FVU.", _compare_arguments, _compare),
     "evaluate": Command(
         "Judge saved SAEs on a model and a text.",
@@ -137,18 +251,40 @@ COMMANDS = {
         judge_sae.main,
         go_on="the same command goes on where it stopped",
     ),
-    "export": Command(
-        "Write an SAE in another tool's format.", exchange_sae.add_export_arguments, exchange_sae.export_sae
-    ),
+    "export": Command("Write an SAE in another tool's format.", add_export_arguments, export_sae),
     "import": Command(
         "Save another tool's SAE, or one of the hub, as Legato's.",
-        exchange_sae.add_import_arguments,
-        exchange_sae.import_sae,
+        add_import_arguments,
+        import_sae,
     ),
     "report": Command("Build a run's tables, figures, notes and report again.", _report_arguments, _report),
-    "saebench": Command("Run sae-bench itself on a saved SAE.", bench_sae.add_arguments, bench_sae.main),
+    "saebench": Command("Run sae-bench itself on a saved SAE.", _saebench_arguments, _saebench),
     "synthetic": Command("Train and judge SAEs where the truth is known.", synthetic.add_arguments, synthetic.main),
 }
+
+_SOURCE = "a saved SAE of any format that legato reads: a folder or file, or on the hub owner/name[/folder]"
+
+
+def _stateless(options: argparse.Namespace) -> SparseAutoencoder:
+    saes, config = opened(options)
+    (sae,) = saes.values()
+    model = load_model(config.as_experiment())
+    activations = harvest_rows(config, model, read_rows(config, model)).held_out
+    plain = sae.stateless(activations.read_rows(range(activations.n_rows)))
+    differs = plain.details["stateless"]
+    say(
+        f"without its state, on {differs['tokens']:,} tokens: FVU {differs['fvu']:.4f} "
+        f"({differs['fvu_with_state']:.4f} with it), L0 {differs['l0']:.1f} for both, "
+        f"{differs['same_pairs']:.0%} of the active pairs in common"
+    )
+    return plain
+
+
+def _described(sae: SparseAutoencoder) -> str:
+    known = {"source": "of", "model": "on", "layer": "layer", "module_path": "at"}
+    details = {**sae.details, "source": (sae.details.get("source") or {}).get("format")}
+    said = [f"{word} {details[key]}" for key, word in known.items() if details.get(key) is not None]
+    return ", ".join([f"{sae.architecture} SAE, width {sae.d_in}, {sae.d_sae:,} latents", *said])
 
 
 if __name__ == "__main__":

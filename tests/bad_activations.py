@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from legato.activations import ActivationBatch
-from legato.cache import sha256_file, sha256_json
-from legato.store_format import Manifest, ShardLayout, bytes_of
+from legato.common.files import sha256_file, sha256_json
+from legato.data.activations import ActivationBatch
+from legato.data.store import Manifest, ShardLayout, bytes_of
 
 FIRST, SECOND, LAST = (f"shard_0000{number}.safetensors" for number in range(3))
 Change = Callable[[Path], object]

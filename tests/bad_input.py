@@ -13,7 +13,7 @@ from small_experiment import RESULTS, experiment_main, script_main, write_corpus
 from synthetic_run import write_synthetic_run
 from tiny_models import save_tiny_model
 
-from legato.sae import SparseAutoencoder
+from legato.sae.autoencoder import SparseAutoencoder
 
 SECONDS = 30  # most cases take 0.1 s; this many is a hang
 NOTICE = "converting GGUF weights"  # what may be said before the line

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from bad_input import Case, World, flags
 
-from legato.checksums import seal
+from legato.results.integrity import seal
 
 
 def _run(change: Callable[[Path], object], *given: str, sealed: bool = False) -> Callable[[World], list[object]]:

@@ -6,8 +6,9 @@ import json
 
 import numpy as np
 
-from legato.evaluation import splice
-from legato.kernels import Groups, LatentOrder, gradients
+from legato.evaluation.core import splice
+from legato.sae.kernels.gradients import gradients
+from legato.sae.kernels.pairs import Groups, LatentOrder
 
 N, F, ACTIVE = 40, 24, 6
 WIDTHS = (13, 48, 97, 320)  # below, at and beyond the unrolled vector loops, with and without a rest

@@ -18,7 +18,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 POLL_SECONDS = 0.002
 PATIENCE_SECONDS = 300.0
-PRELOADED = ["legato.train_stage", "legato.comparison", "legato.notes", "legato.report.html", "legato.report.figures"]
+PRELOADED = [
+    "legato.experiment.train",
+    "legato.results.matched.compare",
+    "legato.report.text.notes",
+    "legato.report.run_page",
+    "legato.report.registry",
+]
 TIMES = ("wall_seconds", "tokens_per_second")
 MEMBERS = "--temporal=hysteresis,tsae,gated,shuffled"
 OPTIONS = {
@@ -39,8 +45,9 @@ Moment = Callable[["Attempt"], bool]
 def _child(arguments: list[str], cache: str, output: str) -> None:
     """The command as a shell would start it, but for stores of many small shards, and a conversion of model.gguf that
     only copies the folder `model` beside it, slowly, and for the number of figures."""
-    from legato import demo_model, store_format
-    from legato.report import figures
+    from legato.data import gguf as demo_model
+    from legato.data import store as store_format
+    from legato.report import registry as figures
 
     def convert(gguf: Path, folder: Path) -> None:
         for path in sorted((gguf.parent / "model").iterdir()):

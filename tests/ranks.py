@@ -26,7 +26,7 @@ def start_ranks(n_ranks: int, function: Callable[..., Any], *arguments: Any, fol
     """`function(*arguments)` in each of n_ranks processes; what they print goes to <folder>/rank_<r>.txt."""
     port = free_port()
     context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED, "legato.distributed"])
+    context.set_forkserver_preload([*PRELOADED, "legato.common.distributed"])
     folder.mkdir(parents=True, exist_ok=True)
     processes = []
     for rank in range(n_ranks):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, save_tiny_model
 
-from legato.sharing import Share
-from legato.train import Parameters
+from legato.sae.partition import Share
+from legato.training.step import Parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ("metrics.json", "final_info.json", "notes.txt", "report.html", "saes", "eval_results", "features")
@@ -89,7 +89,7 @@ def small_experiment(folder: Path, capture: pytest.CaptureFixture[str]) -> Small
 
 def without_pages(patch: pytest.MonkeyPatch) -> None:
     """experiment.py leaves out the figures and report.html, which take most of a small run's time."""
-    for page in ("figures.write_figures", "html.write_report"):
+    for page in ("registry.write_figures", "run_page.write_report"):
         patch.setattr(f"legato.report.{page}", lambda root: root)
 
 

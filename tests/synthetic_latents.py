@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from legato.evaluation.redundancy_table import SCHEMA
+from legato.evaluation.redundancy.table import SCHEMA
 
 KINDS = ("token", "positional", "phrase", "passage", "dense", "unspecific")
 CLUSTERS = ("token", "phrase", "phrase", "unspecific")

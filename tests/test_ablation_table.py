@@ -5,9 +5,9 @@ import pyarrow.parquet as pq
 import pytest
 from synthetic_run import GRID, write_synthetic_run
 
-from legato.errors import UsageError
-from legato.report.ablation_table import ablation_table, write_ablation
-from legato.results import SavedRun
+from legato.common.errors import UsageError
+from legato.results.ablation_table import ablation_table, write_ablation
+from legato.results.saved_run import SavedRun
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from legato.codes import SparseCodes
-from legato.errors import UsageError
-from legato.evaluation.accumulators import CodeSums, PairCounts, PairSums
-from legato.evaluation.pair_layout import LatentOrder, PairLayout, check_lags
+from legato.common.errors import UsageError
+from legato.evaluation.sums.accumulators import CodeSums, PairCounts, PairSums
+from legato.evaluation.sums.lag_pairs import LatentOrder, PairLayout, check_lags
+from legato.sae.codes import SparseCodes
 
 LAGS = (1, 2, 5)
 

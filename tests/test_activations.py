@@ -16,13 +16,15 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_network, tiny_tokenizer
 
-from legato import activation_store, store_format, store_writer
-from legato.activation_store import ActivationStore
-from legato.activations import ActivationBatch, ActivationStream, Normaliser
-from legato.errors import LegatoError, UsageError
-from legato.harvest import harvest
-from legato.language_model import LanguageModel
-from legato.tokens import TokenSet
+from legato.common.errors import LegatoError, UsageError
+from legato.data import store as activation_store
+from legato.data import store as store_format
+from legato.data import store as store_writer
+from legato.data.activations import ActivationBatch, ActivationStream, Normaliser
+from legato.data.harvest import harvest
+from legato.data.language_model import LanguageModel
+from legato.data.store import ActivationStore
+from legato.data.tokens import TokenSet
 
 WIDTH = 6
 

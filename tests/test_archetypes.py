@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from legato import SparseAutoencoder, evaluate, metrics
-from legato.activations import ActivationBatch
+from legato.data.activations import ActivationBatch
 from legato.synthetic.sources import Sources, fire
 
 ROWS, L = 600, 128

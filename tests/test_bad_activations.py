@@ -11,13 +11,13 @@ from bad_input import at_most, random_sae
 from tiny_models import save_tiny_model, tiny_tokenizer
 
 import legato
-from legato.activation_store import ActivationStore
-from legato.activations import ActivationBatch
-from legato.errors import LegatoError
-from legato.harvest import harvest
-from legato.language_model import LanguageModel
-from legato.text import Document
-from legato.tokens import TokenSet, tokenise
+from legato.common.errors import LegatoError
+from legato.data.activations import ActivationBatch
+from legato.data.documents import Document
+from legato.data.harvest import harvest
+from legato.data.language_model import LanguageModel
+from legato.data.store import ActivationStore
+from legato.data.tokens import TokenSet, tokenise
 
 SECONDS = 20
 
@@ -38,7 +38,7 @@ def tokens() -> TokenSet:
 def sound(model, tokens, tmp_path_factory) -> Path:
     """A store of 3 shards, the last one shorter."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("legato.store_format.SHARD_BYTES", 8 * 16 * (48 * 4 + 9))
+        patch.setattr("legato.data.store.SHARD_BYTES", 8 * 16 * (48 * 4 + 9))
         store = harvest(model, tokens, layer=1, path=tmp_path_factory.mktemp("sound") / "store")
     assert len(list(store.path.glob("shard_*"))) == 3
     return store.path

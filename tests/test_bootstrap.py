@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from legato.codes import SparseCodes
-from legato.evaluation.accumulators import CodeSums
-from legato.evaluation.bootstrap import _weighted_means, bootstrap_documents, document_means, intervals
-from legato.evaluation.consistency import consistency_metrics
-from legato.evaluation.kept_codes import KeptCodes
-from legato.evaluation.pair_layout import LatentOrder, PairLayout
-from legato.evaluation.populations import add_intervals, latent_groups
+from legato.evaluation.consistency.bootstrap import _weighted_means, bootstrap_documents, document_means, intervals
+from legato.evaluation.consistency.groups import add_intervals, latent_groups
+from legato.evaluation.consistency.persistence import consistency_metrics
+from legato.evaluation.sums.accumulators import CodeSums
+from legato.evaluation.sums.code_buffer import KeptCodes
+from legato.evaluation.sums.lag_pairs import LatentOrder, PairLayout
+from legato.sae.codes import SparseCodes
 
 
 def rows_of_one_document(B=12, L=9, F=5, seed=0):

@@ -12,28 +12,28 @@ import numpy as np
 import pytest
 import torch
 
-from legato.errors import LegatoError
-from legato.evaluation.features import write_features
-from legato.evaluation.pair_layout import LatentOrder
-from legato.evaluation.promoted import Promoted
-from legato.evaluation.strips import Other, write_strips, write_text
-from legato.evaluation.strips import ShownText as TextToSave
-from legato.report import browser_data
-from legato.report.browser import browser_section
-from legato.report.browser_columns import described
-from legato.report.browser_data import BrowsedArm, Words, pack_arm
-from legato.report.browser_pack import Pack, gaps
-from legato.report.browser_showcase import showcase
-from legato.report.missing import MissingResult
-from legato.report.strip_tables import ShownText, StripTable
-from legato.results import Arm, SavedRun
+from legato.common.errors import LegatoError
+from legato.evaluation.latents.examples import Other, write_strips, write_text
+from legato.evaluation.latents.examples import ShownText as TextToSave
+from legato.evaluation.latents.logits import Promoted
+from legato.evaluation.latents.table import write_features
+from legato.evaluation.sums.lag_pairs import LatentOrder
+from legato.report.browser import data as browser_data
+from legato.report.browser.columns import described
+from legato.report.browser.data import BrowsedArm, Words, pack_arm
+from legato.report.browser.pack import Pack, gaps
+from legato.report.browser.section import browser_section
+from legato.report.browser.showcase import showcase
+from legato.report.browser.tables import ShownText, StripTable
+from legato.report.figures.missing import MissingResult
+from legato.results.saved_run import Arm, SavedRun
 
 HOSTILE = ["</script><script>alert(1)</script>", "\u202eevil", "🏴\u200d☠️", "x" * 5000, "\n", "<!--", "&amp;", "\x00"]
 ROWS, LENGTH, LATENTS = 4, 40, 6
 
 
 def take_apart(packed: bytes, header: dict[str, Any]) -> dict[str, np.ndarray]:
-    """As browser_unpack.js does it."""
+    """As unpack.js does it."""
     data, at, found = np.frombuffer(gzip.decompress(packed), np.uint8), 0, {}
     for name, entry in header.items():
         width, size = int(entry["kind"][1]), entry["size"]

@@ -9,15 +9,15 @@ import pytest
 import torch
 from test_train import ARMS, CONFIG, InMemory, planted_batches
 
-from legato.activations import Normaliser
-from legato.arm import ArmConfig
-from legato.checkpoint import Checkpoint, cut
-from legato.consistency_losses import WindowVariance
-from legato.errors import UsageError
-from legato.interrupts import Interrupts
-from legato.sealed import DamagedError, read_sealed, write_sealed
-from legato.sparsity import BatchTopK
-from legato.train import BankState, train_on
+from legato.common.checksummed import DamagedError, read_sealed, write_sealed
+from legato.common.command import Interrupts
+from legato.common.errors import UsageError
+from legato.data.activations import Normaliser
+from legato.experiment.checkpoint import Checkpoint, cut
+from legato.sae.architectures import BatchTopK
+from legato.training.bank import BankState, train_on
+from legato.training.config import ArmConfig
+from legato.training.losses import WindowVariance
 
 STEPS = 30
 SHORT = dataclasses.replace(CONFIG, steps=STEPS, dead_after_tokens=600)
@@ -128,7 +128,7 @@ def test_a_step_that_cannot_be_written_leaves_the_one_before_it(normaliser, tmp_
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("legato.sealed.write_atomically", full)
+        patch.setattr("legato.common.checksummed.write_atomically", full)
         with pytest.raises(OSError, match="No space left"):
             save_steps(checkpoint, normaliser, 5)
     assert saved_steps(checkpoint) == ["step_00000003"]

@@ -6,7 +6,7 @@ import pytest
 from synthetic_run import write_synthetic_run
 
 from legato.cli import main
-from legato.errors import UsageError
+from legato.common.errors import UsageError
 
 
 @pytest.fixture

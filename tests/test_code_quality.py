@@ -1,4 +1,4 @@
-"""Lint, format and types, as the tools themselves judge them."""
+"""Lint, format, types and the layers of packages, as the tools themselves judge them."""
 
 import subprocess
 import sys
@@ -16,4 +16,12 @@ ROOT = Path(__file__).resolve().parents[1]
 )
 def test_tool_finds_nothing(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_imports_go_down_only() -> None:
+    """The contract `layers` of pyproject.toml."""
+    call = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    arguments = [sys.executable, "-c", call, "--no-cache"]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

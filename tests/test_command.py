@@ -11,9 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from legato.command import run_command
-from legato.errors import LegatoError, UsageError
-from legato.interrupts import Interrupts
+from legato.common.command import Interrupts, run_command
+from legato.common.errors import LegatoError, UsageError
 
 
 def no_room(_):
@@ -90,7 +89,7 @@ def test_held_back_work_ends_before_the_signal_counts():
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_the_process_at_once(signum):
     script = (
-        "import time; from legato.interrupts import Interrupts\n"
+        "import time; from legato.common.command import Interrupts\n"
         "with Interrupts() as interrupts, interrupts.held_back():\n"
         "    print('ready', flush=True)\n"
         "    while interrupts.pending is None: time.sleep(0.001)\n"

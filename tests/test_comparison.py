@@ -11,13 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 from synthetic_run import write_synthetic_run
 
-from legato.comparison import compare_runs, matched_seeds, widest, write_matched
-from legato.comparison_points import ALL, Method, Point, Sweep, along, mixed, point_of
-from legato.comparison_statistics import absent, between, ratio_interval
-from legato.comparison_table import at_fvu, at_l0, by_group, legend, tables, targets
-from legato.errors import UsageError
-from legato.notes import notes
-from legato.results import SavedRun, arms_of
+from legato.common.errors import UsageError
+from legato.report.text.matched_tables import at_fvu, at_l0, by_group, legend, tables, targets
+from legato.report.text.notes import notes
+from legato.results.matched.compare import compare_runs, matched_seeds, widest, write_matched
+from legato.results.matched.points import ALL, Method, Point, Sweep, along, mixed, point_of
+from legato.results.matched.statistics import absent, between, ratio_interval
+from legato.results.saved_run import SavedRun, arms_of
 
 KAPPA = f"{ALL}/kappa1_excess_within"
 

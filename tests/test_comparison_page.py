@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from synthetic_run import write_synthetic_run
 
-from legato.report.comparability import barriers, places, pooled, settings
-from legato.report.comparison_recipes import recipes_of
-from legato.results import SavedRun
+from legato.report.runs.recipes import recipes_of
+from legato.results.matched.comparability import barriers, places, pooled, settings
+from legato.results.saved_run import SavedRun
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from legato import kernels, metrics
-from legato.codes import SparseCodes
-from legato.consistency_losses import (
+from legato import metrics
+from legato.sae.codes import SparseCodes
+from legato.sae.kernels import pairs as kernels
+from legato.sae.segments import SequenceLayout
+from legato.training.losses import (
     Contrastive,
     FusedLasso,
     PositionPenalty,
@@ -19,7 +21,6 @@ from legato.consistency_losses import (
     collapse,
     group_diagnostics,
 )
-from legato.sequences import SequenceLayout
 
 SCALE_FREE = [
     *(WindowVariance(window=w, coefficient=1.0) for w in (2, 3, 8, 16)),

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from legato import metrics
-from legato.codes import SparseCodes
-from legato.evaluation.accumulators import CodeSums, PairCounts, PairSums
-from legato.evaluation.consistency import consistency_metrics, half_life, persistence, raw_stream_metrics
-from legato.evaluation.pair_layout import LatentOrder, PairLayout
+from legato.evaluation.consistency.persistence import consistency_metrics, half_life, persistence, raw_stream_metrics
+from legato.evaluation.sums.accumulators import CodeSums, PairCounts, PairSums
+from legato.evaluation.sums.lag_pairs import LatentOrder, PairLayout
+from legato.sae.codes import SparseCodes
 
 L = 128
 

@@ -3,20 +3,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from legato.activations import ActivationBatch
-from legato.codes import SparseCodes
-from legato.errors import UsageError
-from legato.evaluation.controls import (
-    ChunkMean,
-    MovingAverage,
-    Smoothed,
-    position_shuffled,
-    post_hoc_controls,
-    smoothed,
-    with_hysteresis,
-)
+from legato.common.errors import UsageError
+from legato.data.activations import ActivationBatch, position_shuffled
+from legato.evaluation.controls import ChunkMean, MovingAverage, Smoothed, post_hoc_controls, smoothed, with_hysteresis
 from legato.evaluation.evaluate import evaluate
-from legato.sae import SparseAutoencoder
+from legato.sae.autoencoder import SparseAutoencoder
+from legato.sae.codes import SparseCodes
 
 
 def test_documents_keep_their_activations_and_lose_their_order():

@@ -10,22 +10,16 @@ import pytest
 import torch
 
 from legato import metrics
-from legato.activations import ActivationBatch
-from legato.codes import SparseCodes
-from legato.errors import LegatoError, UsageError
-from legato.evaluation import splice
-from legato.evaluation.core import (
-    InputSums,
-    ReconstructionSums,
-    SpliceSums,
-    TokenErrors,
-    splice_metrics,
-)
+from legato.common.errors import LegatoError, UsageError
+from legato.data.activations import ActivationBatch
+from legato.evaluation.core import splice
+from legato.evaluation.core.reconstruction import InputSums, ReconstructionSums, SpliceSums, TokenErrors, splice_metrics
+from legato.evaluation.core.splice import TokenLosses, splice_losses
 from legato.evaluation.evaluate import evaluate
-from legato.evaluation.features import read_features, write_features
-from legato.evaluation.judge import Judge
-from legato.evaluation.splice import TokenLosses, splice_losses
-from legato.sae import SparseAutoencoder
+from legato.evaluation.latents.table import read_features, write_features
+from legato.evaluation.sae_sums import Judge
+from legato.sae.autoencoder import SparseAutoencoder
+from legato.sae.codes import SparseCodes
 
 D, F, L, VOCABULARY = 16, 24, 12, 50
 BOS, COMMA = 1, 2

@@ -16,19 +16,18 @@ from bad_input import random_sae
 from small_experiment import RESULTS, SmallExperiment, small_experiment
 from tiny_models import save_tiny_model, tiny_tokenizer
 
-from legato.activation_store import ActivationStore
-from legato.checksums import DERIVED, EXEMPT, UNREAD, check_all, made_sense_of, seal
 from legato.cli import main
-from legato.demo_model import cached_folder
-from legato.errors import LegatoError
-from legato.harvest import harvest
-from legato.interop.formats import export
-from legato.language_model import LanguageModel
-from legato.results import SavedRun
-from legato.sae import SparseAutoencoder
-from legato.sealed import read_sealed
-from legato.text import Document
-from legato.tokens import tokenise
+from legato.common.checksummed import read_sealed
+from legato.common.errors import LegatoError
+from legato.common.files import cached_folder
+from legato.data.documents import Document
+from legato.data.harvest import harvest
+from legato.data.language_model import LanguageModel
+from legato.data.store import ActivationStore
+from legato.data.tokens import tokenise
+from legato.results.integrity import DERIVED, EXEMPT, UNREAD, check_all, made_sense_of, seal
+from legato.results.saved_run import SavedRun
+from legato.sae.autoencoder import SparseAutoencoder, export
 
 FLIPS = 4
 # Files that nothing vouches for, and why that is harmless.
@@ -212,7 +211,7 @@ def tokens():
 
 
 def test_every_file_of_an_activation_store(model, tokens, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("legato.store_format.SHARD_BYTES", 8 * 16 * (48 * 2 + 9))
+    monkeypatch.setattr("legato.data.store.SHARD_BYTES", 8 * 16 * (48 * 2 + 9))
     store = harvest(model, tokens, layer=1, path=tmp_path / "store")
     sound = store.read_rows(range(len(store)))
     assert len(files_of(store.path)) >= 4

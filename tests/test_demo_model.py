@@ -12,10 +12,11 @@ from killing import path_for_children
 from ranks import ends, run_ranks, start_ranks
 from tiny_models import save_tiny_model, tiny_tokens
 
-from legato import demo_model
-from legato.demo_model import DEMO_GGUF_SHA256, MANIFEST, cached_folder, demo_model_folder
-from legato.errors import LegatoError, UsageError
-from legato.language_model import LanguageModel
+from legato.common.errors import LegatoError, UsageError
+from legato.common.files import MANIFEST, cached_folder
+from legato.data import gguf as demo_model
+from legato.data.gguf import DEMO_GGUF_SHA256, demo_model_folder
+from legato.data.language_model import LanguageModel
 
 
 class CountingConversion:

@@ -12,12 +12,13 @@ from killing import path_for_children
 from ranks import ends, run_ranks, start_ranks
 from tiny_models import VOCABULARY, save_tiny_model
 
-from legato import distributed, store_format
-from legato.activation_store import ActivationStore
-from legato.errors import LegatoError
-from legato.harvest import harvest
-from legato.language_model import LanguageModel
-from legato.tokens import TokenSet
+from legato.common import distributed
+from legato.common.errors import LegatoError
+from legato.data import store as store_format
+from legato.data.harvest import harvest
+from legato.data.language_model import LanguageModel
+from legato.data.store import ActivationStore
+from legato.data.tokens import TokenSet
 
 
 @pytest.fixture(autouse=True)

@@ -16,10 +16,12 @@ from safetensors.torch import load_file
 from small_experiment import ROOT, experiment_main, write_corpus
 from tiny_models import save_tiny_model
 
-from legato import distributed, store_format
-from legato.checkpoint import Checkpoint
-from legato.report import figures, html
-from legato.sae import SparseAutoencoder
+from legato.common import distributed
+from legato.data import store as store_format
+from legato.experiment.checkpoint import Checkpoint
+from legato.report import registry as figures
+from legato.report import run_page as html
+from legato.sae.autoencoder import SparseAutoencoder
 
 
 def experiment(flags: list[str], cache: Path, dies: tuple[int, int] | None = None, signum: int = signal.SIGKILL) -> int:

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import BANK, SHORT
 from test_train import InMemory, planted_batches
 
-from legato import distributed
-from legato.activations import Normaliser
-from legato.hardware import settle_matmul_dtype
-from legato.sharing import WHOLE, Together
-from legato.train import BankState, train_on
+from legato.common import distributed
+from legato.common.hardware import settle_matmul_dtype
+from legato.data.activations import Normaliser
+from legato.sae.partition import WHOLE, Together
+from legato.training.bank import BankState, train_on
 
 STEPS = 16
 CONFIG = dataclasses.replace(SHORT, steps=STEPS, dead_after_tokens=300)

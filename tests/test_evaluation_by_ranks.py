@@ -15,12 +15,14 @@ from ranks import run_ranks
 from small_experiment import write_corpus
 from tiny_models import VOCABULARY, save_tiny_model
 
-from legato import cli, distributed, judge_sae
-from legato.activations import ActivationBatch
-from legato.errors import LegatoError
+from legato import cli
+from legato.common import distributed
+from legato.common.errors import LegatoError
+from legato.data.activations import ActivationBatch
+from legato.data.language_model import LanguageModel
 from legato.evaluation.evaluate import evaluate
-from legato.language_model import LanguageModel
-from legato.sae import SparseAutoencoder
+from legato.experiment import evaluate_saved as judge_sae
+from legato.sae.autoencoder import SparseAutoencoder
 
 ROWS, LENGTH, WIDTH, LATENTS = 7, 16, 48, 64
 LAYER = 1

@@ -7,8 +7,7 @@ from test_export import acts, assert_equal, random_sae
 from tiny_models import save_tiny_model
 
 from legato.cli import main
-from legato.interop.formats import export
-from legato.sae import SparseAutoencoder
+from legato.sae.autoencoder import SparseAutoencoder, export
 
 
 @pytest.mark.parametrize("to", ["saelens", "dictionary_learning", "sparsify", "safetensors"])

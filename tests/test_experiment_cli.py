@@ -9,11 +9,11 @@ import huggingface_hub
 import pytest
 from small_experiment import experiment_main, zero_parameters
 
-from legato.config import ExperimentConfig
-from legato.errors import UsageError
-from legato.experiment import read_text
-from legato.language_model import LanguageModel
-from legato.text import Document
+from legato.common.errors import UsageError
+from legato.data.documents import Document
+from legato.data.language_model import LanguageModel
+from legato.experiment.config import ExperimentConfig
+from legato.experiment.inputs import read_text
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_hub_stream_is_read_only_as_far_as_it_is_needed(small, monkeypatch):
     def endless(dataset, text_column):
         return (Document(f"w{3 + n % 90} " * 60, f"{dataset}:{n}") for n in itertools.count())
 
-    monkeypatch.setattr("legato.text._hub_documents", endless)
+    monkeypatch.setattr("legato.data.documents._hub_documents", endless)
     options = {"dataset": "somebody/endless", "corpus_tokens": 3000, "context_length": 16, "eval_rows": 8}
     text = read_text(ExperimentConfig.from_options("demo", options), LanguageModel.load(str(small.model)))
     assert text.train.n_valid == 3000
@@ -147,7 +147,7 @@ def test_a_run_is_finished_once_and_never_overwritten(small, capsys):
     assert (small.out_dir / "metrics.json").read_bytes() == metrics
     # The same command goes on. Nothing of the first attempt may pass for a result of the second.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("legato.train.Parameters.initial", zero_parameters)
+        patch.setattr("legato.training.step.Parameters.initial", zero_parameters)
         small.error("--temporal=hysteresis", code=1)
     assert small.results() == []
 

@@ -7,9 +7,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from legato.errors import LegatoError
-from legato.interop.formats import EXPORT_FORMATS, export
-from legato.sae import SparseAutoencoder
+from legato.common.errors import LegatoError
+from legato.sae.autoencoder import EXPORT_FORMATS, SparseAutoencoder, export
 
 D, F, K = 16, 48, 5
 DETAILS = {"model": "gpt2", "layer": 3, "site": "resid_post", "context_length": 64, "objective": {"seed": 2}}

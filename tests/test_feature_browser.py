@@ -14,9 +14,9 @@ from playwright.sync_api import Page, expect
 from synthetic_latents import describe_latents
 from synthetic_run import write_synthetic_run
 
-from legato.evaluation.pair_layout import LatentOrder
-from legato.evaluation.strips import Other, ShownText, write_strips, write_text
-from legato.report.html import write_report
+from legato.evaluation.latents.examples import Other, ShownText, write_strips, write_text
+from legato.evaluation.sums.lag_pairs import LatentOrder
+from legato.report.run_page import write_report
 
 MOST_BYTES, MOST_SECONDS = 15_000_000, 20.0  # it opens in under 3 s; a busy machine gets more
 BIG = 16_384

@@ -9,14 +9,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_experiment import zero_parameters
 
-from legato.activations import ActivationBatch
-from legato.errors import LegatoError
+from legato.common.errors import LegatoError
+from legato.common.hardware import fast_matmul_dtype
+from legato.data.activations import ActivationBatch
 from legato.evaluation.evaluate import evaluate
-from legato.hardware import fast_matmul_dtype
-from legato.run_dir import RunDir
-from legato.sae import SparseAutoencoder
-from legato.sparsity import BatchTopK, Hysteresis, ReLU, TopK
-from legato.train import ArmConfig, Parameters, SAETrainer, TrainBatch, TrainConfig, Workspace, train_bank
+from legato.results.run_dir import RunDir
+from legato.sae.architectures import BatchTopK, Hysteresis, ReLU, TopK
+from legato.sae.autoencoder import SparseAutoencoder
+from legato.training.bank import train_bank
+from legato.training.config import ArmConfig, TrainConfig
+from legato.training.step import Parameters, TrainBatch, Workspace
+from legato.training.trainer import SAETrainer
 
 B, L, D, F = 4, 8, 16, 32
 SPARSITIES = [BatchTopK(4), TopK(4), Hysteresis(4), ReLU(1.0)]
@@ -148,13 +151,13 @@ def test_a_corpus_of_nothing_but_bos(small):
 
 
 def test_held_out_text_of_nothing_but_bos(small, monkeypatch):
-    import legato.experiment
-    from legato.text import Document
+    import legato.experiment.inputs
+    from legato.data.documents import Document
 
     def split(documents, fraction):
         return list(documents), [Document("<bos> " * 40, "held-out")]
 
-    monkeypatch.setattr(legato.experiment, "split_held_out", split)
+    monkeypatch.setattr(legato.experiment.inputs, "split_held_out", split)
     assert "no text: every token is BOS" in small.error(code=1)
     assert not small.out_dir.exists()
 

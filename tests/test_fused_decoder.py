@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny_models import FUSED, tiny_network, tiny_tokens
 
-from legato import fused_kernels as kernels
-from legato.fused_decoder import FusedDecoder
+from legato.data import fast_kernels as kernels
+from legato.data.fast_layers import FusedDecoder
 
 
 def layers_of(decoder: Any) -> Any:

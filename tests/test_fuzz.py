@@ -21,19 +21,19 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from synthetic_run import write_synthetic_run
 
-from legato.checksums import check_all, seal
-from legato.errors import LegatoError
-from legato.interop.formats import export, read_sae
-from legato.reading import read_arrays, read_json, read_table, read_yaml
-from legato.results import SavedRun, read_log
-from legato.run_dir import RunDir
-from legato.sae import SparseAutoencoder
-from legato.sae_origin import origin_of
-from legato.store_format import Manifest
-from legato.text import load_documents, split_held_out
+from legato.common.errors import LegatoError
+from legato.common.safe_read import read_arrays, read_json, read_table, read_yaml
+from legato.data.documents import load_documents, split_held_out
+from legato.data.store import Manifest
+from legato.results.integrity import check_all, seal
+from legato.results.run_dir import RunDir
+from legato.results.saved_run import SavedRun, read_log
+from legato.sae.autoencoder import SparseAutoencoder, export
+from legato.sae.formats.detect import read_sae
+from legato.sae.provenance import origin_of
 
 pytest.importorskip("mwparserfromhell")
-from legato.wikitext import to_prose
+from legato.data.wikitext import to_prose
 
 fuzz = settings(
     max_examples=150,

@@ -11,13 +11,13 @@ from killing import differences, results
 from small_experiment import SmallExperiment, without_pages
 from tensorboard.summary.writer import event_file_writer
 
-import legato.train_stage
-from legato.arm import ArmConfig
-from legato.checkpoint import Checkpoint
-from legato.checksums import check_all
-from legato.run_dir import RunDir
-from legato.store_writer import StoreWriter
-from legato.train import SAETrainer
+import legato.training.passes
+from legato.data.store import StoreWriter
+from legato.experiment.checkpoint import Checkpoint
+from legato.results.integrity import check_all
+from legato.results.run_dir import RunDir
+from legato.training.config import ArmConfig
+from legato.training.trainer import SAETrainer
 
 FLAGS = ("--temporal=hysteresis", "--checkpoint_minutes=0")
 
@@ -103,7 +103,7 @@ def flip_a_bit(path: Path) -> None:
 
 def test_a_bank_in_two_passes_goes_on_in_either(run, monkeypatch):
     once = whole(run)
-    monkeypatch.setattr(legato.train_stage, "split_to_fit", one_by_one)
+    monkeypatch.setattr(legato.training.passes, "split_to_fit", one_by_one)
     for arm in ("baseline", "hysteresis"):
         interrupt_training_of(arm, run, monkeypatch)
     assert run.run(*FLAGS) == 0
@@ -112,7 +112,7 @@ def test_a_bank_in_two_passes_goes_on_in_either(run, monkeypatch):
 
 def test_a_run_cut_off_before_it_was_sealed_is_sealed_by_the_same_command(run, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("legato.checksums.seal", lambda root: signal.raise_signal(signal.SIGTERM))
+        patch.setattr("legato.results.integrity.seal", lambda root: signal.raise_signal(signal.SIGTERM))
         run.error(*FLAGS, code=143)
     assert (run.out_dir / "final_info.json").is_file()
     assert run.run(*FLAGS) == 0
@@ -149,7 +149,7 @@ def test_a_trained_sae_that_was_damaged_is_trained_again(run, monkeypatch):
 
 def test_a_trained_sae_is_damaged_while_another_is_in_training(run, monkeypatch):
     once = whole(run)
-    monkeypatch.setattr(legato.train_stage, "split_to_fit", one_by_one)
+    monkeypatch.setattr(legato.training.passes, "split_to_fit", one_by_one)
     interrupt_training_of("hysteresis", run, monkeypatch)
     flip_a_bit(run.out_dir / "saes" / "baseline" / "sae_weights.safetensors")
     assert run.run(*FLAGS) == 0

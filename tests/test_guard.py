@@ -7,11 +7,12 @@ import pytest
 import torch
 from test_train import ARMS, CONFIG, InMemory, planted_batches
 
-import legato.train
-from legato.activations import Normaliser
-from legato.errors import LegatoError
-from legato.guard import EXPLODED, IN_A_ROW, SETTLING_STEPS, StepGuard
-from legato.train import train_bank
+import legato.training.bank
+import legato.training.trainer
+from legato.common.errors import LegatoError
+from legato.data.activations import Normaliser
+from legato.training.bank import train_bank
+from legato.training.trainer import EXPLODED, IN_A_ROW, SETTLING_STEPS, StepGuard
 
 STEPS = 40
 SHORT = dataclasses.replace(CONFIG, steps=STEPS, log_every=10)
@@ -24,12 +25,12 @@ def normaliser() -> Normaliser:
 
 def train(monkeypatch, normaliser, spoil):
     """The first two arms; spoil(arm's name, step, result) changes what a pass gives."""
-    exact = legato.train.forward_backward
+    exact = legato.training.trainer.forward_backward
 
     def forward_backward(parameters, low, batch, arm, terms, **options):
         return spoil(arm.name, options["step"], exact(parameters, low, batch, arm, terms, **options))
 
-    monkeypatch.setattr(legato.train, "forward_backward", forward_backward)
+    monkeypatch.setattr(legato.training.trainer, "forward_backward", forward_backward)
     log: list[dict] = []
     return train_bank(ARMS[:2], planted_batches(STEPS), normaliser, SHORT, log=log.append), log
 
@@ -61,13 +62,13 @@ def test_bad_steps_in_a_row_end_a_member_in_its_last_good_state(monkeypatch, nor
             return result
         return dataclasses.replace(result, grad_norm=math.nan)
 
-    exact = legato.train.SAETrainer.step
+    exact = legato.training.trainer.SAETrainer.step
 
     def step(trainer, batch):
         states[trainer.arm.name, trainer.steps_done] = trainer.parameters.W_enc_FD.clone()
         return exact(trainer, batch)
 
-    monkeypatch.setattr(legato.train.SAETrainer, "step", step)
+    monkeypatch.setattr(legato.training.bank.SAETrainer, "step", step)
     result, _ = train(monkeypatch, normaliser, spoil)
     assert [trainer.arm.name for trainer in result.finished] == ["topk"]
     [(trainer, reason)] = result.failed

@@ -1,6 +1,6 @@
 import torch
 
-from legato import hardware
+from legato.common import hardware
 
 
 def test_fast_float32_keeps_the_precision_of_float32():

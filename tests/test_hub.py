@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from legato.cli import main
-from legato.errors import LegatoError, UsageError
+from legato.common.errors import LegatoError, UsageError
 from legato.interop.hub import from_pretrained, model_card, push_to_hub
-from legato.sae import SparseAutoencoder
+from legato.sae.autoencoder import SparseAutoencoder
 
 COMMIT = "c" * 40
 METRICS = {

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from legato.errors import LegatoError, UsageError
-from legato.sae import SparseAutoencoder
+from legato.common.errors import LegatoError, UsageError
+from legato.sae.autoencoder import SparseAutoencoder
 
 pytestmark = pytest.mark.filterwarnings("default")  # its dependencies warn at import
 pytest.importorskip("dictionary_learning", reason="dictionary-learning is not installed", exc_type=ImportError)

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from legato.errors import LegatoError
-from legato.sae import SparseAutoencoder
+from legato.common.errors import LegatoError
+from legato.sae.autoencoder import SparseAutoencoder
 
 pytestmark = pytest.mark.filterwarnings("default")  # SAELens and its dependencies warn at import
 pytest.importorskip("sae_lens", reason="sae-lens is not installed", exc_type=ImportError)

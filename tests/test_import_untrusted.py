@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from legato.errors import LegatoError, UsageError
-from legato.sae import SparseAutoencoder
+from legato.common.errors import LegatoError, UsageError
+from legato.sae.autoencoder import SparseAutoencoder
 
 D, F = 4, 8
 

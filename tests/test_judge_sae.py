@@ -10,9 +10,9 @@ from small_experiment import write_corpus
 from tiny_models import save_tiny_model
 
 from legato.cli import main
-from legato.judge_sae import named, recipes
-from legato.results import SavedRun
-from legato.sae import SparseAutoencoder
+from legato.experiment.evaluate_saved import named, recipes
+from legato.results.saved_run import SavedRun
+from legato.sae.autoencoder import SparseAutoencoder
 
 WIDTH, LATENTS = 48, 64
 
@@ -46,7 +46,7 @@ def evaluate(place, tmp_path, monkeypatch, capsys):
 
     def run(*saes, code=0, pages=False, **options):
         for writer in () if pages else ("write_figures", "write_report"):  # slow, and tested on their own
-            monkeypatch.setattr(f"legato.judge_sae.{writer}", lambda folder: None)
+            monkeypatch.setattr(f"legato.experiment.evaluate_saved.{writer}", lambda folder: None)
         options = {
             "model": place / "model",
             "layer": 2,
@@ -225,7 +225,7 @@ def test_what_was_cut_off_goes_on(evaluate, place, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("legato.experiment._offsets", cut)
+        patch.setattr("legato.experiment.evaluate._offsets", cut)
         shown = evaluate(sae, place / "held", code=130).err
     assert shown == "error: interrupted; the same command goes on where it stopped\n"
     assert not (tmp_path / "judged" / "metrics.json").exists()
@@ -234,7 +234,7 @@ def test_what_was_cut_off_goes_on(evaluate, place, tmp_path, monkeypatch):
     assert "holds a run with judged.sha256.sae" in failure(evaluate, sae, place / "held")
     random_sae().save(sae)
     with monkeypatch.context() as patch:
-        patch.setattr("legato.experiment.evaluate", lambda *_, **__: pytest.fail("judged again"))
+        patch.setattr("legato.experiment.evaluate.evaluate", lambda *_, **__: pytest.fail("judged again"))
         evaluate(sae, place / "held")
     for file in ("metrics.json", "final_info.json", "features/held.parquet"):
         assert (tmp_path / "judged" / file).read_bytes() == (whole / file).read_bytes()

@@ -6,20 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from legato import kernels, stateful
-from legato.arm import ArmConfig, TrainConfig
-from legato.consistency_losses import (
-    Contrastive,
-    FusedLasso,
-    PositionPenalty,
-    Slowness,
-    TsaeContrastive,
-    WindowGroupLasso,
-    WindowVariance,
-)
-from legato.sae import SparseAutoencoder
-from legato.sequences import SequenceLayout
-from legato.sparsity import (
+from legato.sae.architectures import (
     BatchTopK,
     Gated,
     Hysteresis,
@@ -31,9 +18,24 @@ from legato.sparsity import (
     Sparsity,
     TopK,
     WindowTopK,
+    hysteresis_topk,
 )
-from legato.sparsity.base import OPENING
-from legato.step import Parameters, TrainBatch, Workspace, auxiliary_loss, forward_backward
+from legato.sae.architectures.base import OPENING
+from legato.sae.autoencoder import SparseAutoencoder
+from legato.sae.kernels import gradients
+from legato.sae.kernels import pairs as kernels
+from legato.sae.segments import SequenceLayout
+from legato.training.config import ArmConfig, TrainConfig
+from legato.training.losses import (
+    Contrastive,
+    FusedLasso,
+    PositionPenalty,
+    Slowness,
+    TsaeContrastive,
+    WindowGroupLasso,
+    WindowVariance,
+)
+from legato.training.step import Parameters, TrainBatch, Workspace, auxiliary_loss, forward_backward
 
 B, L, D, F = 6, 20, 24, 64
 CONFIG = TrainConfig(steps=10, aux_k=5, aux_tokens=1000)
@@ -265,7 +267,7 @@ def test_held_top_from_rounded_values_is_exact(dtype):
     W_FD = torch.randn(latents, width, generator=generator)
     layout = SequenceLayout.of(torch.ones(2, tokens // 2, dtype=torch.bool), torch.zeros(2, tokens // 2))
     exact_NF = x_ND @ W_FD.T
-    expected = stateful.held_top(exact_NF.view(2, -1, latents), k, 0.4).view(tokens, latents)
+    expected = hysteresis_topk.held_top(exact_NF.view(2, -1, latents), k, 0.4).view(tokens, latents)
     pre = Preactivations(exact_NF.to(dtype), x_ND.numpy(), W_FD.numpy(), np.zeros(latents, np.float32), layout)
     pairs, _ = HysteresisTopK(k, release=0.4).select(pre, 0.0, 1.0)
     found_NF = torch.zeros(tokens, latents, dtype=torch.bool)
@@ -438,7 +440,7 @@ def test_adam_equals_torch():
         gradient = torch.randn(5, 3, generator=generator, dtype=torch.float64)
         reference.grad = gradient.clone()
         optimiser.step()
-        kernels.adam(*(t.numpy() for t in (weight, m, v, gradient)), clip=1.0, lr=0.01, step=step, unit_rows=False)
+        gradients.adam(*(t.numpy() for t in (weight, m, v, gradient)), clip=1.0, lr=0.01, step=step, unit_rows=False)
     torch.testing.assert_close(weight, reference.detach(), rtol=1e-10, atol=1e-12)
 
 
@@ -446,5 +448,5 @@ def test_adam_keeps_unit_rows():
     weight = torch.nn.functional.normalize(torch.randn(4, 8, dtype=torch.float64), dim=-1)
     moments = [torch.zeros_like(weight) for _ in range(2)]
     gradient = torch.randn(4, 8, dtype=torch.float64)
-    kernels.adam(*(t.numpy() for t in (weight, *moments, gradient)), clip=1.0, lr=0.1, step=1, unit_rows=True)
+    gradients.adam(*(t.numpy() for t in (weight, *moments, gradient)), clip=1.0, lr=0.1, step=1, unit_rows=True)
     torch.testing.assert_close(weight.norm(dim=-1), torch.ones(4, dtype=torch.float64))

@@ -14,7 +14,7 @@ from killing import MEMBERS, Attempt, Killable, differences, flags_of, path_for_
 from small_experiment import write_corpus
 from tiny_models import save_tiny_model
 
-from legato.checksums import check_all
+from legato.results.integrity import check_all
 
 LONGEST_DELAY = 0.5  # seconds
 

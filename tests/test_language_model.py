@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, save_tiny_model, tiny_network, tiny_tokenizer, tiny_tokens
 
-from legato.errors import LegatoError, UsageError
-from legato.language_model import SITES, LanguageModel
+from legato.common.errors import LegatoError, UsageError
+from legato.data.language_model import SITES, LanguageModel
 
 PROSE = (
     "The history of the city begins with a small settlement on the river. Over the centuries it grew into a centre of "
@@ -181,7 +181,7 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_own(tmp_path: Path) -> N
 def test_layers_that_do_not_match_transformers_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     network = tiny_network("gemma3")
     expected = LanguageModel(network, tiny_tokenizer(), "tiny").activations(tiny_tokens(), 2)
-    monkeypatch.setattr("legato.fused_decoder._ACTIVATIONS", {"gelu_pytorch_tanh": (torch.tensor(1.0).numpy(),) * 2})
+    monkeypatch.setattr("legato.data.fast_layers._ACTIVATIONS", {"gelu_pytorch_tanh": (torch.tensor(1.0).numpy(),) * 2})
     lm = LanguageModel(network, tiny_tokenizer(), "tiny")
     with pytest.warns(UserWarning, match="fast layers differ"):
         acts = lm.activations(tiny_tokens(), 2)

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from synthetic_run import write_synthetic_run
 
-from legato.answers import answers
-from legato.errors import LegatoError, UsageError
-from legato.final_info import final_info, write_final_info
-from legato.notes import notes, scope, warnings, write_notes
-from legato.results import SavedRun, arms_of
-from legato.verdict import compare, headline
+from legato.common.errors import LegatoError, UsageError
+from legato.report.text.notes import notes, scope, warnings, write_notes
+from legato.report.text.summary import answers
+from legato.report.text.verdict import compare, headline
+from legato.results.final_info import final_info, write_final_info
+from legato.results.saved_run import SavedRun, arms_of
 
 
 def metrics_of(*, fvu=0.21, l0=32.0, excess=0.08, alive=0.99, ce=0.9, tokens=2_400_000, **recipe):

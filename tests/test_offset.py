@@ -8,13 +8,14 @@ import torch
 from tiny_models import ARCHITECTURES, tiny_network, tiny_tokenizer, tiny_tokens
 
 from legato import metrics
-from legato.codes import SparseCodes
-from legato.errors import UsageError
-from legato.evaluation.features import read_features
-from legato.evaluation.offset import Agreement, offset_lines, offset_test
-from legato.language_model import LanguageModel
-from legato.sae import SparseAutoencoder
-from legato.tokens import TokenSet
+from legato.common.errors import UsageError
+from legato.data.language_model import LanguageModel
+from legato.data.tokens import TokenSet
+from legato.evaluation.latents.table import read_features
+from legato.evaluation.position.shift_test import Agreement, offset_test
+from legato.report.text.latents import offset_lines
+from legato.sae.autoencoder import SparseAutoencoder
+from legato.sae.codes import SparseCodes
 
 D, F = 48, 64
 

@@ -14,9 +14,9 @@ from playwright.sync_api import Page, expect
 from synthetic_latents import describe_latents
 from synthetic_run import write_synthetic_run
 
-from legato.report.comparison import write_comparison
-from legato.report.html import write_report
-from legato.results import SavedRun
+from legato.report.run_page import write_report
+from legato.report.runs.page import write_comparison
+from legato.results.saved_run import SavedRun
 
 HOSTILE = "<img src=x onerror=alert(1)><script>document.title='run'<!--{{ 7*7 }}"
 HOSTILE_END = "</script></title><script>document.title='run'</script>-->"

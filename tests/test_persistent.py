@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from legato import kernels
-from legato.activations import ActivationBatch, Normaliser
-from legato.hardware import fast_matmul_dtype
-from legato.persistence import carry, leaked
-from legato.sae import SparseAutoencoder
-from legato.sequences import SequenceLayout
-from legato.sparsity import Persistent
-from legato.train import ArmConfig, TrainBatch, TrainConfig, train_bank
+from legato.common.hardware import fast_matmul_dtype
+from legato.data.activations import ActivationBatch, Normaliser
+from legato.sae.architectures import Persistent
+from legato.sae.architectures.persistent import leaked
+from legato.sae.autoencoder import SparseAutoencoder
+from legato.sae.kernels import pairs as kernels
+from legato.sae.kernels.leak import carry
+from legato.sae.segments import SequenceLayout
+from legato.training.bank import train_bank
+from legato.training.config import ArmConfig, TrainConfig
+from legato.training.step import TrainBatch
 
 B, L, D, F = 6, 24, 16, 32
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from legato import metrics
-from legato.codes import SparseCodes
-from legato.evaluation.accumulators import CodeSums
-from legato.evaluation.kept_codes import KeptCodes
-from legato.evaluation.pair_layout import LatentOrder, PairLayout
-from legato.evaluation.position import position_matrix, position_metrics
+from legato.evaluation.position.attachment import position_matrix, position_metrics
+from legato.evaluation.sums.accumulators import CodeSums
+from legato.evaluation.sums.code_buffer import KeptCodes
+from legato.evaluation.sums.lag_pairs import LatentOrder, PairLayout
+from legato.sae.codes import SparseCodes
 
 
 def one_latent(*rows):

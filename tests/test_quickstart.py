@@ -10,8 +10,8 @@ from small_experiment import ROOT, experiment_main, write_corpus
 from tiny_models import save_tiny_model
 
 from legato.cli import main
-from legato.kernels import LatentOrder
-from legato.sequences import SequenceLayout
+from legato.sae.kernels.pairs import LatentOrder
+from legato.sae.segments import SequenceLayout
 
 # What makes the training block small. Every entry must occur in the page.
 SMALLER = {
@@ -38,7 +38,7 @@ def page(tmp_path_factory):
         patch.chdir(folder)
         patch.setenv("LEGATO_CACHE", str(folder / "cache"))
         for writer in ("write_figures", "write_report"):  # slow, and tested on their own
-            patch.setattr(f"legato.judge_sae.{writer}", lambda run: None)
+            patch.setattr(f"legato.experiment.evaluate_saved.{writer}", lambda run: None)
         for language, text in blocks():
             if language == "bash":
                 for line in text.splitlines():

@@ -2,11 +2,11 @@
 
 import pytest
 
-from legato.config import NAMED_ARMS, TERM_ARMS, ExperimentConfig
-from legato.consistency_losses import Contrastive, WindowVariance
-from legato.errors import UsageError
-from legato.recipes import LEGATO_TERM, MATRYOSHKA, arms, recipe
-from legato.sparsity import BatchTopK, Hysteresis, TopK
+from legato.common.errors import UsageError
+from legato.experiment.arms import LEGATO_TERM, MATRYOSHKA, arms, recipe
+from legato.experiment.config import NAMED_ARMS, TERM_ARMS, ExperimentConfig
+from legato.sae.architectures import BatchTopK, Hysteresis, TopK
+from legato.training.losses import Contrastive, WindowVariance
 
 
 def bank(temporal, **options):

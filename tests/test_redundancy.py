@@ -5,13 +5,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from legato.activations import ActivationBatch
-from legato.codes import SparseCodes
-from legato.errors import LegatoError, UsageError
-from legato.evaluation.pair_layout import LatentOrder, PairLayout
-from legato.evaluation.redundancy import CodedBatch, coded, redundancy
-from legato.evaluation.redundancy_classes import Limits, adjusted, lagged_pairs, similar_pairs
-from legato.evaluation.redundancy_sums import (
+from legato.common.errors import LegatoError, UsageError
+from legato.data.activations import ActivationBatch
+from legato.evaluation.redundancy.classes import Limits, adjusted, lagged_pairs, similar_pairs
+from legato.evaluation.redundancy.pairs import redundancy
+from legato.evaluation.redundancy.sums import (
     Candidates,
     CandidateSums,
     Correlations,
@@ -21,7 +19,11 @@ from legato.evaluation.redundancy_sums import (
     profile_overlap,
     split_z,
 )
-from legato.evaluation.redundancy_table import redundancy_lines, write_redundancy
+from legato.evaluation.redundancy.table import write_redundancy
+from legato.evaluation.sums.code_buffer import CodedBatch, coded
+from legato.evaluation.sums.lag_pairs import LatentOrder, PairLayout
+from legato.report.text.latents import redundancy_lines
+from legato.sae.codes import SparseCodes
 
 LIMITS = Limits(window=4, cosine=0.5)
 
@@ -188,7 +190,7 @@ def test_the_screen_finds_exactly_the_pairs_above_the_floor():
 
 
 def test_similar_decoders_are_found_across_blocks(monkeypatch):
-    monkeypatch.setattr("legato.evaluation.redundancy_classes.COSINE_BLOCK", 2)
+    monkeypatch.setattr("legato.evaluation.redundancy.classes.COSINE_BLOCK", 2)
     directions = np.array([[1, 0], [0, 1], [0.8, 0.6], [-1, 0], [1, 0]])
     alive_F = np.array([True, True, True, True, False])
     a_C, b_C, cosine_C = similar_pairs(directions, alive_F, 0.7)

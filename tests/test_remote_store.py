@@ -5,12 +5,12 @@ import pytest
 import torch
 from tiny_models import save_tiny_model
 
-from legato.activation_store import ActivationStore
-from legato.errors import LegatoError, UsageError
-from legato.harvest import harvest
-from legato.language_model import LanguageModel
-from legato.text import Document
-from legato.tokens import tokenise
+from legato.common.errors import LegatoError, UsageError
+from legato.data.documents import Document
+from legato.data.harvest import harvest
+from legato.data.language_model import LanguageModel
+from legato.data.store import ActivationStore
+from legato.data.tokens import tokenise
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def machine(tmp_path, monkeypatch):
         monkeypatch.setenv("LEGATO_CACHE", str(tmp_path / name))
 
     go_to("first")
-    monkeypatch.setattr("legato.store_format.SHARD_BYTES", 20_000)  # several shards
+    monkeypatch.setattr("legato.data.store.SHARD_BYTES", 20_000)  # several shards
     yield go_to
     fsspec.filesystem("memory").store.clear()
 

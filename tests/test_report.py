@@ -13,21 +13,21 @@ import pytest
 from synthetic_latents import describe_latents
 from synthetic_run import write_synthetic_run
 
-from legato.comparison import write_matched
-from legato.comparison_points import ALL, MEASURES
-from legato.errors import LegatoError, UsageError
-from legato.report.ablation_figures import pareto_front
-from legato.report.comparison import write_comparison
-from legato.report.figures import FIGURES, write_figures
-from legato.report.html import report_html, write_report
-from legato.report.latent_tables import Piece, pieces
-from legato.report.matched_figures import matched_comparison
-from legato.report.plots import plain, rounded, significant
-from legato.report.style import arm_colours, arm_styles, figure_style
-from legato.report.tables import matched_tables, recipe_rows
-from legato.report.tradeoff import cost_scene, outside_in_words
-from legato.report.training_figures import sparsity_fidelity
-from legato.results import SavedRun
+from legato.common.errors import LegatoError, UsageError
+from legato.report.figures.ablation import pareto_front
+from legato.report.figures.matched import matched_comparison
+from legato.report.figures.style import arm_colours, arm_styles, figure_style
+from legato.report.figures.tradeoff import cost_scene, outside_in_words
+from legato.report.figures.training import sparsity_fidelity
+from legato.report.page.latent_tables import Piece, pieces
+from legato.report.page.tables import matched_tables, recipe_rows
+from legato.report.plots.spec import plain, rounded, significant
+from legato.report.registry import FIGURES, write_figures
+from legato.report.run_page import report_html, write_report
+from legato.report.runs.page import write_comparison
+from legato.results.matched.compare import write_matched
+from legato.results.matched.points import ALL, MEASURES
+from legato.results.saved_run import SavedRun
 
 ROOT = Path(__file__).resolve().parents[1]
 ALWAYS = {"training_curves", "fvu_l0", "kappa_over_lag", "ac_over_lag", "kappa_by_firing_rate", "fvu_kappa"}
@@ -253,7 +253,7 @@ def test_damaged_folders_give_one_clear_error(small_run, tmp_path):
 
 
 def test_nothing_else_needs_the_report():
-    code = "import sys, legato.notes; assert not {'matplotlib', 'legato.report'} & {*sys.modules}, 1"
+    code = "import sys, legato.report.text.notes; assert not {'matplotlib', 'plotly'} & {*sys.modules}, 1"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

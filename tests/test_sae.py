@@ -4,9 +4,9 @@ import json
 import pytest
 import torch
 
-from legato.activations import ActivationBatch, Normaliser
-from legato.errors import LegatoError, UsageError
-from legato.sae import SparseAutoencoder
+from legato.common.errors import LegatoError, UsageError
+from legato.data.activations import ActivationBatch, Normaliser
+from legato.sae.autoencoder import SparseAutoencoder
 
 
 def hysteresis_sae(**changes) -> SparseAutoencoder:

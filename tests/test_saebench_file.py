@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from legato.codes import SparseCodes
-from legato.errors import LegatoError
-from legato.evaluation.core import TokenErrors
-from legato.evaluation.saebench_core import (
+from legato.common.errors import LegatoError
+from legato.evaluation.core.reconstruction import TokenErrors
+from legato.evaluation.core.saebench import (
     SaeBenchSums,
     batch_spread,
     saebench_features,
     saebench_metrics,
     weight_statistics,
 )
-from legato.interop.saebench import write_core_file
+from legato.interop.saebench_file import write_core_file
+from legato.sae.codes import SparseCodes
 
 # The schema of sae-bench 0.6.0: category -> names, in its order
 CATEGORIES = {

@@ -8,9 +8,9 @@ from small_experiment import write_corpus
 from tiny_models import save_tiny_model, tiny_tokens
 
 from legato.cli import main
-from legato.errors import UsageError
+from legato.common.errors import UsageError
 from legato.interop import saebench_evals
-from legato.sae import SparseAutoencoder
+from legato.sae.autoencoder import SparseAutoencoder
 
 # sae-bench and what it imports warn of their own deprecations and of small data sets.
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "UserWarning")]
@@ -50,7 +50,7 @@ def test_what_is_absent_is_named(monkeypatch, tmp_path):
 
 
 def test_without_sae_bench_the_command_says_what_to_do(monkeypatch, capsys):
-    monkeypatch.setattr("legato.bench_sae.find_spec", lambda name: None)
+    monkeypatch.setattr("legato.cli.find_spec", lambda name: None)
     assert main(["saebench", "anywhere"]) == 2
     assert "pip install legato-sae sae-bench" in capsys.readouterr().err
 
@@ -104,7 +104,7 @@ def test_core_agrees_with_legato_s_own_file(wrapper, place, tmp_path, monkeypatc
     """The same SAE with state, model, text and rows: sae-bench's numbers, and those `legato evaluate` writes."""
     monkeypatch.setenv("LEGATO_CACHE", str(tmp_path / "cache"))
     for writer in ("write_figures", "write_report"):
-        monkeypatch.setattr(f"legato.judge_sae.{writer}", lambda folder: None)
+        monkeypatch.setattr(f"legato.experiment.evaluate_saved.{writer}", lambda folder: None)
     shared = [str(place / "held"), f"--model={place / 'model'}", "--layer=2", f"--dataset={place / 'corpus'}"]
     # 27 * 24 = 648 text tokens: ten documents of 60, each two rows of 23 and one of 14, and 48 of the next, which are
     # two rows and two tokens that fit beside 14 others: 32 rows, two whole batches.

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from legato.activations import ActivationBatch
-from legato.errors import LegatoError, UsageError
-from legato.interop.saelens_folder import read_saelens_folder, write_saelens_folder
-from legato.sae import SparseAutoencoder
+from legato.common.errors import LegatoError, UsageError
+from legato.data.activations import ActivationBatch
+from legato.sae.autoencoder import SparseAutoencoder
+from legato.sae.formats.saelens import read_saelens_folder, write_saelens_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 D, F, K, RELEASE = 24, 80, 6, 0.4
@@ -197,7 +197,7 @@ def test_hysteresis_opens_in_saelens_and_holds_along_each_sequence(tmp_path):
 
 
 def test_legato_does_not_import_saelens():
-    check = "import sys, legato.experiment; sys.exit('sae_lens' in sys.modules)"
+    check = "import sys, legato.experiment.evaluate; sys.exit('sae_lens' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=False).returncode == 0
 
 

@@ -16,17 +16,17 @@ from small_experiment import ROOT
 from synthetic_run import write_synthetic_run
 from tiny_models import save_tiny_model
 
-from legato.cache import sha256_json
-from legato.checksums import FORMAT, Checksums, check_all
-from legato.errors import LegatoError, UsageError
+from legato.common.errors import LegatoError, UsageError
+from legato.common.files import sha256_json
+from legato.common.safe_read import read_arrays, read_yaml
+from legato.data.documents import load_documents
+from legato.data.language_model import LanguageModel
 from legato.interop.hub import from_pretrained
-from legato.interop.hub_files import download
-from legato.language_model import LanguageModel
-from legato.reading import read_arrays, read_yaml
-from legato.report.html import write_report
-from legato.results import SavedRun
-from legato.sae import SparseAutoencoder
-from legato.text import load_documents
+from legato.report.run_page import write_report
+from legato.results.integrity import FORMAT, Checksums, check_all
+from legato.results.saved_run import SavedRun
+from legato.sae.autoencoder import SparseAutoencoder
+from legato.sae.formats.hub_download import download
 
 UNPICKLES = {"distributed.py": "what the run's own ranks send each other, as torch.distributed does"}
 SOURCES = sorted([*(ROOT / "legato").rglob("*.py"), ROOT / "experiment.py", ROOT / "plot.py"])
@@ -54,7 +54,7 @@ def test_nothing_that_is_read_can_run(path):
         assert name != "torch.load" or keywords.get("weights_only") is True, place
         assert name != "np.load" or keywords.get("allow_pickle") is False, place
         assert name not in ("yaml.full_load", "yaml.unsafe_load", "yaml.load_all"), place
-        assert name != "yaml.load" or path.name == "reading.py", place
+        assert name != "yaml.load" or path.name == "safe_read.py", place
 
 
 def test_a_configuration_holds_values_only(tmp_path):

@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import BANK, SHORT
 from test_train import NESTED, InMemory, planted_batches
 
-from legato import distributed
-from legato.activations import Normaliser
-from legato.arm import ArmConfig
-from legato.consistency_losses import Slowness
-from legato.hardware import settle_matmul_dtype
-from legato.sharing import WHOLE, Sharded
-from legato.sparsity import BatchTopK, Gated, HysteresisTopK, Persistent, TopK, WindowTopK
-from legato.train import BankState, train_on
+from legato.common import distributed
+from legato.common.hardware import settle_matmul_dtype
+from legato.data.activations import Normaliser
+from legato.sae.architectures import BatchTopK, Gated, HysteresisTopK, Persistent, TopK, WindowTopK
+from legato.sae.partition import WHOLE, Sharded
+from legato.training.bank import BankState, train_on
+from legato.training.config import ArmConfig
+from legato.training.losses import Slowness
 
 STEPS, D = 12, 32
 CONFIG = dataclasses.replace(SHORT, steps=STEPS, lr=2e-3, dead_after_tokens=300, log_every=1)

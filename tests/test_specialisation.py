@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
-from legato.evaluation.clustering import Candidate, Scaler, agreement, choose, cluster
-from legato.evaluation.descriptors import name_of
-from legato.evaluation.features import read_features, write_features
-from legato.evaluation.specialisation import specialisation_lines, specialise
+from legato.evaluation.latents.table import read_features, write_features
+from legato.evaluation.specialisation.clustering import Candidate, Scaler, agreement, choose, cluster
+from legato.evaluation.specialisation.descriptors import name_of
+from legato.evaluation.specialisation.kinds import specialise
+from legato.report.text.latents import specialisation_lines
 
 N_TOKENS = 100_000
 # density, kappa1, kappa4, kappa16, half-life, eta2, token mi, document eta2, burstiness, magnitude
@@ -192,7 +193,7 @@ def test_standardisation_by_hand():
 
 
 def test_all_latents_are_assigned_where_only_some_are_fitted(monkeypatch):
-    monkeypatch.setattr("legato.evaluation.specialisation.FIT_LATENTS", 150)
+    monkeypatch.setattr("legato.evaluation.specialisation.kinds.FIT_LATENTS", 150)
     table, truth_F = planted()
     result = specialise({"sae": table}, N_TOKENS)["sae"]
     assert result.section["fitted_on"]["latents"] == 150

@@ -8,14 +8,10 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, tiny_network, tiny_tokenizer
 
-from legato.activations import ActivationBatch
-from legato.codes import SparseCodes
-from legato.errors import LegatoError
-from legato.evaluation.pair_layout import LatentOrder
-from legato.evaluation.promoted import promoted_tokens
-from legato.evaluation.redundancy import CodedBatch
-from legato.evaluation.similar import fire_together, nearest_directions
-from legato.evaluation.strips import (
+from legato.common.errors import LegatoError
+from legato.data.activations import ActivationBatch
+from legato.data.language_model import LanguageModel
+from legato.evaluation.latents.examples import (
     WINDOW,
     Other,
     Passages,
@@ -26,8 +22,12 @@ from legato.evaluation.strips import (
     write_strips,
     write_text,
 )
-from legato.experiment import _partners
-from legato.language_model import LanguageModel
+from legato.evaluation.latents.logits import promoted_tokens
+from legato.evaluation.latents.neighbours import fire_together, nearest_directions
+from legato.evaluation.sums.code_buffer import CodedBatch
+from legato.evaluation.sums.lag_pairs import LatentOrder
+from legato.experiment.evaluate import _partners
+from legato.sae.codes import SparseCodes
 
 
 def order_of(firings: list[dict[int, float]]) -> LatentOrder:
@@ -107,7 +107,7 @@ def test_latents_that_fire_together_by_share_of_positions() -> None:
 
 def test_many_latents_on_a_token_are_counted_at_every_second_position(monkeypatch: pytest.MonkeyPatch) -> None:
     order = order_of([{t: 1.0 for t in range(0, 40)}, {t: 1.0 for t in range(0, 20)}])
-    monkeypatch.setattr("legato.evaluation.similar.MOST_STEPS", 60)  # of 20 * 4 + 20 = 100
+    monkeypatch.setattr("legato.evaluation.latents.neighbours.MOST_STEPS", 60)  # of 20 * 4 + 20 = 100
     index, jaccard = fire_together(order, 40, k=1)
     assert index[:, 0].tolist() == [1, 0]
     assert jaccard[0, 0] == pytest.approx(0.5)

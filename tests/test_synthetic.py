@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from legato import LegatoError, SparseAutoencoder, UsageError, evaluate
-from legato.codes import SparseCodes
-from legato.sparsity import BatchTopK
+from legato.sae.architectures import BatchTopK
+from legato.sae.codes import SparseCodes
 from legato.synthetic import (
     FAMILIES,
     Bed,
@@ -31,7 +31,7 @@ from legato.synthetic.command import read_arms, read_sources
 from legato.synthetic.ranking import METRICS, rank_correlations
 from legato.synthetic.recovery import bootstrap, chance_mcc, encode, found_by_true_directions
 from legato.synthetic.sources import PROFILES, fire
-from legato.train import ArmConfig
+from legato.training.config import ArmConfig
 
 L = 64
 

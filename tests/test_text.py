@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from legato.errors import LegatoError, UsageError
-from legato.text import TEXT_PART_CHARACTERS, Document, load_documents, split_held_out
+from legato.common.errors import LegatoError, UsageError
+from legato.data.documents import TEXT_PART_CHARACTERS, Document, load_documents, split_held_out
 
 
 def _write_jsonl(path: Path, texts: list[object], key: str = "text") -> Path:

@@ -9,11 +9,11 @@ from sklearn.metrics import mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix, expected_mutual_information
 
 from legato import metrics
-from legato.codes import SparseCodes
-from legato.evaluation import token_statistics
-from legato.evaluation.burstiness import GapSums, burstiness
-from legato.evaluation.pair_layout import LatentOrder, PairLayout
-from legato.evaluation.token_statistics import TokenCounts, token_features, token_information
+from legato.evaluation.latents import tokens as token_statistics
+from legato.evaluation.latents.burstiness import GapSums, burstiness
+from legato.evaluation.latents.tokens import TokenCounts, token_features, token_information
+from legato.evaluation.sums.lag_pairs import LatentOrder, PairLayout
+from legato.sae.codes import SparseCodes
 
 
 def entropy(*shares):

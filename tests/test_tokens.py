@@ -13,9 +13,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from legato.errors import UsageError
-from legato.text import Document, load_documents, split_held_out
-from legato.tokens import TokenSet, tokenise
+from legato.common.errors import UsageError
+from legato.data.documents import Document, load_documents, split_held_out
+from legato.data.tokens import TokenSet, tokenise
 
 WORDS = [f"w{number}" for number in range(50)]
 

@@ -6,15 +6,17 @@ import math
 import pytest
 import torch
 
-from legato.activations import ActivationBatch, Normaliser
-from legato.config import GROUP_ARMS, SPARSITY_ARMS, TERM_ARMS, ExperimentConfig
-from legato.consistency_losses import Contrastive, Slowness, WindowGroupLasso, WindowVariance
-from legato.errors import LegatoError
-from legato.hardware import fast_matmul_dtype
-from legato.recipes import arms
-from legato.sparsity import BatchTopK, Gated, Hysteresis, JumpReLU, ReLU, TopK
-from legato.step import Parameters
-from legato.train import ArmConfig, TrainBatch, TrainConfig, bank_bytes, train_bank
+from legato.common.errors import LegatoError
+from legato.common.hardware import fast_matmul_dtype
+from legato.data.activations import ActivationBatch, Normaliser
+from legato.experiment.arms import arms
+from legato.experiment.config import GROUP_ARMS, SPARSITY_ARMS, TERM_ARMS, ExperimentConfig
+from legato.sae.architectures import BatchTopK, Gated, Hysteresis, JumpReLU, ReLU, TopK
+from legato.training.bank import train_bank
+from legato.training.config import ArmConfig, TrainConfig
+from legato.training.losses import Contrastive, Slowness, WindowGroupLasso, WindowVariance
+from legato.training.passes import bank_bytes
+from legato.training.step import Parameters, TrainBatch
 
 B, L, D, F = 8, 16, 32, 64
 CONFIG = TrainConfig(steps=120, lr=1e-2, log_every=1)

@@ -6,8 +6,8 @@ import struct
 
 import pytest
 
-from legato.errors import LegatoError, UsageError
-from legato.wandb_log import WandbLog
+from legato.common.errors import LegatoError, UsageError
+from legato.experiment.run_log import WandbLog
 
 needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs the track extra")
 
@@ -60,7 +60,7 @@ def test_a_run_s_steps_reach_the_client(small, monkeypatch):
 
 
 def test_without_its_client_the_flag_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr("legato.wandb_log.find_spec", lambda name: None)
+    monkeypatch.setattr("legato.experiment.run_log.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"legato-sae\[track\]"):
         WandbLog("demo", tmp_path)
 

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from legato.text import Document, load_documents
-from legato.wikitext import to_prose
+from legato.data.documents import Document, load_documents
+from legato.data.wikitext import to_prose
 
 OPENING = "The aardvark is a medium-sized, burrowing, nocturnal mammal native to Africa"
 

@@ -7,40 +7,21 @@ Shape legend: B rows, L positions, D width, F latents.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from legato.activations import ActivationBatch
-from legato.codes import SparseCodes
-from legato.config import CONTROLS
-from legato.errors import UsageError
-from legato.evaluation.judge import Judged
-from legato.hardware import fast_matmul_dtype, fixed_matmul
-from legato.sae import SparseAutoencoder
-from legato.sequences import SequenceLayout
-from legato.sparsity import Hysteresis, Preactivations
-
-
-def position_shuffled(batches: Iterable[ActivationBatch], seed: int = 0) -> Iterator[ActivationBatch]:
-    """The same activations in another order: the valid positions of each document's stretch inside a row are permuted.
-
-    Nothing of a sequence is left in them, so persistence that an SAE still shows is made by its own mechanism. Special
-    tokens and outliers keep their place.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for batch in batches:
-        acts_BLD = batch.acts_BLD.clone()
-        for row in range(len(acts_BLD)):
-            doc_L, mask_L = batch.doc_BL[row], batch.mask_BL[row]
-            for document in doc_L[mask_L].unique():
-                places = ((doc_L == document) & mask_L).nonzero().flatten()
-                order = torch.randperm(len(places), generator=generator)
-                acts_BLD[row, places] = batch.acts_BLD[row, places[order]]
-        yield replace(batch, acts_BLD=acts_BLD)
+from legato.common.errors import UsageError
+from legato.common.hardware import fast_matmul_dtype, fixed_matmul
+from legato.data.activations import ActivationBatch
+from legato.sae.architectures import Hysteresis, Preactivations
+from legato.sae.autoencoder import SparseAutoencoder
+from legato.sae.codes import SparseCodes
+from legato.sae.protocol import Judged
+from legato.sae.segments import SequenceLayout
 
 
 class Smoother(Protocol):
@@ -212,3 +193,6 @@ def post_hoc_controls(
 
 def _smoothed_control(sae: SparseAutoencoder, smoother: MovingAverage | ChunkMean) -> tuple[Judged, dict[str, Any]]:
     return Smoothed(sae, smoother), asdict(smoother)
+
+
+CONTROLS = ("ema", "chunk_mean", "hysteresis")

@@ -17,21 +17,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from legato import distributed
-from legato.activations import ActivationBatch, ActivationSource
-from legato.errors import LegatoError, UsageError
-from legato.evaluation.accumulators import PairCounts, PairSums, Summed
-from legato.evaluation.consistency import consistency_metrics, raw_stream_metrics
-from legato.evaluation.core import InputSums, reconstruction_metrics, sparsity_metrics, splice_metrics
-from legato.evaluation.features import code_features
-from legato.evaluation.judge import Decoded, Encoded, Judge, Judged, JudgedBatch, spliced
-from legato.evaluation.kept_codes import KeptCodes
-from legato.evaluation.pair_layout import DEFAULT_LAGS, check_lags
-from legato.evaluation.populations import add_intervals
-from legato.evaluation.position import position_matrix, position_metrics, position_profile
-from legato.evaluation.saebench_core import saebench_features, saebench_losses, saebench_metrics, weight_statistics
-from legato.evaluation.turns import Outcome, in_turn
-from legato.language_model import LanguageModel
+from legato.common import distributed
+from legato.common.distributed import Outcome, in_turn
+from legato.common.errors import LegatoError, UsageError
+from legato.data.activations import ActivationBatch, ActivationSource
+from legato.data.language_model import LanguageModel
+from legato.evaluation.consistency.groups import add_intervals
+from legato.evaluation.consistency.persistence import consistency_metrics, raw_stream_metrics
+from legato.evaluation.core.reconstruction import InputSums, reconstruction_metrics, sparsity_metrics, splice_metrics
+from legato.evaluation.core.saebench import saebench_features, saebench_losses, saebench_metrics, weight_statistics
+from legato.evaluation.latents.table import code_features
+from legato.evaluation.position.attachment import position_matrix, position_metrics, position_profile
+from legato.evaluation.sae_sums import Decoded, Encoded, Judge, JudgedBatch, spliced
+from legato.evaluation.sums.accumulators import PairCounts, PairSums, Summed
+from legato.evaluation.sums.code_buffer import KeptCodes
+from legato.evaluation.sums.lag_pairs import DEFAULT_LAGS, check_lags
+from legato.sae.protocol import Judged
 
 _SINGLE = "the SAE"
 _SPLICED_AT_ONCE = 4  # rows, whoever computes them: the last bits of a forward pass depend on how many go through it
@@ -75,7 +76,7 @@ def evaluate(
     progress: called with the number of rows judged so far.
 
     Returns per SAE {"core", "consistency", "position"}, plain numbers and lists as in metrics.json, and beside them
-    "features" (columns of the feature table, see features.py) and "arrays" ("position_matrix" (L, L), "rate_FL", the
+    "features" (columns of the feature table, see table.py) and "arrays" ("position_matrix" (L, L), "rate_FL", the
     firing rate by position, NaN where undefined, and "tokens_L", the valid tokens it is a share of), all numpy.
     Raises LegatoError where there is nothing to measure: no valid position, no latent that fires, values not finite.
     """

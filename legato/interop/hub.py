@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from legato.errors import LegatoError
-from legato.interop.hub_files import download, hub_errors
-from legato.sae import SparseAutoencoder
+from legato.common.errors import LegatoError
+from legato.sae.autoencoder import SparseAutoencoder
+from legato.sae.formats.hub_download import download, hub_errors
 
 METRICS_FILE = "metrics.json"
 CARD_FILE = "README.md"

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from legato.errors import LegatoError, UsageError
+from legato.common.errors import LegatoError, UsageError
 
 _BIOS, _REVIEWS = "LabHC/bias_in_bios_class_set1", "canrager/amazon_reviews_mcauley_1and5"
 KEY = "OPENAI_API_KEY"

@@ -15,11 +15,11 @@ import torch
 from sae_bench.custom_saes.base_sae import BaseSAE
 from torch import Tensor, nn
 
-from legato.errors import UsageError
-from legato.interop.saebench import core_file_name
-from legato.language_model import LanguageModel
-from legato.sae import SparseAutoencoder
-from legato.tokens import TokenSet
+from legato.common.errors import UsageError
+from legato.data.language_model import LanguageModel
+from legato.data.tokens import TokenSet
+from legato.interop.saebench_file import core_file_name
+from legato.sae.autoencoder import SparseAutoencoder
 
 BATCH_ROWS = 16  # sae-bench's default, which several of its numbers depend on
 

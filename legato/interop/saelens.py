@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from legato.persistence import leaked
-from legato.stateful import held, held_top, held_windows
+from legato.sae.architectures.hysteresis import held
+from legato.sae.architectures.hysteresis_topk import held_top
+from legato.sae.architectures.persistent import leaked
+from legato.sae.architectures.window_topk import held_windows
 
 try:
     from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig
@@ -37,7 +39,8 @@ class HysteresisSAEConfig(JumpReLUSAEConfig):
 
 
 class HysteresisSAE(JumpReLUSAE):
-    """`legato.SparseAutoencoder` of architecture hysteresis, as SAELens sees it: see `legato.stateful.held`.
+    """`legato.SparseAutoencoder` of architecture hysteresis, as SAELens sees it: see
+    `legato.sae.architectures.hysteresis.held`.
 
     The sequence is the dimension before the last: activations [B, L, D], or one sequence [L, D]. SAELens passes no
     mask, so BOS tokens take part; `SparseAutoencoder.encode` takes a mask and document numbers.
@@ -63,7 +66,8 @@ class HysteresisTopKSAEConfig(StandardSAEConfig):
 
 
 class HysteresisTopKSAE(StandardSAE):
-    """`legato.SparseAutoencoder` of architecture hysteresis_topk: see `legato.stateful.held_top`, and HysteresisSAE."""
+    """`legato.SparseAutoencoder` of architecture hysteresis_topk: see
+    `legato.sae.architectures.hysteresis_topk.held_top`, and HysteresisSAE."""
 
     cfg: HysteresisTopKSAEConfig
 
@@ -84,7 +88,8 @@ class WindowTopKSAEConfig(JumpReLUSAEConfig):
 
 
 class WindowTopKSAE(JumpReLUSAE):
-    """`legato.SparseAutoencoder` of architecture window_topk: see `legato.stateful.held_windows`, and HysteresisSAE."""
+    """`legato.SparseAutoencoder` of architecture window_topk: see `legato.sae.architectures.window_topk.held_windows`,
+    and HysteresisSAE."""
 
     cfg: WindowTopKSAEConfig
 
@@ -105,7 +110,8 @@ class PersistentSAEConfig(JumpReLUSAEConfig):
 
 
 class PersistentSAE(JumpReLUSAE):
-    """`legato.SparseAutoencoder` of architecture persistent: see `legato.persistence.leaked`, and HysteresisSAE."""
+    """`legato.SparseAutoencoder` of architecture persistent: see `legato.sae.architectures.persistent.leaked`, and
+    HysteresisSAE."""
 
     cfg: PersistentSAEConfig
     leak: nn.Parameter

@@ -1,6 +1,6 @@
 """Ground truth: activations whose sources are known, and what SAEs and metrics make of them.
 
-    legato synthetic --out_dir synth_1                              # python -m legato.synthetic does the same
+    legato synthetic --out_dir synth_1
     legato synthetic --out_dir synth_2 --arms hysteresis,hysteresis:shuffled --sources persistent:128,iid:128 --seeds 5
 
 A bed holds sources with a planted rate, persistence (correlation of on/off between adjacent tokens), position profile,
@@ -10,9 +10,9 @@ its advantage has nothing to do with time.
 
 To test an idea of your own, give `study` any sparsity or temporal term as an arm beside the baseline:
 
-    from legato.sparsity import BatchTopK
+    from legato.sae.architectures import BatchTopK
     from legato.synthetic import FAMILIES, BedConfig, StudyConfig, study
-    from legato.train import ArmConfig
+    from legato.training.config import ArmConfig
 
     bed = BedConfig(families=((FAMILIES["persistent"], 256),), noise=0.35)
     arms = [ArmConfig("baseline", BatchTopK(6), 256), ArmConfig("mine", MySparsity(6), 256)]

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from legato.activations import ActivationBatch, ActivationSource
-from legato.codes import SparseCodes
-from legato.errors import UsageError
+from legato.common.errors import UsageError
+from legato.data.activations import ActivationBatch, ActivationSource
+from legato.sae.codes import SparseCodes
 from legato.synthetic.sources import FAMILIES, Family, Sources, fire
 
 BLOCK_ROWS = 32

@@ -6,18 +6,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from legato.cache import write_atomically
-from legato.config import ExperimentConfig
-from legato.errors import UsageError
-from legato.hardware import keep_freed_memory
-from legato.recipes import arms as recipe_arms
-from legato.run_dir import environment
+from legato.common.errors import UsageError
+from legato.common.files import write_atomically
+from legato.common.hardware import keep_freed_memory
+from legato.common.progress import progress_bar, say
+from legato.experiment.arms import arms as recipe_arms
+from legato.experiment.config import ExperimentConfig
+from legato.results.run_dir import environment
 from legato.synthetic.bed import BedConfig
 from legato.synthetic.report import draw, tables
 from legato.synthetic.sources import FAMILIES, Family
 from legato.synthetic.study import BASELINE, StudyConfig, study
-from legato.tracking import progress_bar, say
-from legato.train import ArmConfig
+from legato.training.config import ArmConfig
 
 SHUFFLED = ":shuffled"
 SWEEP_ROWS = {"rows": 768, "held_out_rows": 128}

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor
 
-from legato.codes import SparseCodes
-from legato.evaluation.accumulators import CodeSums
-from legato.evaluation.consistency import consistency_features, firing_rate
-from legato.evaluation.pair_layout import DEFAULT_LAGS, LatentOrder, PairLayout
-from legato.evaluation.position import position_features
+from legato.evaluation.consistency.persistence import consistency_features
+from legato.evaluation.position.attachment import position_features
+from legato.evaluation.sums.accumulators import CodeSums, firing_rate
+from legato.evaluation.sums.lag_pairs import DEFAULT_LAGS, LatentOrder, PairLayout
+from legato.sae.codes import SparseCodes
 from legato.synthetic.bed import Rows
 
 Floats = NDArray[np.float64]
@@ -46,8 +46,8 @@ def metric_columns(codes: SparseCodes, rows: Rows) -> dict[str, Floats]:
     """METRICS of each latent, NaN where undefined.
 
     kappa1_order_share: (real - null) / (1 - null) with the within-document null, the share of the order that could be
-    there. kappa1 ... document_eta2 as in the feature table (evaluation/features.py). mean_run_length, in tokens, and
-    switching_rate, switches a token, are the two ratios without their division by chance. smoothness: the latent's
+    there. kappa1 ... document_eta2 as in the feature table (evaluation/latents/table.py). mean_run_length, in tokens,
+    and switching_rate, switches a token, are the two ratios without their division by chance. smoothness: the latent's
     share in T-SAE's S over the rows in which it fires.
     """
     mask_BL = rows.mask_RL

@@ -13,10 +13,10 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csc_array
 from torch import Tensor
 
-from legato import kernels
-from legato.codes import SparseCodes
-from legato.evaluation.judge import Judged
-from legato.sequences import SequenceLayout
+from legato.sae.codes import SparseCodes
+from legato.sae.kernels import held_top
+from legato.sae.protocol import Judged
+from legato.sae.segments import SequenceLayout
 from legato.synthetic.bed import Bed, Rows
 
 Floats = NDArray[np.float64]
@@ -107,7 +107,7 @@ def found_by_true_directions(bed: Bed, k: int, release: float) -> dict[str, floa
 
     def found(release: float) -> float:
         n_sources = pre_NF.shape[1]
-        critical_P = kernels.critical_thresholds(layout.start_N, token_P, source_P, value_P, n_sources, release)
+        critical_P = held_top.critical_thresholds(layout.start_N, token_P, source_P, value_P, n_sources, release)
         cut = np.partition(critical_P, -budget)[-budget]
         return float(planted_P[critical_P >= cut].sum() / int(planted_NF.sum()))
 

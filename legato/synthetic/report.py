@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from legato.report.style import INK, MUTED, WIDTH, figure_style, run_styles
+from legato.report.figures.style import INK, MUTED, WIDTH, figure_style, run_styles
 from legato.synthetic.ranking import METRICS
 from legato.synthetic.study import BASELINE
 

@@ -11,7 +11,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from legato.errors import UsageError
+from legato.common.errors import UsageError
 
 Floats = NDArray[np.float64]
 Range = tuple[float, float]

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from legato import metrics
-from legato.activations import Normaliser
-from legato.errors import LegatoError, UsageError
-from legato.evaluation.judge import Judged
-from legato.hardware import fast_matmul_dtype
-from legato.recipes import recipe
+from legato.common.errors import LegatoError, UsageError
+from legato.common.hardware import fast_matmul_dtype
+from legato.data.activations import Normaliser
+from legato.evaluation import metrics
+from legato.experiment.arms import recipe
+from legato.sae.protocol import Judged
 from legato.synthetic.bed import Bed, BedConfig
 from legato.synthetic.ranking import metric_columns, rank_correlations
 from legato.synthetic.recovery import (
@@ -29,7 +29,9 @@ from legato.synthetic.recovery import (
     encode,
     found_by_true_directions,
 )
-from legato.train import ArmConfig, TrainBatch, TrainConfig, train_bank
+from legato.training.bank import train_bank
+from legato.training.config import ArmConfig, TrainConfig
+from legato.training.step import TrainBatch
 
 Floats = NDArray[np.float64]
 

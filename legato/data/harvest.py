@@ -1,0 +1,147 @@
+"""Harvest: the activations of a token set, computed once and kept in a store.
+
+Of several ranks each computes its share of the shards, to the bytes that one process would write.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from legato.common import distributed
+from legato.common.errors import LegatoError, UsageError
+from legato.common.files import cache_dir, locked
+from legato.data.activations import BATCH_ROWS, OUTLIER_FACTOR, ActivationStream
+from legato.data.language_model import LanguageModel
+from legato.data.store import (
+    DTYPES,
+    LOCK,
+    MANIFEST,
+    ActivationStore,
+    Manifest,
+    StoreWriter,
+    is_url,
+    key_at,
+    local_copy_of,
+    put_store,
+)
+from legato.data.tokens import TokenSet
+
+
+def harvest(
+    language_model: LanguageModel,
+    tokens: TokenSet,
+    *,
+    layer: int,
+    site: str = "resid_post",
+    path: str | Path | None = None,
+    batch_rows: int = BATCH_ROWS,
+    outlier_factor: float = OUTLIER_FACTOR,
+    progress: Callable[[int], None] = lambda rows_done: None,
+) -> ActivationStore:
+    """A store with the activations of every row; what an earlier call left there whole is used, not made again.
+
+    path: folder of the store; by default one in the cache, named by what determines the activations. An fsspec URL
+        (s3://bucket/folder): the store is harvested into the cache, unless it lies there already, and put there whole.
+    batch_rows: rows a forward pass. outlier_factor: positions whose norm exceeds that many median norms are masked.
+    progress: told the number of rows done. Of several ranks each computes its share of the shards; they must see the
+    same folder.
+    Raises UsageError for a folder with other content and for a layer or site that does not exist, LegatoError for
+    activations that are not finite, rows without text and a disk that cannot be written.
+    """
+    stream = ActivationStream(language_model, tokens, layer=layer, site=site, outlier_factor=outlier_factor)
+    if is_url(path):
+        if (there := key_at(path)) is None:
+            folder = local_copy_of(path)
+        elif there == stream.key():
+            return ActivationStore.open(path)
+        else:
+            raise UsageError(f"{path} holds other activations: choose another place")
+    else:
+        folder = cache_dir() / "activations" / stream.key()[:32] if path is None else Path(path)
+    with distributed.held_by_writer(_locked(folder)):
+        manifest = distributed.from_writer(lambda: _claim(stream, folder))
+        stream.median_norm = manifest.provenance["median_norm"]
+        _fill(stream, folder, replace(manifest, rank=distributed.rank()), batch_rows, progress)
+        distributed.barrier()
+        distributed.from_writer(lambda: Manifest.united(folder))
+        if is_url(path):
+            distributed.from_writer(lambda: put_store(folder, path))
+    return ActivationStore.open(folder, verify=False)
+
+
+def _claim(stream: ActivationStream, path: Path) -> Manifest:
+    """The manifest of the stream's store at `path`, less what is damaged there; a new one in an empty folder."""
+    key = stream.key()
+    manifest = Manifest.united(path)
+    if manifest is None:
+        if any(entry.name != LOCK for entry in path.iterdir()):
+            raise UsageError(f"{path} is not empty and holds no activations: choose another folder")
+        manifest = Manifest.new(
+            key,
+            n_rows=stream.n_rows,
+            context_length=stream.context_length,
+            d_in=stream.d_in,
+            dtype=stream.language_model.dtype,
+            provenance=stream.provenance(),
+        )
+        manifest.write(path)
+    elif manifest.key != key:
+        raise UsageError(
+            f"{path} holds activations of {_description(manifest.provenance)}, not of "
+            f"{_description(stream.provenance())}: choose another folder"
+        )
+    elif (manifest.n_rows, manifest.context_length, manifest.d_in, DTYPES[manifest.dtype]) != (
+        stream.n_rows,
+        stream.context_length,
+        stream.d_in,
+        stream.language_model.dtype,
+    ):
+        raise LegatoError(f"{path / MANIFEST} is damaged: delete {path} and harvest again")
+    for leftover in path.glob("*.partial"):
+        leftover.unlink()
+    for name in manifest.damaged_shards(path):
+        print(f"{path / name} is missing or damaged: it is harvested again", file=sys.stderr, flush=True)
+        del manifest.shards[name]
+    return manifest
+
+
+def _fill(
+    stream: ActivationStream, path: Path, manifest: Manifest, batch_rows: int, progress: Callable[[int], None]
+) -> None:
+    """Compute the rows of every shard that the manifest lacks; of several ranks each its share of the shards.
+
+    A forward pass stays inside a shard, so that the rows which keep each other company there, on which the last bit
+    may depend, are the same whoever computes the shard and whatever was there before.
+    """
+    lacking = [n for n, name in enumerate(manifest.shard_names) if name not in manifest.shards]
+    own, done = distributed.mine(lacking), 0
+    n_lacking, n_own = (sum(len(manifest.rows_of(number)) for number in numbers) for numbers in (lacking, own))
+    with StoreWriter(path, manifest) as writer:
+        for number in own:
+            in_shard = np.asarray(manifest.rows_of(number))
+            for start in range(0, len(in_shard), batch_rows):
+                rows = in_shard[start : start + batch_rows]
+                writer.put(number, *stream.compute_in_order(rows))
+                done += len(rows)
+                progress(stream.n_rows - n_lacking + n_lacking * done // n_own)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time writes a store; its death frees the lock."""
+    with ExitStack() as stack:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(path / LOCK))
+        except OSError as error:
+            raise LegatoError(f"cannot write activations to {path}: {error.strerror}") from error
+        yield
+
+
+def _description(provenance: dict[str, Any]) -> str:
+    return f"{provenance['model']} {provenance['module_path']} (text {provenance['tokens_sha256'][:8]})"

@@ -1,0 +1,81 @@
+"""Data sets of a hub, streamed record by record; a connection that breaks is taken up again."""
+
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from legato.common.errors import LegatoError, UsageError
+from legato.common.progress import say
+
+if TYPE_CHECKING:
+    import datasets
+
+HUB_TIMEOUT_SECONDS = 10.0
+STREAM_RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+_HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp")
+
+
+def hub_records(dataset: str) -> Iterator[object]:
+    """The records of the train split, streamed, in its order.
+
+    dataset: "name" or "name:configuration". Raises UsageError where there is no such data set, configuration or split,
+    LegatoError where the hub cannot be reached, or not again after the connection broke.
+    """
+    name, _, configuration = dataset.partition(":")
+    if importlib.util.find_spec("datasets") is None:
+        raise UsageError(f'no local file {dataset}; to read a hub data set: pip install "legato-sae[hub]"')
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    # Asked before `datasets`, which would try an unreachable hub six times over 23 s.
+    try:
+        HfApi().dataset_info(name, timeout=HUB_TIMEOUT_SECONDS)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UsageError(f"no local file and no hub data set {name!r} (private ones need `hf auth login`)") from error
+    except Exception as error:  # the HTTP library behind the hub client, and so its errors, differ by version
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise LegatoError(f"no local file {name!r}, and the hub cannot be asked for it: {reason}") from error
+    import datasets
+
+    def opened() -> "datasets.IterableDataset":
+        return datasets.load_dataset(name, configuration or None, split="train", streaming=True)
+
+    try:
+        yield from _resumed(opened, dataset)
+    except ValueError as error:  # a configuration to choose, a split that is missing
+        raise UsageError(f"hub data set {dataset}: {' '.join(str(error).split())}") from error
+
+
+def _resumed(opened: "Callable[[], datasets.IterableDataset]", dataset: str) -> Iterator[object]:
+    """The records of a stream; where the connection breaks it is opened again, at the record that was to come.
+
+    After the last of STREAM_RETRY_SECONDS without a record in between, LegatoError.
+    """
+    place: dict[str, object] | None = None
+    failures = 0
+    while True:
+        try:
+            stream = opened()
+            if place is not None:
+                stream.load_state_dict(place)
+            for record in stream:
+                place, failures = stream.state_dict(), 0
+                yield record
+            return
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            if not _is_of_the_connection(error):
+                raise
+            if failures == len(STREAM_RETRY_SECONDS):
+                raise LegatoError(f"hub data set {dataset} stopped: {reason}") from error
+            seconds = STREAM_RETRY_SECONDS[failures]
+            say(f"hub data set {dataset} stopped ({reason}): going on there in {seconds:g} s")
+            time.sleep(seconds)
+            failures += 1
+
+
+def _is_of_the_connection(error: Exception) -> bool:
+    """Timeouts and broken connections, in the words of the HTTP libraries that hub clients have used."""
+    of_http = any(base.__module__.partition(".")[0] in _HTTP_LIBRARIES for base in type(error).__mro__)
+    return (isinstance(error, OSError) and not isinstance(error, FileNotFoundError | PermissionError)) or of_http

@@ -1,0 +1,456 @@
+"""Any Hugging Face causal language model, frozen: read it at one layer, splice back into it, unembed.
+
+Shape legend: B rows (contexts), L positions, D model width, N flat tokens, V vocabulary.
+"""
+
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
+from importlib.metadata import version
+from inspect import signature
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from legato.common.errors import LegatoError, UsageError, one_line
+from legato.common.hardware import fast_float32, fast_matmul_dtype
+from legato.data.fast_layers import MAX_CONTEXT as FUSED_MAX_CONTEXT
+from legato.data.fast_layers import FusedDecoder
+from legato.data.gguf import demo_model_folder, gguf_model_folder
+
+Positions = Literal["absolute", "relative", "fixed"]
+SITES = ("resid_post", "attn_out", "mlp_out")
+HUB_TIMEOUT_SECONDS = 5
+CHECK_TOKENS = 8
+# What a layer adds to the residual stream. Models that normalise a block's output before adding it (Gemma 2 and 3,
+# OLMo 2) are known by the name of the norm after the MLP; in others `post_attention_layernorm` is the norm before it.
+POST_NORMS = {"attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"}
+BLOCK_NAMES = {
+    "attn_out": ("self_attn", "attn", "attention", "self_attention", "mixer"),
+    "mlp_out": ("mlp", "feed_forward", "ffn", "block_sparse_moe"),
+}
+
+
+class LanguageModel:
+    """A frozen causal language model in evaluation mode; build it with `load`.
+
+    name: as given to `load`. d_model: width of the residual stream. n_layers: decoder layers, numbered from 0.
+    max_context: most positions a row may have. vocab_size: rows of the unembedding.
+    bos_token_id: None where the tokenizer has none. special_token_ids: ids that are not text.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        text_config = model.config.get_text_config(decoder=True)
+        self.d_model: int = text_config.hidden_size
+        self.n_layers: int = text_config.num_hidden_layers
+        self.vocab_size: int = text_config.vocab_size
+        self.max_context: int = getattr(text_config, "max_position_embeddings", None) or tokenizer.model_max_length
+        self.bos_token_id: int | None = tokenizer.bos_token_id
+        self.special_token_ids: set[int] = set(tokenizer.all_special_ids)
+        self._text_config = text_config
+        self._logit_softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
+        self._layers_path, self._layers, self._decoder = _find_layers(model, self.n_layers, name)
+        self._checked_restarts: set[tuple[int, str]] = set()
+
+    @classmethod
+    def load(
+        cls, model: str, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False
+    ) -> "LanguageModel":
+        """A model by name.
+
+        model: "demo" (the packaged Gemma 3 270M), a local folder, a .gguf file or a hub id such as "gpt2".
+        dtype: "float32", "bfloat16", "float16" or "auto": bfloat16 where its matmul is measured fast, else float32.
+        Raises UsageError, in one line, for everything that cannot be found or loaded.
+        """
+        torch_device = _device(device)
+        torch_dtype = _dtype(dtype, torch_device)
+        source, is_offline = _locate(model)
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": is_offline}
+        with _quiet_loading():
+            try:
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    source, dtype=torch_dtype, output_loading_info=True, **options
+                )
+                tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            except Exception as error:  # transformers raises a dozen kinds for what is wrong with a model
+                raise UsageError(f"cannot load the model {model}: {one_line(error)}") from error
+        network, report = loaded
+        if missing := sorted(report["missing_keys"]):
+            raise UsageError(f"the weights of {model} are incomplete: {len(missing)} missing, such as {missing[0]}")
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without one
+            raise UsageError(f"the model {model} has no tokenizer: put its files, such as tokenizer.json, beside it")
+        return cls(network.to(torch_device), tokenizer, model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def module_path(self, layer: int, site: str = "resid_post") -> str:
+        """Path of the module whose output is read, as in `model.get_submodule`, e.g. "model.layers.9"."""
+        path = f"{self._layers_path}.{self._check_layer(layer)}"
+        if site not in SITES:
+            raise UsageError(f"unknown site {site!r}: choose one of {', '.join(SITES)}")
+        if site == "resid_post":
+            return path
+        parts = dict(self._layers[layer].named_children())
+        if POST_NORMS["mlp_out"] in parts:
+            return f"{path}.{POST_NORMS[site]}"
+        name = next((name for name in BLOCK_NAMES[site] if name in parts), None)
+        if name is None:
+            raise UsageError(f"{self.name} has no separate {site} in its layers ({', '.join(parts)}): use resid_post")
+        return f"{path}.{name}"
+
+    def fingerprint(self) -> str:
+        """SHA-256 over architecture, configuration and every weight: the same model gives the same activations."""
+        return self._fingerprint
+
+    @torch.no_grad()
+    @fast_float32()
+    def activations(
+        self, tokens_BL: Tensor, layer: int, site: str = "resid_post", *, first_position: int = 0
+    ) -> Tensor:
+        """acts_BLD in the model's dtype: the output of `layer` (resid_post) or what its attention or MLP adds.
+
+        tokens_BL: input ids of full rows, attended causally from the first. Nothing after the site is computed.
+        first_position: the position id of the rows' first token; see `positions` for what it can move.
+        Raises UsageError for a layer or site that the model does not have, for rows that reach beyond its context and
+        for another first position where the model has no position ids.
+        """
+        path = self.module_path(layer, site)
+        with self._numbered_from(first_position, tokens_BL.shape[1]):
+            if site == "resid_post" and (fused := self._fused_for(tokens_BL)):
+                return fused.run(self._embedded(tokens_BL), 0, layer, first_position=first_position)
+            with self._prefix_done(tokens_BL, layer, first_position):
+                return _hidden(self._output_of(self.model.get_submodule(path), tokens_BL))
+
+    @cached_property
+    def positions(self) -> Positions:
+        """How a token's position enters: "absolute" if the embedding depends on it (GPT-2's learned positions);
+        "relative" if only attention does, by distances, so that a shift of all position ids changes nothing (rotary);
+        "fixed" if there are no position ids to shift (ALiBi)."""
+        if "position_ids" not in signature(self._decoder.forward).parameters:
+            return "fixed"
+        tokens_BL = torch.ones(1, 2, dtype=torch.long)
+        with torch.no_grad():
+            own = self._embedded(tokens_BL)
+            with self._numbered_from(1, 2):
+                return "relative" if torch.equal(self._embedded(tokens_BL), own) else "absolute"
+
+    @torch.no_grad()
+    @fast_float32()
+    def resume(self, acts_BLD: Tensor, tokens_BL: Tensor, layer: int, site: str = "resid_post") -> Tensor:
+        """hidden_BLD, what the unembedding reads, when the site puts out acts_BLD instead of its own result.
+
+        For resid_post the layers up to `layer` are not run again; for the others they are.
+        tokens_BL: the tokens that acts_BLD stands for. Errors as in `activations`; LegatoError if the architecture
+        carries something past the layer other than the residual stream, so that splicing would be wrong.
+        """
+        if (layer, site) not in self._checked_restarts:
+            self._check_restart(tokens_BL[:1, :CHECK_TOKENS], layer, site)
+        return self._resume(acts_BLD, tokens_BL, layer, site)
+
+    @torch.no_grad()
+    @fast_float32()
+    def unembed(self, hidden_ND: Tensor, out: Tensor | None = None) -> Tensor:
+        """logits_NV in the model's dtype; with V up to 262,144, give it few tokens at a time. out: written to."""
+        head = self.model.get_output_embeddings()
+        hidden_ND = hidden_ND.to(self.device, self.dtype)
+        if type(head) is nn.Linear and head.bias is None:
+            logits_NV = torch.mm(hidden_ND, head.weight.T, out=out)
+        else:
+            logits_NV = head(hidden_ND)
+        if self._logit_softcap is not None:
+            logits_NV = torch.tanh(logits_NV / self._logit_softcap) * self._logit_softcap
+        return logits_NV
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        config = self.model.config.to_diff_dict()
+        for key in ("_name_or_path", "transformers_version"):
+            config.pop(key, None)
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+
+        def content(weight: Tensor) -> bytes:
+            raw: Any = weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            return hashlib.sha256(raw).digest()
+
+        names, weights = zip(*self.model.named_parameters(), strict=True)
+        with ThreadPoolExecutor() as pool:
+            for name, weight, weight_digest in zip(names, weights, pool.map(content, weights), strict=True):
+                digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} ".encode() + weight_digest)
+        return digest.hexdigest()
+
+    @cached_property
+    def _layers_return_tuple(self) -> bool:
+        """Whether a layer returns (hidden, ...) or, as the newer architectures do, hidden alone."""
+        return isinstance(self._output_of(self._layers[0], torch.zeros(1, 1, dtype=torch.long)), tuple)
+
+    @cached_property
+    def _fused(self) -> FusedDecoder | None:
+        """The fast way through the layers, if it knows this architecture and gives what transformers gives."""
+        fused = FusedDecoder.of(self._decoder, self._layers, self._text_config)
+        if fused is None:
+            return None
+        tokens_BL = torch.arange(CHECK_TOKENS)[None] % self.vocab_size
+        own = _hidden(self._output_of(self._layers[-1], tokens_BL)).float()
+        error = (fused.run(self._embedded(tokens_BL), 0, self.n_layers - 1).float() - own).norm() / own.norm()
+        if not error > (1e-4 if self.dtype == torch.float32 else 0.1):  # weights that are not finite are found later
+            return fused
+        warnings.warn(
+            f"the fast layers differ from transformers {version('transformers')}'s by {error:.1%} on {self.name}: "
+            "using the latter, which take about twice the time",
+            stacklevel=2,
+        )
+        return None
+
+    def _fused_for(self, tokens_BL: Tensor) -> FusedDecoder | None:
+        return self._fused if tokens_BL.shape[1] <= FUSED_MAX_CONTEXT else None
+
+    def _embedded(self, tokens_BL: Tensor) -> Tensor:
+        """hidden_BLD that the first layer is given."""
+
+        def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Reached(args[0] if args else kwargs["hidden_states"])
+
+        handle = self._layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+        return self._run_until(handle, tokens_BL)
+
+    def _output_of(self, module: nn.Module, tokens_BL: Tensor) -> Any:
+        """What the module puts out on these tokens; nothing after it runs."""
+
+        def stop(_module: nn.Module, _args: object, output: Any) -> None:
+            raise _Reached(output)
+
+        return self._run_until(module.register_forward_hook(stop), tokens_BL)
+
+    def _run_until(self, stopping_hook: RemovableHandle, tokens_BL: Tensor) -> Any:
+        try:
+            self._run_decoder(tokens_BL)
+        except _Reached as reached:
+            return reached.value
+        finally:
+            stopping_hook.remove()
+        raise AssertionError(f"{self.name}: the forward pass never reached the module that was asked for")
+
+    @contextmanager
+    def _numbered_from(self, first_position: int, length: int) -> Iterator[None]:
+        """Within it the decoder's position ids start at first_position."""
+        if first_position == 0:
+            yield
+            return
+        if "position_ids" not in signature(self._decoder.forward).parameters:
+            raise UsageError(f"{self.name} has no position ids: its positions cannot be shifted")
+        end = first_position + length
+        if end > self.max_context:
+            raise UsageError(f"{self.name} has {self.max_context} positions, not {end}: use a shorter context or shift")
+
+        def number(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            ids_L = first_position + torch.arange(kwargs["input_ids"].shape[1], device=self.device)
+            return args, kwargs | {"position_ids": ids_L[None]}
+
+        handle = self._decoder.register_forward_pre_hook(number, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _prefix_done(self, tokens_BL: Tensor, layer: int, first_position: int = 0) -> Iterator[None]:
+        """Within it the decoder need not compute the layers before `layer`."""
+        fused = self._fused_for(tokens_BL)
+        if fused is None or layer == 0:
+            yield
+            return
+        acts_BLD = fused.run(self._embedded(tokens_BL), 0, layer - 1, first_position=first_position)
+        with self._replaced_layers(layer, acts_BLD):
+            yield
+
+    @contextmanager
+    def _replaced_layers(self, n_layers: int, acts_BLD: Tensor) -> Iterator[None]:
+        """Within it the first n_layers compute nothing and put out acts_BLD."""
+        output = (acts_BLD,) if self._layers_return_tuple else acts_BLD
+
+        def constant(*_args: object, **_kwargs: object) -> Any:
+            return output
+
+        layers = list(self._layers)[:n_layers]
+        for layer in layers:
+            layer.forward = constant
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
+
+    def _check_layer(self, layer: int) -> int:
+        if not 0 <= layer < self.n_layers:
+            raise UsageError(f"{self.name} has no layer {layer}: choose 0 to {self.n_layers - 1}")
+        return layer
+
+    def _run_decoder(self, tokens_BL: Tensor) -> Tensor:
+        """Final normed hidden states."""
+        if tokens_BL.shape[1] > self.max_context:
+            raise UsageError(
+                f"{self.name} takes contexts of at most {self.max_context} tokens, not {tokens_BL.shape[1]}"
+            )
+        n_known = self.model.get_input_embeddings().weight.shape[0]
+        if tokens_BL.numel() and int(tokens_BL.max()) >= n_known:
+            raise UsageError(
+                f"{self.name} knows {n_known} tokens, its tokenizer gives number {int(tokens_BL.max())}: "
+                "use the tokenizer that belongs to the model"
+            )
+        return self._decoder(input_ids=tokens_BL.to(self.device).long(), use_cache=False).last_hidden_state
+
+    def _resume(self, acts_BLD: Tensor, tokens_BL: Tensor, layer: int, site: str) -> Tensor:
+        path = self.module_path(layer, site)
+        acts_BLD = acts_BLD.to(self.device, self.dtype)
+        if site != "resid_post":
+
+            def replace(_module: nn.Module, _args: object, output: Any) -> Any:
+                return (acts_BLD, *output[1:]) if isinstance(output, tuple) else acts_BLD
+
+            handle = self.model.get_submodule(path).register_forward_hook(replace)
+            try:
+                with self._prefix_done(tokens_BL, layer):
+                    residual_BLD = _hidden(self._output_of(self._layers[layer], tokens_BL))
+            finally:
+                handle.remove()
+        else:
+            residual_BLD = acts_BLD
+        n_done = layer + 1
+        if fused := self._fused_for(tokens_BL):
+            # The fused layers read nothing but the residual stream: equal rows, as under ablation, stay equal.
+            alike = bool((residual_BLD == residual_BLD[:1]).all())
+            rows_BLD = fused.run(residual_BLD[:1] if alike else residual_BLD, n_done, self.n_layers - 1)
+            residual_BLD, n_done = rows_BLD.expand_as(residual_BLD), self.n_layers
+        with self._replaced_layers(n_done, residual_BLD):
+            return self._run_decoder(tokens_BL)
+
+    def _check_restart(self, tokens_BL: Tensor, layer: int, site: str) -> None:
+        """Splicing the site's own activations back must give the model's own logits."""
+        hidden_BLD = self._resume(self.activations(tokens_BL, layer, site), tokens_BL, layer, site)
+        spliced = self.unembed(hidden_BLD.flatten(0, 1)).float().view(*tokens_BL.shape, -1)
+        own = self.model(input_ids=tokens_BL.to(self.device).long(), use_cache=False).logits.float()
+        scale = (own - own.mean(-1, keepdim=True)).norm(dim=-1)
+        error = float(((spliced - own).norm(dim=-1) / scale).median())
+        # Two ways of rounding to 16 bits lie 0.02 apart on text and 0.15 on random tokens, another network 1.
+        tolerance = 1e-3 if self.dtype == torch.float32 else 0.3
+        if not error <= tolerance:
+            raise LegatoError(
+                f"{self.name} cannot be spliced at {self.module_path(layer, site)}: its own activations give other "
+                f"logits there (off by {error:.1%}), so its architecture needs support of its own"
+            )
+        self._checked_restarts.add((layer, site))
+
+
+class _Reached(Exception):
+    """Unwinds the forward pass once what it should give is there."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _hidden(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _find_layers(model: PreTrainedModel, n_layers: int, name: str) -> tuple[str, nn.ModuleList, nn.Module]:
+    """Path and list of the decoder layers and the module that owns them: the shallowest list of that many modules."""
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers
+    ]
+    if not found or n_layers == 0:
+        raise UsageError(f"{name} has no list of {n_layers} decoder layers: this architecture is not supported")
+    path, layers = min(found, key=lambda item: item[0].count("."))
+    return path, layers, model.get_submodule(path.rpartition(".")[0])
+
+
+def _locate(model: str) -> tuple[str, bool]:
+    """What transformers loads for this name, and whether it must do so without the network."""
+    if model == "demo":
+        return str(demo_model_folder()), True
+    path = Path(os.path.expanduser(model))
+    if os.path.isfile(path):  # unlike Path's, False for a name that is too long
+        if path.suffix != ".gguf":
+            raise UsageError(f"{model} is not a model: give its folder, a .gguf file or a hub id")
+        return str(gguf_model_folder(path.resolve())), True
+    if os.path.isdir(path):
+        if not (path / "config.json").is_file():
+            raise UsageError(f"the folder {model} holds no config.json: give the folder that a model was saved in")
+        return str(path), True
+    if not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", model) or model.startswith("."):
+        raise UsageError(f"there is no folder or file {model}: give a folder, a .gguf file or a hub id such as gpt2")
+    return model, _must_stay_offline(model)
+
+
+def _must_stay_offline(hub_id: str) -> bool:
+    """Whether the hub is out of reach but the model in the local cache; one quick question, no retries."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        HfApi().model_info(hub_id, timeout=HUB_TIMEOUT_SECONDS)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UsageError(
+            f'no model {hub_id} on the hub or this disk: check the name, or log in ("hf auth login") if it is private'
+        ) from error
+    except Exception as error:  # the HTTP library under the hub client, and so the errors, differ between versions
+        if isinstance(try_to_load_from_cache(hub_id, "config.json"), str):
+            return True
+        raise UsageError(
+            f"no folder {hub_id} here, and the model hub cannot be reached to download it ({one_line(error)}): "
+            "connect to the network, or give a local folder"
+        ) from error
+    return False
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"cannot use the device {name!r}: {one_line(error)}") from error
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return fast_matmul_dtype() if device.type == "cpu" else torch.bfloat16
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise UsageError(f"unknown dtype {name!r}: choose one of auto, {', '.join(known)}")
+    return known[name]
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """transformers draws its loading bars even where the output is not a terminal, and warns of what is an error."""
+    was_enabled, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if was_enabled:
+            transformers_logging.enable_progress_bar()

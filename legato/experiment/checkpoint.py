@@ -1,0 +1,327 @@
+"""What a run needs to go on where it was cut off: <out_dir>/checkpoint/.
+
+    progress.json            what is finished: trained and failed SAEs, with the checksums of their files
+    step_00000120/           the SAEs in training after that step: state.json and <arm>/*.safetensors
+    evaluation/<part>.json   a finished part of the evaluation, its arrays in <part>.safetensors
+
+Every file is sealed (see sealed.py). Of the steps the last two are kept; one that is damaged is passed over for the one
+before. The folder goes when the run is finished.
+"""
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from legato.common import distributed
+from legato.common.checksummed import DamagedError, check_sealed, read_sealed, sealing, write_sealed
+from legato.common.command import Interrupted, Interrupts
+from legato.common.errors import UsageError
+from legato.common.files import sha256_file
+from legato.sae.partition import Sharded
+from legato.training.bank import BankState
+from legato.training.config import ArmConfig, TrainConfig
+from legato.training.passes import divided
+from legato.training.step import Workspace
+from legato.training.trainer import SAETrainer
+from legato.training.trainer_state import read_member, write_member
+
+KIND = "legato-checkpoint-2"
+DEFAULT_MINUTES = 5.0
+_KEPT_STEPS = 2
+
+
+@dataclass
+class Progress:
+    """What of a run is finished.
+
+    activations: key of what it trains on. trained: per SAE its part of metrics.json and the SHA-256 of its files.
+    failed: the steps it was trained for and the reason, by name. log_bytes: length of log.jsonl when the last pass
+    ended. evaluated: whether the results are saved.
+    """
+
+    activations: str
+    trained: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    log_bytes: int = 0
+    evaluated: bool = False
+
+
+@dataclass(frozen=True)
+class SavedBank:
+    """A bank as it was saved, and the length of log.jsonl at that time."""
+
+    bank: BankState
+    log_bytes: int
+
+
+class Checkpoint:
+    """The checkpoint folder of one run.
+
+    minutes: time between two saved steps of the training. interrupts: a signal that is pending after a step is raised
+    once the step is saved.
+    """
+
+    def __init__(self, folder: Path, *, minutes: float, interrupts: Interrupts) -> None:
+        self.folder = folder
+        self.progress = Progress("")
+        self.interrupts = interrupts
+        self._seconds = 60 * minutes
+        self._last_saved = time.monotonic()
+
+    def start(self, activations: str, begin_run: Callable[[], None]) -> None:
+        """Go on with the run on the activations of that key, or begin it; all ranks know then what is finished."""
+
+        def found() -> Progress:
+            if not self.goes_on(activations):
+                begin_run()
+                self.begin(activations)
+            return self.progress
+
+        self.progress = distributed.from_writer(found)
+
+    def begin(self, activations: str) -> None:
+        """For a new run, trained on the activations of that key."""
+        self.discard()
+        self.progress = Progress(activations)
+        self.write_progress()
+
+    def goes_on(self, activations: str) -> bool:
+        """Whether there is a run to go on with; `progress` is then what it has finished.
+
+        One that is damaged is named and counts as none. Raises UsageError where the run trains on other activations.
+        """
+        path = self.folder / "progress.json"
+        try:
+            content, _ = read_sealed(path, kind=KIND)
+        except FileNotFoundError:
+            return False
+        except DamagedError as error:
+            _warn(f"{error}: the run begins anew")
+            return False
+        self.progress = Progress(**content)
+        if self.progress.activations != activations:
+            raise UsageError(
+                f"{self.folder.parent} holds a run on other activations, the text or the model has changed since: "
+                "choose a new --out_dir"
+            )
+        return True
+
+    def write_progress(self) -> None:
+        if distributed.is_writer():
+            write_sealed(self.folder / "progress.json", vars(self.progress), kind=KIND)
+
+    def finish_evaluation(self, failed: Mapping[str, str]) -> None:
+        """The results are saved; the SAEs in `failed` (name: reason) could not be judged and are none any more."""
+        for name, reason in failed.items():
+            trained = self.progress.trained.pop(name, None)
+            steps = trained["training"]["training_steps"] if trained else None
+            self.progress.failed[name] = {"steps": steps, "reason": reason}
+        self.progress.evaluated = True
+        self.write_progress()
+
+    def discard(self) -> None:
+        if distributed.is_writer():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    # Training
+
+    def after_step(self, bank: BankState, log_bytes: Callable[[], int]) -> None:
+        """Save the bank where it is time to, or a signal is pending, which is then raised. All ranks do the same.
+
+        log_bytes: brings log.jsonl to the disk and tells its length.
+        """
+        due = time.monotonic() - self._last_saved >= self._seconds
+        ranks = distributed.gather((self.interrupts.pending, due, len(bank.trainers)))
+        bank.elsewhere = sum(training for _, _, training in ranks) - len(bank.trainers)
+        signals = [pending for pending, _, _ in ranks if pending is not None]
+        if signals or ranks[0][1]:
+            self.save_bank(bank, log_bytes())
+        if signals:
+            raise Interrupted(signals[0])
+
+    def save_bank(self, bank: BankState, log_bytes: int) -> None:
+        """Raises OSError and SafetensorError where it cannot be written; the step saved before is then still there.
+
+        Every rank writes its own members, the writer what names them all.
+        """
+        folder = self.folder / f"step_{bank.step:08d}"
+        distributed.from_writer(lambda: self._make_room(folder))
+        members = [*bank.trainers, *(trainer for trainer, _ in bank.failed)]
+        state = folder / "state.json"
+        try:
+            files = [
+                file
+                for trainer in members
+                for file in write_member(folder / trainer.arm.name, trainer.tensors(), trainer.share, trainer.arm.d_sae)
+            ]
+            parts = distributed.merged(
+                {
+                    "failed": {trainer.arm.name: reason for trainer, reason in bank.failed},
+                    "members": {trainer.arm.name: trainer.numbers() for trainer in members},
+                    "files": sealing(state, files),
+                }
+            )
+            if distributed.is_writer():
+                content = {"step": bank.step, "log_bytes": log_bytes, "sharded": isinstance(bank.share, Sharded)}
+                content |= {key: parts[key] for key in ("failed", "members")}
+                write_sealed(state, content, kind=KIND, files=parts["files"])
+        except BaseException:
+            if distributed.is_writer():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self._last_saved = time.monotonic()
+
+    def _make_room(self, folder: Path) -> None:
+        for old in self._steps()[_KEPT_STEPS - 1 :]:
+            _delete_step(old)
+        shutil.rmtree(folder, ignore_errors=True)  # what a write that was cut off left there
+        folder.mkdir(parents=True)
+
+    def read_bank(
+        self, arms: Sequence[ArmConfig], config: TrainConfig, *, shard_latents: bool = False
+    ) -> SavedBank | None:
+        """The newest saved step that is whole, of a bank of any of these arms; None where there is none. Each rank
+        gets its share of the members, however many ranks there were when it was saved.
+
+        shard_latents: of several ranks, each gets a part of every member, as it does where that was so when saved.
+        Saved steps that are damaged are named, and deleted; so are those of other arms, without a word.
+        """
+        by_name = {arm.name: arm for arm in arms}
+        folder = distributed.from_writer(lambda: self._newest_step(by_name))
+        if folder is None:
+            return None
+        state = folder / "state.json"
+        content = check_sealed(state, kind=KIND, folders=())
+        members = [name for name in by_name if name in content["members"]]
+        names, share = divided(members, sharded=shard_latents or content["sharded"])
+        check_sealed(state, kind=KIND, folders=names)
+        workspace = Workspace()
+        trainers = {}
+        for name in names:
+            arm, numbers = by_name[name], content["members"][name]
+            tensors = read_member(folder / name, share, arm.d_sae)
+            trainers[name] = SAETrainer.restored(arm, config, workspace, tensors, numbers, share)
+        failed = [(trainers.pop(name), reason) for name, reason in content["failed"].items() if name in names]
+        elsewhere = len(content["members"]) - len(content["failed"]) - len(trainers)
+        bank = BankState(list(trainers.values()), failed, content["step"], elsewhere, share)
+        return SavedBank(bank, content["log_bytes"])
+
+    def _newest_step(self, arms: Collection[str]) -> Path | None:
+        for folder in self._steps():
+            try:
+                content = check_sealed(folder / "state.json", kind=KIND)
+            except (FileNotFoundError, DamagedError) as error:
+                if isinstance(error, DamagedError):
+                    _warn(f"{error}: going on from the checkpoint before it")
+                _delete_step(folder)
+                continue
+            if all(name in arms for name in content["members"]):
+                return folder
+            _delete_step(folder)
+        return None
+
+    def drop_steps(self) -> None:
+        """For when the bank they belong to is trained."""
+        if distributed.is_writer():
+            for folder in self._steps():
+                _delete_step(folder)
+        self._last_saved = time.monotonic()
+
+    def _steps(self) -> list[Path]:
+        return sorted(self.folder.glob("step_*"), reverse=True)
+
+    # Evaluation
+
+    def part(self, name: str, compute: Callable[[], Any]) -> Any:
+        """What `compute` gives, or gave in an earlier attempt: a tree of dicts, lists, numbers, strings and arrays.
+
+        All ranks compute it together, to one result, which the writer keeps.
+        """
+        found = distributed.from_writer(lambda: self._kept(name))
+        if found is not None:
+            return found
+        computed = compute()
+        return self._keep(name, computed, write=distributed.is_writer())
+
+    def own_part(self, name: str, compute: Callable[[], Any]) -> Any:
+        """As `part`, of one rank alone."""
+        found = self._kept(name)
+        return self._keep(name, compute()) if found is None else found
+
+    def _kept(self, name: str) -> Any:
+        try:
+            content, tensors = read_sealed(self._part_path(name), kind=KIND)
+            return _tree(content, {key: tensor.numpy() for key, tensor in tensors.get(name, {}).items()})
+        except FileNotFoundError:
+            return None
+        except DamagedError as error:
+            _warn(f"{error}: this part of the evaluation is done again")
+            return None
+
+    def _keep(self, name: str, computed: Any, write: bool = True) -> Any:
+        arrays: dict[str, np.ndarray] = {}
+        content = json.loads(json.dumps(_flat(computed, arrays)))
+        if write:
+            tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
+            write_sealed(self._part_path(name), content, {name: tensors} if arrays else {}, kind=KIND)
+        return _tree(content, arrays)  # as it will be read, to the byte order of the arrays
+
+    def _part_path(self, name: str) -> Path:
+        return self.folder / "evaluation" / f"{name}.json"
+
+
+def _delete_step(folder: Path) -> None:
+    """What makes it a saved step goes first: a process killed within leaves none that looks damaged."""
+    (folder / "state.json").unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 by file name of a folder's files."""
+    return {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
+
+
+def cut(path: Path, length: int) -> None:
+    """Shorten a log to what it was; one that is shorter, which only a power cut or a person can do, is named."""
+    found = path.stat().st_size if path.exists() else 0
+    if found < length:
+        _warn(f"{path} lacks {length - found} bytes that were written: its last records are lost")
+    elif found > length:
+        os.truncate(path, length)
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+_ARRAY = "<array>"
+
+
+def _flat(tree: Any, arrays: dict[str, np.ndarray], path: str = "") -> Any:
+    """The tree with its arrays moved to `arrays`, by path."""
+    if isinstance(tree, np.ndarray):
+        arrays[path] = np.array(tree, order="C")
+        return {_ARRAY: path}
+    if isinstance(tree, np.generic):
+        return tree.item()
+    if isinstance(tree, Mapping):
+        assert all(isinstance(key, str) for key in tree), f"{path}: {list(tree)[:3]}"
+        return {key: _flat(entry, arrays, f"{path}/{key}") for key, entry in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_flat(entry, arrays, f"{path}/{i}") for i, entry in enumerate(tree)]
+    return tree
+
+
+def _tree(flat: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+    if isinstance(flat, dict):
+        return arrays[flat[_ARRAY]] if _ARRAY in flat else {key: _tree(entry, arrays) for key, entry in flat.items()}
+    return [_tree(entry, arrays) for entry in flat] if isinstance(flat, list) else flat

@@ -1,0 +1,295 @@
+"""The stages of experiment.py, each from its config and what the stage before it gives."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from legato.common import distributed
+from legato.common.errors import LegatoError
+from legato.common.progress import progress_bar, say
+from legato.data.activations import position_shuffled
+from legato.data.language_model import LanguageModel
+from legato.data.tokens import TokenSet
+from legato.evaluation.controls import Control, post_hoc_controls
+from legato.evaluation.evaluate import evaluate
+from legato.evaluation.latents.examples import Other, Passages, write_strips, write_text
+from legato.evaluation.latents.logits import promoted_tokens
+from legato.evaluation.latents.table import write_features
+from legato.evaluation.position.shift_test import SHIFTS, offset_test
+from legato.evaluation.redundancy.pairs import redundancy
+from legato.evaluation.redundancy.table import write_redundancy
+from legato.evaluation.specialisation.kinds import specialise
+from legato.evaluation.sums.code_buffer import coded
+from legato.experiment.arms import grid_name, is_baseline
+from legato.experiment.checkpoint import Checkpoint
+from legato.experiment.config import ExperimentConfig
+from legato.experiment.inputs import Activations
+from legato.interop.saebench_file import write_core_file
+from legato.results.run_dir import RunDir
+from legato.sae.autoencoder import SparseAutoencoder
+from legato.sae.protocol import Judged
+
+T = TypeVar("T")
+CALIBRATION_BATCHES = 8
+BOOTSTRAP_REPLICATES = 200
+CONTROL_ROWS = 32
+OFFSET_ROWS = 16
+VOCABULARY_ROWS = 16_384  # contexts of the text to train on whose tokens can be named as promoted
+CONTROL_KEYS = ("kappa1", "kappa1_excess_within", "ac1", "ac1_excess_within")
+
+
+@dataclass(frozen=True)
+class TrainedArm:
+    sae: SparseAutoencoder
+    training: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bank:
+    """The trained arms by name, and what became of those that failed, in training or when they were judged."""
+
+    trained: dict[str, TrainedArm]
+    failures: dict[str, str]
+
+    def fail(self, failures: Mapping[str, str], run: RunDir, checkpoint: Checkpoint | None) -> None:
+        """Move SAEs that cannot be judged to the failed ones, on disk too; a control is only reported."""
+        if checkpoint is not None:
+            checkpoint.finish_evaluation(failures)
+        for name, reason in failures.items():
+            say(f"  dropped {reason}")
+            self.failures[name] = reason
+            arm = self.trained.pop(name, None)
+            if arm is not None and distributed.is_writer():
+                run.fail_sae(name, arm.training["training_steps"], reason)
+
+
+def evaluate_arms(
+    config: ExperimentConfig,
+    bank: Bank,
+    activations: Activations,
+    model: LanguageModel,
+    run: RunDir,
+    checkpoint: Checkpoint | None = None,
+) -> None:
+    """Judge every SAE on the held-out side in one pass and save the numbers; what cannot be judged fails. Of several
+    ranks each judges its share, or all judge together where there are fewer SAEs than ranks, and the writer saves.
+
+    Parts that an earlier attempt finished come from the checkpoint, and all is done where it says so.
+    """
+    if checkpoint is not None and checkpoint.progress.evaluated:
+        return
+    part, own_part = (checkpoint.part, checkpoint.own_part) if checkpoint is not None else (_now, _now)
+    say(f"evaluation: {activations.held_out.n_valid:,} held-out tokens")
+    controls = _controls(config, bank, activations)
+    judged: dict[str, Judged] = {name: arm.sae for name, arm in bank.trained.items()}
+    judged |= {name: control.judged for name, control in controls.items()}
+
+    def judge_all() -> dict[str, Any]:
+        failures: dict[str, str] = {}
+        own, together = _divided(judged)
+        with progress_bar("evaluate", activations.held_out.n_rows) as progress:
+            results = own and evaluate(
+                own,
+                activations.held_out,
+                language_model=model if config.evaluation.ce_rows else None,
+                layer=activations.layer,
+                site=config.model.site,
+                ce_rows=config.evaluation.ce_rows,
+                bootstrap=BOOTSTRAP_REPLICATES,
+                together=together,
+                failures=failures,
+                progress=progress,
+            )
+        ranks = distributed.merged({"results": results, "failures": failures})
+        return {
+            "results": {name: ranks["results"][name] for name in judged if name in ranks["results"]},
+            "failures": ranks["failures"],
+        }
+
+    found = part("judged", judge_all)
+    results, failures = found["results"], found["failures"]
+    if not results:
+        bank.fail(failures, run, checkpoint)
+        raise LegatoError(f"no SAE could be judged: {next(iter(failures.values()))}")
+    # The control for persistence that an SAE makes by itself, for the arms that the comparison is about.
+    compared = {name: judged[name] for name in results if not _is_grid_member(name, config)}
+    for name, shuffled in part("shuffled", lambda: _shuffled(compared, activations)).items():
+        results[name]["consistency"]["position_shuffled"] = shuffled
+    for name, offset in part("offset", lambda: _offsets(compared, activations, model, config.model.site)).items():
+        results[name]["offset"] = offset["section"]
+        results[name]["features"]["offset_jaccard"] = offset["jaccard_F"]
+    vocabulary_V = torch.unique(activations.train.first_tokens(VOCABULARY_ROWS))
+    others = {
+        name: Other(bank.trained[name].sae.W_dec, results[name]["features"]["density"] > 0)
+        for name in sorted(compared.keys() & bank.trained.keys())
+    }
+    redundant = {}
+    for name in _own(others):
+        partners = {partner: others[partner] for partner in _partners(name, others)}
+        redundant[name] = own_part(
+            f"redundancy_{name}",
+            partial(_redundancy, name, bank.trained[name].sae, partners, activations, vocabulary_V, model, run),
+        )
+    for name, section in distributed.merged(redundant).items():
+        results[name]["redundancy"] = section
+    if not distributed.is_writer():
+        return
+    _add_specialisation({name: results[name] for name in compared if name in bank.trained}, model)
+    metrics = {}
+    for name, result in results.items():
+        if "saebench" in result["core"] and name in bank.trained:
+            write_core_file(
+                run.eval_results,
+                run.release,
+                name,
+                result,
+                model_name=model.name,
+                llm_dtype=str(model.dtype).removeprefix("torch."),
+                dataset=config.data.dataset,
+                context_size=config.data.context_length,
+                sae_cfg_dict=json.loads((run.sae(name) / "cfg.json").read_text()),
+            )
+        result["core"].pop("saebench", None)
+        write_features(run.features / f"{name}.parquet", result.pop("features"))
+        run.write_arrays(name, result.pop("arrays"))
+        training = controls[name].training if name in controls else bank.trained[name].training
+        metrics[name] = {**result, "training": training}
+    run.write_metrics(metrics)
+    bank.fail(failures, run, checkpoint)
+
+
+def _own(members: Mapping[str, T]) -> dict[str, T]:
+    """This rank's share."""
+    return {name: members[name] for name in distributed.mine(list(members))}
+
+
+def _divided(members: Mapping[str, T]) -> tuple[dict[str, T], bool]:
+    """What this rank judges, and whether all ranks judge it together."""
+    together = len(members) < distributed.size()
+    return dict(members) if together else _own(members), together
+
+
+def _now(name: str, compute: Callable[[], Any]) -> Any:
+    """In place of `Checkpoint.part` where nothing is kept."""
+    return compute()
+
+
+def _shuffled(compared: Mapping[str, Judged], activations: Activations) -> dict[str, dict[str, float]]:
+    """What is left of persistence when the order of the tokens is taken away, for those that still fire."""
+    failures: dict[str, str] = {}
+    batches = position_shuffled(activations.held_out.batches(CONTROL_ROWS, seed=None))
+    own, together = _divided(compared)
+    found = evaluate(own, batches, together=together, failures=failures) if own else {}
+    for reason in distributed.merged(failures).values():
+        say(f"  no shuffled control of {reason}")
+    shuffled = {
+        name: {
+            "l0": result["core"]["l0"],
+            "fvu": result["core"]["fvu"],
+            **{key: result["consistency"][key] for key in CONTROL_KEYS},
+        }
+        for name, result in found.items()
+    }
+    return distributed.merged(shuffled)
+
+
+def _redundancy(
+    name: str,
+    sae: SparseAutoencoder,
+    partners: Mapping[str, Other],
+    activations: Activations,
+    vocabulary_V: Tensor,
+    model: LanguageModel,
+    run: RunDir,
+) -> dict[str, Any]:
+    """The section of metrics.json; the tables, and the passages that are found on the way, are written."""
+    passages = Passages()
+    codes = passages.listen(coded(sae, activations.held_out.batches(CONTROL_ROWS, seed=None)))
+    redundant = redundancy(codes, sae.W_dec, decode=partial(_token_strings, model))
+    write_redundancy(run.redundancy, name, redundant)
+    _save_passages(name, passages, sae.W_dec, partners, vocabulary_V, model, run)
+    return redundant.metrics
+
+
+def _token_strings(model: LanguageModel, ids: Sequence[int]) -> list[str]:
+    return [str(model.tokenizer.decode([number])) for number in ids]
+
+
+def _partners(name: str, names: Iterable[str]) -> list[str]:
+    """The arms of its seed whose latents an arm's are matched with: the baseline, or for the baseline all others."""
+    seed = name.partition("_seed")[2]
+    same_seed = [other for other in sorted(names) if other != name and other.partition("_seed")[2] == seed]
+    return [other for other in same_seed if is_baseline(name) or is_baseline(other)]
+
+
+def _save_passages(
+    name: str,
+    passages: Passages,
+    W_dec: Tensor,
+    others: Mapping[str, Other],
+    vocabulary_V: Tensor,
+    model: LanguageModel,
+    run: RunDir,
+) -> None:
+    """What the report's feature browser shows of an arm."""
+    decode = partial(_token_strings, model)
+    text, order = passages.gathered()
+    if distributed.is_writer() and not run.shown_text.is_file():
+        write_text(run.shown_text, text, decode)
+    promoted = promoted_tokens(model, W_dec, vocabulary_V, decode)
+    write_strips(run.strips / f"{name}.parquet", order, text, W_dec, others=others, promoted=promoted)
+
+
+def _offsets(
+    compared: Mapping[str, Judged], activations: Activations, model: LanguageModel, site: str
+) -> dict[str, dict[str, Any]]:
+    """The offset test on the first held-out rows, with the shifts that the model's context has room for."""
+    shifts = [shift for shift in SHIFTS if shift <= model.max_context // 2]
+    first = next(activations.held_out.batches(OFFSET_ROWS, seed=None))
+    tokens = TokenSet(first.tokens_BL, first.mask_BL, first.doc_BL, bos=activations.provenance["bos"])
+    own = _own(compared)
+    if not shifts or not bool(first.mask_BL.any()):
+        return {}
+    found = own and offset_test(own, model, tokens, layer=activations.layer, site=site, shifts=shifts, rows=OFFSET_ROWS)
+    return distributed.merged({name: vars(result) for name, result in found.items()})
+
+
+def _add_specialisation(results: Mapping[str, dict[str, Any]], model: LanguageModel) -> None:
+    """The kinds of latents of the trained arms, in clusters that they share."""
+    if not results:
+        return
+    recipes: dict[str, list[str]] = {}
+    for name in results:
+        recipes.setdefault(name.split("_seed")[0], []).append(name)
+    specialised = specialise(
+        {name: result["features"] for name, result in results.items()},
+        next(iter(results.values()))["core"]["tokens"],
+        same_recipe=list(recipes.values()),
+        decode=lambda token: str(model.tokenizer.decode([token])),
+    )
+    for name, one in specialised.items():
+        results[name]["specialisation"] = one.section
+        results[name]["features"] |= one.columns
+
+
+def _controls(config: ExperimentConfig, bank: Bank, activations: Activations) -> dict[str, Control]:
+    """The controls that are made of the baselines, and of plain TopK, without training."""
+    bases = {
+        name: (arm.sae, int(arm.training["recipe"]["seed"]))
+        for name, arm in bank.trained.items()
+        if is_baseline(name) or name.split("_seed")[0] == "topk"
+    }
+    calibration = islice(activations.train.batches(config.training.batch_rows, seed=None), CALIBRATION_BATCHES)
+    return post_hoc_controls(
+        config.evaluation.controls, bases, list(calibration), k=config.training.k, release=config.arms.release
+    )
+
+
+def _is_grid_member(name: str, config: ExperimentConfig) -> bool:
+    return any(name.startswith(f"{grid_name(*point)}") for point in config.arms.grid_points)

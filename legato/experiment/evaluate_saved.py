@@ -1,0 +1,323 @@
+"""`legato evaluate`: saved SAEs, whoever trained them, through the whole evaluation of experiment.py.
+
+The folder it writes is a run's: metrics.json, features/, arrays/, redundancy/, eval_results/, notes.txt, report.html.
+saes/ holds a copy of each SAE as it was judged.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from legato.common import distributed
+from legato.common.command import Interrupts
+from legato.common.errors import LegatoError, UsageError
+from legato.common.progress import progress_bar, say
+from legato.data.documents import load_documents, split_held_out
+from legato.data.harvest import harvest
+from legato.data.language_model import LanguageModel
+from legato.data.store import ActivationStore
+from legato.data.tokens import TokenSet, tokenise
+from legato.experiment.checkpoint import DEFAULT_MINUTES, Checkpoint
+from legato.experiment.config import ArmsConfig, DataConfig, EvaluationConfig, ExperimentConfig, ModelConfig
+from legato.experiment.evaluate import Bank, TrainedArm, evaluate_arms
+from legato.experiment.inputs import CHARACTERS_PER_TOKEN, Activations, load_model, origin
+from legato.report.registry import write_figures
+from legato.report.run_page import write_report
+from legato.report.text.arm_table import results_table
+from legato.report.text.notes import write_notes
+from legato.results.ablation_table import write_ablation
+from legato.results.final_info import write_final_info
+from legato.results.integrity import seal
+from legato.results.matched.compare import write_matched
+from legato.results.run_dir import RunDir
+from legato.results.saved_run import SavedRun, arms_of
+from legato.sae.autoencoder import SparseAutoencoder
+from legato.sae.provenance import Origin, origin_of
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """What is judged on what.
+
+    saes: where each SAE lies, by name. held_out: the share of the documents that is judged on, as experiment.py holds
+    it out; None judges on all documents. sha256: of what lies there, by name.
+    """
+
+    saes: Mapping[str, str]
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    held_out: float | None = None
+    evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(controls=()))
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For config.yaml. The section `judged` tells that nothing was trained."""
+        return {
+            "judged": {"saes": dict(self.saes), "sha256": dict(self.sha256)},
+            "model": dataclasses.asdict(self.model),
+            "data": {
+                "dataset": self.data.dataset,
+                "text_column": self.data.text_column,
+                "context_length": self.data.context_length,
+                "held_out": self.held_out,
+            },
+            "evaluation": {"eval_rows": self.evaluation.eval_rows, "ce_rows": self.evaluation.ce_rows},
+        }
+
+    def as_experiment(self) -> ExperimentConfig:
+        arms = ArmsConfig(temporal=(), ablation=False)
+        return ExperimentConfig(model=self.model, data=self.data, arms=arms, evaluation=self.evaluation)
+
+
+def judge(config: JudgeConfig, saes: Mapping[str, SparseAutoencoder], out: str | Path) -> RunDir:
+    """Judge SAEs on one layer and site of a model and write the folder; ranks do it together, and the writer writes.
+
+    saes: as opened from config.saes. Parts that an earlier attempt finished in the folder are not done again. Raises
+    UsageError where the SAEs do not fit the model or the folder is taken, and LegatoError where one of them cannot be
+    judged: the folder then holds the others.
+    """
+    run = distributed.from_writer(lambda: RunDir.claim(out, config))
+    run.settle_machine()
+    experiment = config.as_experiment()
+    model = load_model(experiment)
+
+    def fitting_rows() -> TokenSet:
+        check_width(saes, model)
+        return read_rows(config, model)
+
+    activations = harvest_rows(config, model, distributed.from_writer(fitting_rows))
+    with distributed.held_by_writer(run.locked(config)):
+        checkpoint = Checkpoint(run.checkpoint, minutes=DEFAULT_MINUTES, interrupts=Interrupts())
+        checkpoint.start(activations.key, lambda: run.begin(config, activations.provenance))
+        bank = _bank(config, saes, run, checkpoint)
+        evaluate_arms(experiment, bank, activations, model, run, checkpoint)
+        if not distributed.is_writer():
+            return run
+        for build in (write_ablation, write_matched, write_figures, write_notes, write_report, write_final_info):
+            build(run.root)
+        seal(run.root)
+        checkpoint.discard()
+    if bank.failures:
+        reasons = "; ".join(bank.failures.values())
+        raise LegatoError(f"{len(bank.failures)} of {len(saes)} SAEs cannot be judged ({reasons}): see {run.root}")
+    return run
+
+
+def _bank(config: JudgeConfig, saes: Mapping[str, SparseAutoencoder], run: RunDir, checkpoint: Checkpoint) -> Bank:
+    """The SAEs, with a copy of each in the run, but for those that an earlier attempt could not judge."""
+    failed = checkpoint.progress.failed
+    bank = Bank({}, {name: failure["reason"] for name, failure in failed.items()})
+    for (name, sae), recipe in zip(saes.items(), recipes(config.saes, saes), strict=True):
+        if name in failed:
+            if distributed.is_writer():  # where that attempt was cut off before it moved it
+                run.fail_sae(name, **failed[name])
+            continue
+        if distributed.is_writer():
+            sae.save(run.sae(name))
+        steps = (sae.details.get("training") or {}).get("steps")
+        training = {"training_steps": steps, "source": config.saes[name], "recipe": recipe}
+        bank.trained[name] = TrainedArm(sae, training)
+    if not bank.trained:
+        checkpoint.discard()  # the next attempt begins anew
+        raise LegatoError(f"no SAE could be judged: {next(iter(bank.failures.values()))}")
+    return bank
+
+
+def check_width(saes: Mapping[str, SparseAutoencoder], model: LanguageModel) -> None:
+    for name, sae in saes.items():
+        if sae.d_in != model.d_model:
+            raise UsageError(
+                f"{name} takes activations of width {sae.d_in}, those of {model.name} have {model.d_model}: "
+                "name the model that it was trained on with --model"
+            )
+
+
+def read_rows(config: JudgeConfig, model: LanguageModel) -> TokenSet:
+    """The rows to judge on: of all documents, or of those that a run with the same share held out."""
+    data, evaluation = config.data, config.evaluation
+    wanted = evaluation.eval_rows * data.context_length
+    characters = int(CHARACTERS_PER_TOKEN * wanted / (config.held_out or 1))
+    found = load_documents(data.dataset, max_stream_characters=characters, text_column=data.text_column)
+    documents = list(found) if config.held_out is None else split_held_out(found, config.held_out)[1]
+    tokens = tokenise(documents, model.tokenizer, context_length=data.context_length, max_tokens=wanted)
+    which = "all of it" if config.held_out is None else f"the {config.held_out:.0%} that training holds out"
+    say(f"text: {data.dataset}, {which}: {tokens.n_valid:,} tokens in {len(tokens):,} contexts")
+    return tokens
+
+
+def harvest_rows(config: JudgeConfig, model: LanguageModel, tokens: TokenSet) -> Activations:
+    layer, site = config.model.layer, config.model.site
+    assert layer is not None
+    with progress_bar("harvest", len(tokens)) as progress:
+        store: ActivationStore = harvest(model, tokens, layer=layer, site=site, progress=progress)
+    provenance = {
+        **origin(model, config.data, layer=layer, site=site, bos=tokens.bos),
+        "held_out_tokens": store.n_valid,
+        "outliers_masked": store.n_outliers,
+    }
+    return Activations(store, store, store.n_valid, layer, provenance)
+
+
+def recipes(sources: Mapping[str, str], saes: Mapping[str, SparseAutoencoder]) -> list[dict[str, Any]]:
+    """What each SAE is in a comparison, as arms have it: an SAE of Legato's keeps its objective.
+
+    Names speak as those of arms do: `<method>_k<k>` is `<method>` at another k where that is judged too, `_seed<n>`
+    another seed. The baseline is the SAE of that name, else the first SAE's method.
+    sources: part of the recipe, so that equal names in two folders are one SAE only if it is the same.
+    """
+    found = []
+    arms = arms_of({name: {} for name in saes})
+    mains = {arm.method for arm in arms if arm.role != "sweep"}
+    own = {arm.name: arm.method if arm.role == "baseline" or arm.method in mains else arm.name for arm in arms}
+    first = next((own[arm.name] for arm in arms if arm.role == "baseline"), own[arms[0].name])
+    for arm in arms:
+        sae, method = saes[arm.name], own[arm.name]
+        objective = dict(sae.details.get("objective") or {})
+        is_sweep = arm.role == "sweep" and method == arm.method
+        role = "sweep" if is_sweep else "baseline" if method == first else "named"
+        found.append(
+            {
+                "architecture": sae.architecture,
+                **objective,
+                "role": role,
+                "method": method,
+                "d_sae": sae.d_sae,
+                "k": objective.get("k") or arm.k or sae.k,
+                "seed": int(objective.get("seed") or arm.seed or 0),
+                "sources": sorted(source for name, source in sources.items() if own[name] == method),
+            }
+        )
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "saes",
+        nargs="+",
+        metavar="[NAME=]SAE",
+        help="saved SAEs of any format that legato reads; the first is what the others are compared with. NAME_k16 "
+        "says that an SAE is NAME at another sparsity, NAME_seed1 another seed",
+    )
+    add_place_arguments(parser, rows=512)
+    parser.add_argument("--ce_rows", type=int, default=24, help="contexts for the language model's loss; 0: none")
+    parser.add_argument("--out", type=Path, help="new folder for the results (default: judged_<name>)")
+
+
+def add_place_arguments(parser: argparse.ArgumentParser, *, rows: int) -> None:
+    """The model, its layer and the text whose activations an SAE is given: what `opened` reads."""
+    said = "(default: what the SAE says)"
+    parser.add_argument("--model", help=f"the language model: a hub id, a local folder, 'demo' {said}")
+    parser.add_argument("--layer", type=int, help=f"decoder layer, from 0 {said}")
+    parser.add_argument("--site", help=f"what is read there: resid_post, mlp_out or attn_out {said}")
+    parser.add_argument("--dtype", default="auto", help="dtype of the model: auto, bfloat16 or float32")
+    parser.add_argument("--dataset", help="the text: 'demo', a file, a folder, a hub id (default: the SAE's, or demo)")
+    parser.add_argument("--text_column", default="text", help="column that holds the text")
+    parser.add_argument("--context_length", type=int, help=f"tokens per context {said}")
+    parser.add_argument("--rows", type=int, default=rows, help="contexts to use (default: %(default)s)")
+    parser.add_argument(
+        "--held_out",
+        type=float,
+        help="use the share of documents that experiment.py holds out with this share (default: that of "
+        "experiment.py where it trained the SAE on this text, else all documents)",
+    )
+
+
+@distributed.joined()
+def main(options: argparse.Namespace) -> None:
+    saes, config = distributed.writer_first(lambda: opened(options))
+    out = options.out or Path(f"judged_{next(iter(saes))}")
+    try:
+        run = judge(config, saes, out)
+    finally:
+        if distributed.is_writer() and (out / "notes.txt").is_file():
+            print(f"\n{results_table(SavedRun.open(out))}")
+    say(f"\nresults: {run.root}/  report: {run.root / 'report.html'}")
+
+
+def opened(options: argparse.Namespace) -> tuple[dict[str, SparseAutoencoder], JudgeConfig]:
+    """The SAEs that were asked for, and where they are judged: as asked, else as the SAEs say."""
+    sources = named(options.saes)
+    saes = {name: SparseAutoencoder.load(source) for name, source in sources.items()}
+    origins = {name: origin_of(sae) for name, sae in saes.items()}
+    if options.layer is None and options.site is not None:
+        raise UsageError("--site needs the layer too: add --layer")
+    layer, site = (options.layer, options.site or "resid_post")
+    if layer is None:
+        layer, site = _agreed("layer", {name: origin.place() for name, origin in origins.items()})
+    model = options.model or _agreed("model", {name: origin.model for name, origin in origins.items()})
+    dataset = options.dataset or _first(origins, "dataset") or "demo"
+    held_out = options.held_out
+    if held_out is None and any(origin.by_legato and origin.dataset == dataset for origin in origins.values()):
+        held_out = _first(origins, "held_out") or DataConfig().held_out
+    if held_out is not None and not 0 < held_out < 1:
+        raise UsageError(f"--held_out {held_out} is no share of the text: use one between 0 and 1")
+    context_length = options.context_length
+    if context_length is None:
+        context_length = _first(origins, "context_length") or DataConfig().context_length
+    config = JudgeConfig(
+        sources,
+        ModelConfig(model, layer, site, options.dtype),
+        DataConfig(dataset, options.text_column, context_length),
+        held_out,
+        EvaluationConfig(options.rows, options.ce_rows, controls=()),
+        {name: _sha256(sae) for name, sae in saes.items()},
+    )
+    return saes, config
+
+
+def _sha256(sae: SparseAutoencoder) -> str:
+    """Of all that an SAE is, in whatever format it was found."""
+    stored = sae.stored()
+    digest = hashlib.sha256(repr({**vars(stored), "weights": list(stored.weights)}).encode())
+    for tensor in stored.weights.values():
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def named(specifications: Sequence[str]) -> dict[str, str]:
+    """SAEs by name: NAME=SAE, or the last part of where it lies, with as many parts before it as tell them apart."""
+    given = [_split(specification) for specification in specifications]
+    for depth in range(1, 5):
+        names = [name or "_".join(Path(source).parts[-depth:]) for name, source in given]
+        if len(set(names)) == len(names):
+            break
+    else:
+        raise UsageError("two SAEs have the same name: name them, as in first=folder/a second=folder/b")
+    if bad := [name for name in names if not name.replace("-", "").replace("_", "").replace(".", "").isalnum()]:
+        raise UsageError(f"{bad[0]!r} cannot name an SAE: use letters, digits, '_', '-' and '.', as in mine=folder/a")
+    return {name: source for name, (_, source) in zip(names, given, strict=True)}
+
+
+def _split(specification: str) -> tuple[str, str]:
+    name, equals, source = specification.partition("=")
+    if not equals or os.path.exists(specification):  # unlike Path's, False for a name that is too long
+        name, source = "", specification
+    if not source:
+        raise UsageError(f"{specification!r} names no SAE: give its folder or file")
+    path = os.path.expanduser(source)
+    return name, os.path.realpath(path) if os.path.exists(path) else source
+
+
+def _agreed(what: str, said: Mapping[str, Any]) -> Any:
+    """What all SAEs say. UsageError where one of them does not say, or they say different things."""
+    (first, value), *others = said.items()
+    for name, other in said.items():
+        if other is None:
+            raise UsageError(f"{name} does not say which {what} it reads: add --{what}")
+    for name, other in others:
+        if other != value:
+            raise UsageError(f"{first} reads {_shown(value)}, {name} {_shown(other)}: judge them one at a time")
+    return value
+
+
+def _shown(value: Any) -> str:
+    return f"layer {value[0]} ({value[1]})" if isinstance(value, tuple) else str(value)
+
+
+def _first(origins: Mapping[str, Origin], key: str) -> Any:
+    return next((value for origin in origins.values() if (value := getattr(origin, key)) is not None), None)

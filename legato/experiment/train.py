@@ -1,0 +1,242 @@
+"""The training stage of experiment.py: the bank in one or several passes, saved, and gone on with after a cut."""
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from legato.common import distributed
+from legato.common.errors import LegatoError
+from legato.common.hardware import fast_matmul_dtype
+from legato.common.progress import progress_bar, say
+from legato.data.activations import Normaliser
+from legato.experiment.arms import arms, recipe
+from legato.experiment.checkpoint import Checkpoint, Progress, SavedBank, checksums, cut
+from legato.experiment.config import ExperimentConfig
+from legato.experiment.evaluate import CALIBRATION_BATCHES, Bank, TrainedArm
+from legato.experiment.inputs import Activations
+from legato.experiment.run_log import RunLog, SharedLog, WandbLog
+from legato.results.run_dir import RunDir, environment
+from legato.sae.autoencoder import SparseAutoencoder
+from legato.training.bank import BankResult, BankState, NoMemberLeftError, train_on
+from legato.training.config import ArmConfig, TrainConfig
+from legato.training.passes import divided, planned
+from legato.training.step import TrainBatch
+from legato.training.trainer import SAETrainer
+
+DEAD_AFTER_TOKENS, DEAD_AFTER_SHARE = 250_000, 0.02  # silence that makes a latent dead: in tokens, or of a short run
+
+
+def train_arms(
+    config: ExperimentConfig,
+    activations: Activations,
+    run: RunDir,
+    checkpoint: Checkpoint,
+    *,
+    wandb: str = "",
+    shard_latents: bool = False,
+) -> Bank:
+    """Train the bank on shared batches and save every SAE; in several passes where it would not fit in memory. Of
+    several ranks each trains its share of the members, or its share of the latents of those that fit no other way.
+
+    What an earlier attempt has trained is opened, what it was training goes on from the checkpoint.
+    wandb: the Weights & Biases project that the steps are sent to as well, if any. shard_latents: divide the latents of
+    every member.
+    """
+    wanted = arms(config, activations.train.d_in)
+    checkpoint.progress = distributed.from_writer(lambda: _progress_found(run, checkpoint))
+    trained = {name: _opened(run, name, record) for name, record in checkpoint.progress.trained.items()}
+    missing = [arm for arm in wanted if arm.name not in trained and arm.name not in checkpoint.progress.failed]
+    if missing:
+        stage = _Stage.of(config, activations)
+        saved = checkpoint.read_bank(missing, stage.train_config, shard_latents=shard_latents)
+        going_on = distributed.merged(dict.fromkeys(saved.bank.in_training, None)) if saved else {}
+        if distributed.is_writer():
+            _cut_logs(run, missing, going_on, saved.log_bytes if saved else checkpoint.progress.log_bytes)
+        for state in _passes(missing, saved, stage, config, shard_latents):
+            tracker = WandbLog(wandb, run.root) if wandb and distributed.is_writer() else None
+            trained |= _train_pass(state, stage, run, checkpoint, tracker)
+    failures = {name: failure["reason"] for name, failure in checkpoint.progress.failed.items()}
+    if not trained:
+        checkpoint.discard()  # the next attempt begins anew
+        raise LegatoError(f"no SAE was trained: {next(iter(failures.values()))}")
+    return Bank({arm.name: trained[arm.name] for arm in wanted if arm.name in trained}, failures)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What all passes share. calibration: contexts in stored order, the same ones for every arm, whatever the seed."""
+
+    config: ExperimentConfig
+    activations: Activations
+    train_config: TrainConfig
+    normaliser: Normaliser
+    calibration: list[TrainBatch]
+    tokens_per_step: float
+
+    @classmethod
+    def of(cls, config: ExperimentConfig, activations: Activations) -> "_Stage":
+        training, source = config.training, activations.train
+        tokens_per_step = training.batch_rows * activations.n_valid / source.n_rows
+        train_config = TrainConfig(
+            steps=math.ceil(training.tokens / tokens_per_step),
+            lr=training.lr,
+            dead_after_tokens=min(DEAD_AFTER_TOKENS, int(DEAD_AFTER_SHARE * training.tokens)),
+            aux_k=source.d_in // 2,
+        )
+        normaliser = Normaliser.fit(source)
+        calibration = [
+            TrainBatch.of(batch, normaliser, fast_matmul_dtype())
+            for batch in islice(source.batches(training.batch_rows, seed=None), CALIBRATION_BATCHES)
+        ]
+        return cls(config, activations, train_config, normaliser, calibration, tokens_per_step)
+
+
+def _progress_found(run: RunDir, checkpoint: Checkpoint) -> Progress:
+    """What an earlier attempt finished; an SAE whose files have changed since is named and trained again."""
+    progress = checkpoint.progress
+    for name, record in list(progress.trained.items()):
+        folder = run.sae(name)
+        if not folder.is_dir() or checksums(folder) != record["files"]:
+            say(f"{folder} is missing or damaged: it is trained again")
+            del progress.trained[name]
+    for name, failure in progress.failed.items():  # where the earlier attempt was cut off before it moved it
+        run.fail_sae(name, failure["steps"], failure["reason"])
+    return progress
+
+
+def _opened(run: RunDir, name: str, record: Mapping[str, Any]) -> TrainedArm:
+    return TrainedArm(SparseAutoencoder.load(run.sae(name)), record["training"])
+
+
+def _cut_logs(run: RunDir, missing: Sequence[ArmConfig], going_on: Collection[str], log_bytes: int) -> None:
+    """Take out of the logs what is trained again."""
+    cut(run.log, log_bytes)
+    anew = [arm.name for arm in missing if arm.name not in going_on]
+    run.forget_log(anew)  # in vain, but where one of them was trained and then damaged
+    for name in anew:
+        shutil.rmtree(run.tensorboard / name, ignore_errors=True)
+
+
+def _passes(
+    missing: Sequence[ArmConfig],
+    saved: SavedBank | None,
+    stage: _Stage,
+    config: ExperimentConfig,
+    shard_latents: bool,
+) -> Iterator[BankState]:
+    """Banks to train, this rank's part of each, one after the other: the saved one first."""
+    source, training = stage.activations.train, config.training
+    started = distributed.merged(dict.fromkeys(saved.bank.names, None)) if saved else {}
+    new = [arm for arm in missing if arm.name not in started]
+    passes = distributed.from_writer(
+        lambda: planned(new, source.d_in, training.batch_rows * source.context_length, shard_latents)
+    )
+    say(
+        f"training: {len(missing)} SAEs of {training.d_sae:,} latents in {len(passes) + bool(saved)} pass(es), "
+        f"{stage.train_config.steps} steps of {stage.tokens_per_step:,.0f} tokens"
+    )
+    if saved:
+        say(f"going on with {len(started)} of them after step {saved.bank.step}")
+        yield saved.bank
+    for members, sharded in passes:
+        own, share = divided(members, sharded=sharded)
+        yield BankState.new(own, stage.train_config, source.d_in, elsewhere=len(members) - len(own), share=share)
+
+
+def _train_pass(
+    state: BankState, stage: _Stage, run: RunDir, checkpoint: Checkpoint, tracker: WandbLog | None
+) -> dict[str, TrainedArm]:
+    """Train one bank to the end and save its SAEs."""
+    training, steps = stage.config.training, stage.train_config.steps
+    batches = stage.activations.train.batches(
+        training.batch_rows, seed=min(training.seeds), epochs=None, drop_last=True, start_batch=state.step
+    )
+    interrupts = checkpoint.interrupts
+    order = [arm.name for arm in arms(stage.config, stage.activations.train.d_in)]
+    with (
+        interrupts.held_back(),
+        SharedLog(lambda: RunLog(run.log, run.tensorboard, steps_done=state.step, also=tracker), order) as log,
+        progress_bar("train", steps) as progress,
+    ):
+
+        def after_step(bank: BankState) -> None:
+            progress(bank.step)
+            if (bank.step - 1) % stage.train_config.log_every == 0:
+                log.flush()
+            checkpoint.after_step(bank, log.sync)
+
+        try:
+            result = train_on(
+                state,
+                batches,
+                stage.normaliser,
+                stage.train_config,
+                log=log if state.is_kept_here else lambda record: None,
+                after_step=after_step,
+            )
+        except NoMemberLeftError as error:  # of this pass; the others may be well
+            result = BankResult([], error.failed)
+        saved = {trainer.arm.name: _save(trainer, stage, run) for trainer in result.finished}
+        own = {name: arm for name, arm in saved.items() if arm is not None}
+        for trainer, reason in result.failed:
+            parameters = trainer.whole_parameters()
+            if state.is_kept_here:
+                run.write_failure(trainer.arm.name, dict(parameters.items()), trainer.steps_done, reason)
+        ranks = distributed.merged(
+            {
+                "trained": {
+                    name: {"training": arm.training, "files": checksums(run.sae(name))} for name, arm in own.items()
+                },
+                "failed": {trainer.arm.name: _failure(trainer.steps_done, reason) for trainer, reason in result.failed},
+            }
+        )
+        for failure in ranks["failed"].values():
+            say(f"  dropped {failure['reason']}")
+        done = checkpoint.progress
+        done.log_bytes = log.sync()
+        done.failed |= ranks["failed"]
+        done.trained |= ranks["trained"]
+        checkpoint.write_progress()
+        checkpoint.drop_steps()
+    return own | {name: _opened(run, name, record) for name, record in ranks["trained"].items() if name not in own}
+
+
+def _failure(steps: int, reason: str) -> dict[str, Any]:
+    return {"steps": steps, "reason": reason}
+
+
+def _save(trainer: SAETrainer, stage: _Stage, run: RunDir) -> TrainedArm | None:
+    """The finished SAE as it lies on the disk, which is what is judged; None but on the first of the ranks that trained
+    it together."""
+    finished = trainer.finish_on_first(stage.normaliser, stage.calibration)
+    if finished is None:
+        return None
+    training = {**dataclasses.asdict(stage.train_config), "batch_rows": stage.config.training.batch_rows}
+    details: Mapping[str, Any] = {
+        **stage.activations.provenance,
+        "arm": trainer.arm.name,
+        "objective": recipe(trainer.arm),
+        "training": training,
+        "environment": environment(),
+    }
+    path = dataclasses.replace(finished, details=details).save(run.sae(trainer.arm.name))
+    return TrainedArm(SparseAutoencoder.load(path), _training_metrics(trainer, stage.activations.n_valid))
+
+
+def _training_metrics(trainer: SAETrainer, n_valid: int) -> dict[str, Any]:
+    if not math.isfinite(trainer.final_loss):
+        raise LegatoError(f"{trainer.arm.name}: the final loss is {trainer.final_loss}: training failed")
+    return {
+        "training_steps": trainer.steps_done,
+        "steps_skipped": trainer.guard.skipped,
+        "final_loss": trainer.final_loss,
+        "tokens": trainer.tokens_seen,
+        "epochs": trainer.tokens_seen / n_valid,
+        "wall_seconds": trainer.seconds,
+        "dead_at_end": int(trainer.dead_F.sum()),
+        "recipe": recipe(trainer.arm),
+    }

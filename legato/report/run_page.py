@@ -1,0 +1,167 @@
+"""report.html: one self-contained page per run, rebuilt from the saved results alone."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from legato.common.files import write_atomically
+from legato.report.browser.section import browser_section
+from legato.report.figures.missing import MissingResult
+from legato.report.figures.style import FAINT, ArmStyle, arm_styles, page_colour
+from legato.report.page.embed import json_island, plotly_island, script
+from legato.report.page.latent_tables import (
+    CARD_COLUMNS,
+    CLASS_TOLD,
+    cluster_cards,
+    pairs_by_arm,
+    redundancy_counts,
+    stability,
+)
+from legato.report.page.render import Gap, PageFigure, Section, page_svg, render
+from legato.report.page.tables import matched_tables, minus, recipe_rows
+from legato.report.plots.spec import Plot
+from legato.report.registry import on_page
+from legato.report.text.arm_table import COLUMNS, number, raw_stream_sentence
+from legato.report.text.latents import offset_lines
+from legato.report.text.matched_tables import legend
+from legato.report.text.notes import ablation_in_words, described, scope, warnings
+from legato.report.text.summary import answers
+from legato.report.text.verdict import KAPPA_EXCESS, SHUFFLED_EXCESS, compare, headline
+from legato.results.matched.comparability import flat
+from legato.results.saved_run import SavedRun, mean, seed_groups
+
+# name, title, and what the navigation calls it
+_SECTIONS = (
+    ("overview", "Verdict", ""),
+    ("arms", "All arms", "Arms"),
+    ("matched", "Matched comparison", "Matched"),
+    ("training", "Training", ""),
+    ("reconstruction", "Reconstruction and sparsity", "Reconstruction"),
+    ("consistency", "Consistency", ""),
+    ("position", "Position", ""),
+    ("redundancy", "Redundancy", ""),
+    ("specialisation", "Specialisation", "Kinds"),
+    ("ablation", "Trade-off and ablation", "Trade-off"),
+    ("features", "Feature browser", "Features"),
+    ("details", "Run details", "Details"),
+)
+
+
+def write_report(run: SavedRun | str | Path, path: str | Path | None = None) -> Path:
+    """Write the report of a run folder (by default `report.html` in it) and return its path.
+
+    What the run did not save is named in the page. Raises UsageError where the folder holds no results.
+    """
+    run = run if isinstance(run, SavedRun) else SavedRun.open(run)
+    path = Path(path) if path is not None else run.path / "report.html"
+    write_atomically(path, report_html(run).encode())
+    return path
+
+
+def report_html(run: SavedRun) -> str:
+    """The page as text. Every name and number from the run is escaped."""
+    styles = arm_styles(run.highlighted)
+    rows, further_rows = recipe_rows(run)
+    browser = browser_section(run)
+    cards = _cards(run, styles)
+    sections = _sections(run, browser)
+    plots = {f.name: f.plot.content() for section in sections for f in section.figures if f.plot}
+    return render(
+        "run.html",
+        run_name=run.name,
+        described=described(run),
+        headline=headline(run),
+        answers=answers(run),
+        cards=[card for card in cards if card["style"]] or cards,
+        further_cards=[card for card in cards if not card["style"]] if any(card["style"] for card in cards) else [],
+        warnings=warnings(run),
+        scope=scope(run),
+        columns=[column.heading for column in COLUMNS],
+        rows=rows,
+        further_rows=further_rows,
+        seeds=max(len(arms) for arms in seed_groups(run).values()),
+        matched=matched_tables(run),
+        matched_legend=[] if run.matched is None else legend(run.matched),
+        redundancy_counts=redundancy_counts(run),
+        pairs=pairs_by_arm(run),
+        cluster_cards=cluster_cards(run),
+        card_columns=CARD_COLUMNS,
+        class_told={name.replace("_", " "): told for name, told in CLASS_TOLD.items()},
+        browser=browser if isinstance(browser, Markup) else "",
+        sections=sections,
+        islands=[json_island("plot-data", plots), plotly_island()] if plots else [],
+        script=script("plots.js") if plots else "",
+        raw_stream=raw_stream_sentence(run) or "",
+        not_measured=[c.heading for c in COLUMNS if any(c.of(arm) is None for arm in run.arms)],
+        settings=flat(run.config.get("config") or run.config),
+        measured=[pair for part in ("resolved", "environment") for pair in flat(run.config.get(part) or {})],
+    )
+
+
+def _sections(run: SavedRun, browser: Markup | MissingResult) -> list[Section]:
+    sections = {name: Section(name, title, short=short) for name, title, short in _SECTIONS}
+    sections["ablation"].sentences = [" ".join(ablation_in_words(run))] if ablation_in_words(run) else []
+    sections["specialisation"].sentences = [" ".join(stability(run))] if stability(run) else []
+    sections["position"].sentences = _offset_in_words(run)
+    if isinstance(browser, MissingResult):
+        sections["features"].missing.append(Gap("The feature browser", str(browser)))
+    for spec, made in on_page(run):
+        section = sections[spec.section]
+        if isinstance(made, MissingResult):
+            section.missing.append(Gap(spec.title, str(made)))
+        elif isinstance(made, Plot):
+            section.figures.append(PageFigure(spec.title, spec.caption, name=spec.name, plot=made))
+        else:
+            section.figures.append(PageFigure(spec.title, spec.caption, page_svg(made, spec.name), spec.name))
+    return list(sections.values())
+
+
+def _offset_in_words(run: SavedRun) -> list[str]:
+    """What the offset test says of the baseline and the first named arm."""
+    told = []
+    for arm in run.highlighted[:2]:
+        if section := arm.metrics.get("offset"):
+            lines = offset_lines(section)
+            told.append(f"{arm.name}: {'; '.join(lines)}.")
+    return told
+
+
+def _cards(run: SavedRun, styles: Mapping[str, ArmStyle]) -> list[dict[str, Any]]:
+    """A card per comparison; its bars: kappa excess in order, in shuffled order and the baseline's, on one scale."""
+    groups = seed_groups(run)
+    of_group = {run.arm(name).group: style for name, style in styles.items()}
+    found = compare(run)
+    shown = [*(groups[c.arm] for c in found), *([groups[run.baseline.group]] if run.baseline else [])]
+    top = max((value for arms in shown if (value := mean(arms, KAPPA_EXCESS)) is not None), default=0.0)
+    cards = []
+    for comparison in found:
+        assert run.baseline is not None
+        arms, base = groups[comparison.arm], groups[run.baseline.group]
+        bars = [
+            {
+                "name": name,
+                "percent": f"{100 * max(0.0, value) / top:.1f}",
+                "colour": page_colour(of_group[one[0].group].colour if one[0].group in of_group else FAINT),
+                "faded": key == SHUFFLED_EXCESS,
+                "text": minus(number(value, 3)),
+            }
+            for name, one, key in (
+                ("this arm", arms, KAPPA_EXCESS),
+                ("on shuffled text", arms, SHUFFLED_EXCESS),
+                ("baseline", base, KAPPA_EXCESS),
+            )
+            if (value := mean(one, key)) is not None and top > 0
+        ]
+        outcome = comparison.headline.removeprefix(comparison.arm).strip()
+        cards.append(
+            {
+                "arm": comparison.arm,
+                "style": of_group.get(comparison.arm),
+                "outcome": f"{outcome[:1].upper()}{outcome[1:]}.",
+                "bars": bars,
+                "details": comparison.details,
+            }
+        )
+    return cards

@@ -1,0 +1,149 @@
+"""comparison.html: several runs side by side in one self-contained page, with its figures, from saved results alone."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from legato.common.files import write_atomically
+from legato.report.figures.missing import MissingResult
+from legato.report.figures.style import run_styles
+from legato.report.page.embed import json_island, plotly_island, script
+from legato.report.page.render import Gap, PageFigure, Section, page_svg, render
+from legato.report.runs.figures import drawn
+from legato.report.runs.recipes import Recipe, recipes_of
+from legato.report.text.arm_table import COLUMNS, Column, number
+from legato.report.text.matched_tables import Table, legend, tables
+from legato.report.text.notes import described
+from legato.report.text.verdict import headline
+from legato.results.matched.comparability import barriers, places, pooled, settings
+from legato.results.matched.compare import compare_runs
+from legato.results.saved_run import SavedRun, joined
+
+_SECTIONS = (
+    ("overview", "Verdict"),
+    ("settings", "What differs"),
+    ("arms", "Arms by run"),
+    ("matched", "At equal cost"),
+    ("tradeoff", "Trade-off"),
+    ("consistency", "Over lag"),
+    ("training", "Training"),
+    ("details", "Shared settings"),
+)
+_ENVIRONMENT = ("versions.", "python", "commit", "processor", "threads")
+
+
+@dataclass(frozen=True)
+class MatchedGroup:
+    """The matched comparison of runs whose seeds and methods stand together, or why there is none."""
+
+    title: str
+    tables: list[Table]
+    legend: list[str]
+    gap: str = ""
+
+
+def write_comparison(runs: Mapping[str, SavedRun], out_dir: str | Path) -> dict[str, Path]:
+    """Write comparison.html and the figures `<name>.png` into out_dir for runs by label; return the paths by name.
+
+    A figure whose data no run has saved is left out, and named in the page.
+    """
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    sections = {name: Section(name, title) for name, title in _SECTIONS}
+    written = {}
+    for spec, figure, plot in drawn(runs):
+        if isinstance(figure, MissingResult):
+            if spec.section:
+                sections[spec.section].missing.append(Gap(spec.title, str(figure)))
+            continue
+        written[spec.name] = out / f"{spec.name}.png"
+        figure.savefig(written[spec.name])
+        if spec.section:
+            drawing = None if plot else page_svg(figure, spec.name)
+            sections[spec.section].figures.append(PageFigure(spec.title, spec.caption, drawing, spec.name, plot))
+    written["comparison"] = out / "comparison.html"
+    write_atomically(written["comparison"], _page(runs, list(sections.values()), out).encode())
+    return written
+
+
+def _page(runs: Mapping[str, SavedRun], sections: list[Section], folder: Path) -> str:
+    differing, shared = settings(runs)
+    plots = {f.name: f.plot.content() for section in sections for f in section.figures if f.plot}
+    return render(
+        "runs.html",
+        names=list(runs),
+        verdict=_verdict(runs),
+        cards=_cards(runs, folder),
+        barriers=barriers(runs),
+        apart=len(places(runs)) > 1,
+        differing=[row for row in differing if not row[0].startswith(_ENVIRONMENT)],
+        environments=[row for row in differing if row[0].startswith(_ENVIRONMENT)],
+        shared=shared,
+        columns=["run", *(column.heading for column in COLUMNS)],
+        rows=[_row(recipe) for recipe in recipes_of(runs)],
+        further_rows=[_row(recipe) for recipe in recipes_of(runs, highlighted=False)],
+        groups=[_matched(group) for group in pooled(runs)],
+        sections=sections,
+        islands=[json_island("plot-data", plots), plotly_island()] if plots else [],
+        script=script("plots.js") if plots else "",
+    )
+
+
+def _verdict(runs: Mapping[str, SavedRun]) -> str:
+    together = places(runs)
+    count = f"These {len(runs)} runs"
+    if len(runs) == 1:
+        return "One run: there is nothing to compare it with."
+    if len(together) == 1:
+        return f"{count} read the same activations and were judged on the same text: their numbers compare directly."
+    if len(together) == len(runs):
+        return f"{count} do not compare number by number: each is to be read against its own baseline."
+    groups = "; ".join(f"{joined(labels)} do" for labels in together if len(labels) > 1)
+    alone = [labels[0] for labels in together if len(labels) == 1]
+    rest = f"; {joined(alone)} only against {'its' if len(alone) == 1 else 'their'} own baseline" if alone else ""
+    return f"Not all of these {len(runs)} runs compare number by number: {groups}{rest}."
+
+
+def _cards(runs: Mapping[str, SavedRun], folder: Path) -> list[dict[str, Any]]:
+    styles = run_styles(list(runs))
+    cards = []
+    for label, run in runs.items():
+        report = run.path / "report.html"
+        link = Path(os.path.relpath(report.resolve(), folder.resolve())).as_posix() if report.is_file() else ""
+        cards.append(
+            {"run": label, "style": styles[label], "link": link, "outcome": headline(run), "about": described(run)}
+        )
+    return cards
+
+
+def _row(recipe: Recipe) -> dict[str, Any]:
+    cells = [{"value": "", "text": recipe.run, "difference": "", "tone": ""}]
+    for column in COLUMNS:
+        estimate = recipe.estimate(column.key)
+        value = None if estimate is None else column.scale * estimate[0]
+        shown = "" if value is None else f"{value:.6g}"
+        interval = _interval(recipe, column)
+        cells.append({"value": shown, "text": number(value, column.digits), "difference": interval, "tone": ""})
+    name = recipe.name if len(recipe.arms) == 1 else f"{recipe.name}, {len(recipe.arms)} seeds"
+    return {"arm": name, "baseline": recipe.baseline, "style": recipe.style, "cells": cells}
+
+
+def _interval(recipe: Recipe, column: Column) -> str:
+    interval = recipe.interval(column.key)
+    if interval is None:
+        return ""
+    low, high = (f"{column.scale * end:.{column.digits}f}".replace("-", "\u2212") for end in interval)
+    return f"{low} to {high}"
+
+
+def _matched(group: Mapping[str, SavedRun]) -> MatchedGroup:
+    title = " and ".join(group)
+    found = list(group.values())
+    if not any(run.baseline for run in found):
+        return MatchedGroup(title, [], [], "it has no baseline to compare with")
+    matched = compare_runs(found)
+    if not matched["methods"]:
+        return MatchedGroup(title, [], [], "it holds nothing but the baseline")
+    return MatchedGroup(title, tables(matched), legend(matched))

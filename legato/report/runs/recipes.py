@@ -1,0 +1,99 @@
+"""What a comparison of runs shows in one row, line or mark: a recipe of a run with its seeds."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from scipy import stats
+
+from legato.report.figures.style import INK, ArmStyle, run_styles
+from legato.results.saved_run import Arm, SavedRun, seed_groups, standard_error
+
+LEVEL = 0.95
+_MOST_CHARACTERS = 28  # of a name in a figure
+_LEGEND_CHARACTERS = 105  # in one row, handles included
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One recipe of one run with its seeds, as a row of the overview and a line of the other figures."""
+
+    run: str
+    arms: tuple[Arm, ...]
+    style: ArmStyle
+
+    @property
+    def name(self) -> str:
+        return self.arms[0].group
+
+    @property
+    def label(self) -> str:
+        """The name as far as a figure has room for it."""
+        return shortened(self.name)
+
+    @property
+    def baseline(self) -> bool:
+        return self.arms[0].role == "baseline"
+
+    def estimate(self, key: str) -> tuple[float, float] | None:
+        """Mean over seeds and its standard error (0 with one seed); None where no seed has the value."""
+        values = [value for arm in self.arms if (value := arm.value(key)) is not None]
+        if not values:
+            return None
+        return float(np.mean(values)), standard_error(values) if len(values) > 1 else 0.0
+
+    def interval(self, key: str) -> tuple[float, float] | None:
+        """95 % interval of the mean: Student's t over several seeds; with one seed the bootstrap over documents that
+        the evaluation saved beside a consistency measure, None where it saved none."""
+        values = [value for arm in self.arms if (value := arm.value(key)) is not None]
+        if len(values) > 1:
+            half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * standard_error(values)
+            return float(np.mean(values)) - half, float(np.mean(values)) + half
+        group, _, measure = key.rpartition(".")
+        ends = self.arms[0].series(f"{group}.interval95.{measure}")
+        return None if ends is None or not all(map(math.isfinite, ends)) else (float(ends[0]), float(ends[1]))
+
+
+def shortened(name: str) -> str:
+    return name if len(name) <= _MOST_CHARACTERS else name[: _MOST_CHARACTERS - 1] + "\u2026"
+
+
+def recipes_of(runs: Mapping[str, SavedRun], *, highlighted: bool = True) -> list[Recipe]:
+    """The recipes of the runs, by label: the baselines and named ones, or with highlighted=False all the others."""
+    styles = run_styles(list(runs))
+    return [
+        Recipe(label, tuple(arms), styles[label])
+        for label, run in runs.items()
+        for arms in seed_groups(run).values()
+        if any(arm in run.highlighted for arm in arms) == highlighted
+    ]
+
+
+def dot(ax: Axes, point: tuple[float, float], recipe: Recipe, *, xerr: float = 0.0, yerr: float = 0.0) -> None:
+    ax.errorbar(
+        *point,
+        xerr=xerr or None,
+        yerr=yerr or None,
+        color=recipe.style.colour,
+        marker=recipe.style.marker,
+        markersize=6,
+        markerfacecolor="white" if recipe.baseline else recipe.style.colour,
+        markeredgewidth=1.3,
+        elinewidth=1,
+        linestyle="none",
+        zorder=3,
+    )
+
+
+def run_legend(figure: Figure, runs: Mapping[str, SavedRun], further: Sequence[tuple[Line2D, str]] = ()) -> None:
+    """Which colour is which run, above the axes, with `further` lines and their meaning."""
+    styles = run_styles(list(runs))
+    handles = [Line2D([], [], color=s.colour, linestyle=s.line, marker=s.marker) for s in styles.values()]
+    names = [*map(shortened, styles), *(text for _, text in further)]
+    columns = len(names) if sum(len(name) + 9 for name in names) <= _LEGEND_CHARACTERS else 2
+    handles += [line for line, _ in further]
+    figure.legend(handles, names, loc="outside upper left", ncols=columns, labelcolor=INK)

@@ -1,0 +1,52 @@
+"""final_info.json: means and standard errors over the seeds of each recipe, in the shape AI-Scientist reads."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from legato.common.files import write_atomically
+from legato.results.saved_run import SavedRun, seed_groups, standard_error
+
+
+def final_info(run: SavedRun) -> dict[str, Any]:
+    """final_info.json in the AI-Scientist shape: per recipe `means`, `stderrs` and `final_info_dict` over its seeds.
+
+    Keys are the dotted keys of metrics.json (`core.fvu`). A standard error is sd / sqrt(n) over n >= 2 seeds; with one
+    seed `stderrs` is empty and `note` says so.
+    """
+    info: dict[str, Any] = {}
+    for group, arms in seed_groups(run).items():
+        per_seed = [dict(_scalars(arm.metrics)) for arm in arms]
+        keys = [key for key in per_seed[0] if all(key in values for values in per_seed)]
+        values = {key: [seed[key] for seed in per_seed] for key in keys}
+        info[group] = {
+            "means": {key: float(np.mean(v)) for key, v in values.items()},
+            "stderrs": {key: standard_error(v) for key, v in values.items()} if len(arms) > 1 else {},
+            "final_info_dict": values,
+            "seeds": [arm.seed for arm in arms],
+        }
+        if len(arms) == 1:
+            info[group]["note"] = "one seed: there is no standard error"
+    return info
+
+
+def write_final_info(run_dir: str | Path) -> Path:
+    """Write final_info.json in a run folder from its metrics.json; return its path."""
+    run = SavedRun.open(run_dir)
+    path = run.path / "final_info.json"
+    write_atomically(path, (json.dumps(final_info(run), indent=1, allow_nan=False) + "\n").encode())
+    return path
+
+
+def _scalars(node: Any, prefix: str = "") -> list[tuple[str, float]]:
+    """Every finite number below the sections of an arm's metrics, by dotted key; lists and the recipe are left out."""
+    found = []
+    for key, value in node.items():
+        if isinstance(value, dict) and key != "recipe":
+            found += _scalars(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            found.append((prefix + key, value))
+    return found

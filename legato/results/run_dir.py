@@ -1,0 +1,273 @@
+"""The folder of one run: every path in it, and what may be written where."""
+
+import json
+import math
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import yaml
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+
+from legato.common import distributed
+from legato.common.errors import LegatoError, UsageError
+from legato.common.files import write_atomically
+from legato.common.hardware import fast_matmul_dtype, settle_matmul_dtype
+
+LOCK = ".lock"
+_PACKAGES = ("legato-sae", "torch", "transformers", "numpy", "numba")
+
+
+class Configuration(Protocol):
+    """What config.yaml keeps of a run, plain values only."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+class RunDir:
+    """All paths under out_dir (README lists what each file is)."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.config = self.root / "config.yaml"
+        self.log = self.root / "log.jsonl"
+        self.metrics = self.root / "metrics.json"
+        self.ablation = self.root / "ablation.parquet"  # and .csv
+        self.matched = self.root / "matched.json"
+        self.eval_results = self.root / "eval_results"
+        self.features = self.root / "features"
+        self.arrays = self.root / "arrays"
+        self.redundancy = self.root / "redundancy"
+        self.strips = self.root / "strips"
+        self.shown_text = self.strips / "tokens.parquet"
+        self.tensorboard = self.root / "tensorboard"
+        self.final_info = self.root / "final_info.json"
+        self.checkpoint = self.root / "checkpoint"
+        self.checksums = self.root / "checksums.json"
+
+    def sae(self, arm: str) -> Path:
+        return self.root / "saes" / arm
+
+    @property
+    def release(self) -> str:
+        """The name SAEBench files carry for this run."""
+        return f"legato_{self.root.resolve().name}"
+
+    @classmethod
+    def claim(cls, root: str | Path, config: Configuration, *, resume: bool = False) -> "RunDir":
+        """The folder for a new run, or for one of the same configuration that did not finish.
+
+        resume: only the latter. Raises UsageError for a finished run, another configuration, a folder that is not a
+        run, no write permission.
+        """
+        run = cls(root)
+        try:
+            occupied = run.root.exists() and any(entry.name != LOCK for entry in run.root.iterdir())
+        except OSError as error:
+            raise UsageError(f"--out_dir {root} cannot be used ({error.strerror}): choose another folder") from error
+        if occupied:
+            if not run.config.is_file():
+                raise UsageError(f"--out_dir {root} is not empty and holds no run: choose a new folder")
+            if run.final_info.is_file() and not run.is_unfinished:
+                shutil.rmtree(run.checkpoint, ignore_errors=True)  # where it was cut off just before it did
+                raise UsageError(f"--out_dir {root} holds a finished run: choose a new folder, or delete it first")
+            difference = changes(_read_config(run.config).get("config", {}), config.to_dict())
+            if difference:
+                raise UsageError(f"--out_dir {root} holds a run with {difference}: use its options or a new folder")
+        if resume and not run.is_unfinished:
+            raise UsageError(f"--resume: {root} holds no unfinished run: leave --resume out to begin one")
+        probe = run.root
+        while not probe.exists():
+            probe = probe.parent
+        try:
+            tempfile.TemporaryDirectory(dir=probe).cleanup()
+        except OSError as error:
+            message = f"--out_dir {root} cannot be written ({error.strerror}): choose a folder you may write to"
+            raise UsageError(message) from error
+        return run
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether an earlier attempt left something to go on with. The checkpoint goes when the run is sealed."""
+        return self.checkpoint.is_dir() and not (self.final_info.is_file() and self.checksums.is_file())
+
+    def settle_machine(self) -> None:
+        """Where an earlier attempt left a run to go on with, compute as it did; and all ranks alike."""
+        if self.is_unfinished or distributed.size() > 1:
+            settle_matmul_dtype(distributed.from_writer(self._settled))
+
+    def _settled(self) -> str:
+        """The matmul's dtype; says where this machine is not the one that the run began on."""
+        now = environment()
+        before: dict[str, Any] = {}
+        if self.is_unfinished:
+            before = _read_config(self.config).get("environment") or {}
+        same = {key: now[key] for key in before if key != "matmul_dtype"}
+        if difference := changes({key: before[key] for key in same}, same):
+            print(f"note: this run began with {difference}; numbers may differ in the last digits", file=sys.stderr)
+        return before.get("matmul_dtype", now["matmul_dtype"])
+
+    @contextmanager
+    def locked(self, config: Configuration) -> Iterator[None]:
+        """One process at a time works in the folder. Raises UsageError for a second one, and where the first has left
+        another run behind since `claim`."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.root / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UsageError(f"another process works in {self.root}: wait for it, or choose a new --out_dir") from error
+        try:
+            if self.config.is_file():
+                self.claim(self.root, config)
+            self._sweep()
+            yield
+        finally:
+            lock.release()
+
+    def forget_log(self, arms: Iterable[str]) -> None:
+        """Take some arms' records out of log.jsonl."""
+        marks = tuple(f'{{"arm": {json.dumps(arm)},'.encode() for arm in arms)
+        lines = self.log.read_bytes().splitlines(keepends=True) if self.log.is_file() else []
+        if any(line.startswith(marks) for line in lines):
+            write_atomically(self.log, b"".join(line for line in lines if not line.startswith(marks)))
+
+    def begin(self, config: Configuration, resolved: Mapping[str, Any]) -> None:
+        """Write config.yaml and start the log; drops what an unfinished run left behind."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        for folder in (
+            "checkpoint",
+            "saes",
+            "failed",
+            "eval_results",
+            "features",
+            "arrays",
+            "redundancy",
+            "strips",
+            "tensorboard",
+            "wandb",
+            "figures",
+        ):
+            shutil.rmtree(self.root / folder, ignore_errors=True)
+        csv = self.ablation.with_suffix(".csv")
+        for file in (
+            self.metrics,
+            self.ablation,
+            csv,
+            self.matched,
+            self.root / "notes.txt",
+            self.root / "report.html",
+            self.final_info,
+            self.checksums,
+        ):
+            file.unlink(missing_ok=True)
+        content = {"config": config.to_dict(), "resolved": dict(resolved), "environment": environment()}
+        write_atomically(self.config, yaml.safe_dump(content, sort_keys=False).encode())
+        self.log.write_text("")
+
+    def write_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """metrics.json. Raises LegatoError if any number in it is not finite: such a state is no result."""
+        bad = [path for path, value in _leaves(metrics) if isinstance(value, float) and not math.isfinite(value)]
+        if bad:
+            raise LegatoError(
+                f"the evaluation gave numbers that are not finite ({', '.join(bad[:5])}): nothing was saved"
+            )
+        write_atomically(self.metrics, (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
+
+    def _sweep(self) -> None:
+        """Delete what a process that was killed was writing."""
+        for leftover in [*self.root.glob(".*.tmp"), *self.root.glob("saes/.*"), *self.checkpoint.rglob(".*.tmp")]:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+    def write_failure(self, arm: str, tensors: Mapping[str, torch.Tensor], steps: int, reason: str) -> None:
+        """What is left of an arm that failed: its weights after the last good step, and why it stopped."""
+        folder = self.root / "failed" / arm
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(dict(tensors), folder / "weights.safetensors")
+        write_atomically(folder / "reason.json", json.dumps({"steps": steps, "reason": reason}).encode())
+
+    def fail_sae(self, arm: str, steps: int, reason: str) -> None:
+        """Move a saved SAE that cannot be judged to the failed ones, with the reason; nothing where it is there."""
+        if not self.sae(arm).is_dir():
+            return
+        folder = self.root / "failed" / arm
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(exist_ok=True)
+        self.sae(arm).rename(folder)
+        write_atomically(folder / "reason.json", json.dumps({"steps": steps, "reason": reason}).encode())
+
+    def write_arrays(self, arm: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+        self.arrays.mkdir(exist_ok=True)
+        np.savez_compressed(self.arrays / f"{arm}.npz", allow_pickle=False, **dict(arrays))
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and hardware, as they are saved with every run."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "matmul_dtype": str(fast_matmul_dtype()).removeprefix("torch."),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True
+        )
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} is damaged: choose a new --out_dir") from error
+    return content if isinstance(content, dict) else {}
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Where two configurations differ, in words; empty where they do not."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    return ", ".join(f"{name} {before.get(name)} instead of {after.get(name)}" for name in changed)
+
+
+def _leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        return [leaf for key, entry in tree.items() for leaf in _leaves(entry, f"{path}.{key}".lstrip("."))]
+    if isinstance(tree, (list, tuple)):
+        return [leaf for i, entry in enumerate(tree) for leaf in _leaves(entry, f"{path}[{i}]")]
+    return [(path, tree)]

@@ -1,0 +1,319 @@
+"""The saved results of a run folder, as the notes, the report and `plot.py` read them.
+
+Nothing here computes a metric; what a run did not save reads as None.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from legato.common.errors import LegatoError, UsageError
+from legato.common.safe_read import read_arrays, read_json, read_table, read_yaml
+from legato.results.integrity import check_one, check_read
+from legato.results.run_dir import RunDir
+from legato.results.schema import read_metrics
+
+MAX_HIGHLIGHTED = 7  # as many as a reader tells apart by colour, line style and marker
+_GRID_NAME = re.compile(r"^(?P<term>[a-z_]+?)_w(?P<window>\d+)_c(?P<coefficient>\d+(\.\d+)?(e[+-]?\d+)?)$")
+_SWEEP_NAME = re.compile(r"^(?P<method>.+)_k(?P<k>\d+)$")
+_SEED_SUFFIX = re.compile(r"_seed(\d+)$")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One SAE of a run and what was different about it.
+
+    role: `baseline`, `named` (an arm the reader asked for by name), `grid` (a member of the window x coefficient
+        ablation), `sweep` (the recipe of the arm `method` at another k) or `control` (made of a trained SAE without
+        training).
+    metrics: this arm's part of metrics.json.
+    method: the recipe's name whatever its k and its seed.
+    """
+
+    name: str
+    role: str
+    metrics: Mapping[str, Any]
+    method: str
+    term: str | None = None
+    window: int | None = None
+    coefficient: float | None = None
+    k: float | None = None
+    seed: int | None = None
+
+    @property
+    def group(self) -> str:
+        """The recipe's name: arms that differ only in their seed share it."""
+        return _SEED_SUFFIX.sub("", self.name)
+
+    @property
+    def trained(self) -> bool:
+        return self.role != "control"
+
+    @property
+    def rate_bins(self) -> dict[tuple[float, float], tuple[float, int]]:
+        """Kappa excess at lag 1 and number of latents by firing-rate bin (low, high), measured bins only."""
+        consistency = self.metrics.get("consistency")
+        rows = consistency.get("by_rate_bin") if isinstance(consistency, Mapping) else None
+        return {
+            (float(row["bin"][0]), float(row["bin"][1])): (float(row["kappa1_excess_within"]), int(row["latents"]))
+            for row in rows or ()
+            if _is_number(row.get("kappa1_excess_within")) and row.get("latents")
+        }
+
+    def value(self, key: str) -> float | None:
+        """The number at a dotted key such as `core.fvu`; None where it is absent or not finite."""
+        node: Any = self.metrics
+        for part in key.split("."):
+            if not isinstance(node, Mapping) or part not in node:
+                return None
+            node = node[part]
+        return float(node) if _is_number(node) else None
+
+    def series(self, key: str) -> np.ndarray | None:
+        """The list of numbers at a dotted key as float64, gaps as nan; None where it is absent or has no number."""
+        node: Any = self.metrics
+        for part in key.split("."):
+            if not isinstance(node, Mapping) or part not in node:
+                return None
+            node = node[part]
+        if not isinstance(node, Sequence) or isinstance(node, str):
+            return None
+        values = np.array([float(v) if _is_number(v) else math.nan for v in node])
+        return values if np.isfinite(values).any() else None
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run folder opened for reading.
+
+    log: per arm and logged quantity a float64 array over logged steps (loss terms as `loss_terms.<name>`).
+    config: the resolved configuration, empty where none was saved.
+    """
+
+    path: Path
+    arms: tuple[Arm, ...]
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "SavedRun":
+        """Open a run folder; UsageError where it is none, LegatoError where its metrics cannot be read."""
+        path = Path(path)
+        metrics_path = RunDir(path).metrics
+        if not os.path.isfile(metrics_path):
+            raise UsageError(f"{path} is not a finished run: it has no metrics.json")
+        check_read(path)
+        metrics = read_metrics(metrics_path)
+        config_path = RunDir(path).config
+        config: Any = {}
+        if config_path.is_file():
+            config = read_yaml(config_path)
+            sections = config if isinstance(config, dict) else {}
+            if any(not isinstance(sections.get(part) or {}, dict) for part in ("config", "resolved", "environment")):
+                raise LegatoError(f"{config_path} is damaged: its parts are no sections")
+        try:
+            arms = arms_of(metrics)
+        except (ValueError, TypeError, OverflowError, KeyError) as error:
+            raise LegatoError(f"{metrics_path} is damaged: the recipe of an arm cannot be read ({error})") from error
+        return cls(path, arms, config if isinstance(config, dict) else {})
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    def setting(self, stage: str, name: str) -> Any:
+        """A value of config.yaml as it was used (`resolved` before what was asked for); None where it was not saved."""
+        for part in (self.config.get("resolved"), (self.config.get("config") or {}).get(stage)):
+            if isinstance(part, Mapping) and part.get(name) is not None:
+                return part[name]
+        return None
+
+    @property
+    def baseline(self) -> Arm | None:
+        return next((arm for arm in self.arms if arm.role == "baseline"), None)
+
+    @property
+    def highlighted(self) -> tuple[Arm, ...]:
+        """The arms a figure draws in colour: the baseline and the named ones, one seed of each; else the first few."""
+        groups = {arm.group: arm for arm in reversed(self.arms)}
+        firsts = tuple(arm for arm in self.trained if groups[arm.group] is arm)
+        chosen = tuple(arm for arm in firsts if arm.role in ("baseline", "named"))
+        return (chosen if len(chosen) > 1 else firsts)[:MAX_HIGHLIGHTED]
+
+    @property
+    def trained(self) -> tuple[Arm, ...]:
+        """Every arm but the controls, which would stretch the axes of any figure of costs."""
+        return tuple(arm for arm in self.arms if arm.trained)
+
+    @property
+    def background(self) -> tuple[Arm, ...]:
+        return tuple(arm for arm in self.trained if arm not in self.highlighted)
+
+    def arm(self, name: str) -> Arm:
+        return next(arm for arm in self.arms if arm.name == name)
+
+    @cached_property
+    def log(self) -> dict[str, dict[str, np.ndarray]]:
+        path = RunDir(self.path).log
+        return read_log(path) if path.is_file() else {}
+
+    @cached_property
+    def matched(self) -> dict[str, Any] | None:
+        """The matched comparison; None where none was saved."""
+        path = RunDir(self.path).matched
+        if not path.is_file():
+            return None
+        check_one(self.path, path)
+        return read_json(path)
+
+    def arrays(self, arm: str) -> dict[str, np.ndarray]:
+        """The arrays saved for an arm (`position_matrix` (L, L), ...); empty where none were saved."""
+        return self._stored(RunDir(self.path).arrays / f"{arm}.npz")
+
+    def redundancy_map(self, arm: str) -> dict[str, np.ndarray]:
+        """The clustered map of lagged correlations (`latents`, `lags`, `c`, `excess`); empty where none was saved."""
+        return self._stored(RunDir(self.path).redundancy / f"{arm}.npz")
+
+    def redundant_pairs(self, arm: str, most: int) -> dict[str, list[dict[str, Any]]]:
+        """The strongest pairs of latents of each class, at most so many; empty where no table of pairs was saved."""
+        path = RunDir(self.path).redundancy / f"{arm}.parquet"
+        if not path.is_file():
+            return {}
+        try:
+            table = read_table(path)
+            classes = table["class"].to_numpy(zero_copy_only=False)
+            return {
+                name: table.take(np.flatnonzero(classes == name)[:most]).to_pylist() for name in dict.fromkeys(classes)
+            }
+        except (ValueError, OSError, KeyError) as error:
+            raise LegatoError(f"{path} is damaged: {error}") from error
+
+    @staticmethod
+    def _stored(path: Path) -> dict[str, np.ndarray]:
+        if not path.is_file():
+            return {}
+        arrays = read_arrays(path)
+        if strange := [name for name, array in arrays.items() if array.dtype.kind not in "biuf"]:
+            raise LegatoError(f"{path} is damaged: {strange[0]} holds no numbers")
+        return arrays
+
+    def latent_column(self, arm: str, column: str) -> np.ndarray | None:
+        """One column of an arm's feature table as float64; None where the table or the column is absent."""
+        path = RunDir(self.path).features / f"{arm}.parquet"
+        if not path.is_file():
+            return None
+        table = read_table(path, [column])
+        try:
+            return table[column].to_numpy().astype(np.float64) if column in table.column_names else None
+        except ValueError as error:
+            raise LegatoError(f"{path} is damaged: {column} holds no numbers") from error
+
+
+def arms_of(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[Arm, ...]:
+    """Arms of a metrics.json in its order, each with its role.
+
+    What an arm is comes from `training.recipe` {role, term, window, coefficient, k, seed}; where a key is absent, from
+    its name: `baseline`, `<arm>_k<k>` for an arm's sweep, `<term>_w<window>_c<coefficient>`, `_seed<n>` at the end.
+    Names of the third shape are an ablation only where there are at least two windows and two coefficients of them.
+    """
+    arms = [_arm_of(name, arm_metrics) for name, arm_metrics in metrics.items()]
+    members = [arm for arm in arms if arm.role == "grid"]
+    if len({arm.window for arm in members}) < 2 or len({arm.coefficient for arm in members}) < 2:
+        arms = [replace(arm, role="named") if arm.role == "grid" else arm for arm in arms]
+    return tuple(arms)
+
+
+def _arm_of(name: str, metrics: Mapping[str, Any]) -> Arm:
+    stem = _SEED_SUFFIX.sub("", name)
+    known: dict[str, Any] = {"role": "baseline" if stem == "baseline" else "named", "method": stem}
+    if seed := _SEED_SUFFIX.search(name):
+        known["seed"] = seed[1]
+    if shape := _GRID_NAME.match(stem):
+        known |= {"role": "grid", **shape.groupdict()}
+    if swept := _SWEEP_NAME.match(stem):
+        known |= {"role": "sweep", **swept.groupdict()}
+    training = metrics.get("training")
+    recipe = training.get("recipe") if isinstance(training, Mapping) else None
+    if isinstance(recipe, Mapping):
+        known |= {key: value for key, value in recipe.items() if value is not None}
+    return Arm(
+        name=name,
+        role=known["role"],
+        metrics=metrics,
+        method=known["method"],
+        term=known.get("term"),
+        window=int(known["window"]) if "window" in known else None,
+        coefficient=float(known["coefficient"]) if "coefficient" in known else None,
+        k=float(known["k"]) if "k" in known else None,
+        seed=int(known["seed"]) if "seed" in known else None,
+    )
+
+
+def read_log(path: Path) -> dict[str, dict[str, np.ndarray]]:
+    """log.jsonl as columns per arm, rows in order of writing, absent values nan; a torn last line is left out."""
+    rows: dict[str, list[dict[str, float]]] = {}
+    for line in _lines(path):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and isinstance(record.get("arm"), str):
+            rows.setdefault(record["arm"], []).append(dict(_numbers(record)))
+    return {arm: _columns(records) for arm, records in rows.items()}
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise LegatoError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
+    for key, value in record.items():
+        if _is_number(value):
+            yield prefix + key, float(value)
+        elif isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{key}.")
+
+
+def _columns(records: list[dict[str, float]]) -> dict[str, np.ndarray]:
+    names = dict.fromkeys(name for record in records for name in record)
+    return {name: np.array([record.get(name, math.nan) for record in records]) for name in names}
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < 2**1023  # a larger one is no float
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def seed_groups(run: SavedRun) -> dict[str, list[Arm]]:
+    """Arms by recipe, the seeds of each in the order they were saved."""
+    groups: dict[str, list[Arm]] = {}
+    for arm in run.arms:
+        groups.setdefault(arm.group, []).append(arm)
+    return groups
+
+
+def mean(arms: Sequence[Arm], key: str) -> float | None:
+    """Of what the arms saved under a dotted key; None where none did."""
+    values = [value for arm in arms if (value := arm.value(key)) is not None]
+    return float(np.mean(values)) if values else None
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Standard error of the mean, sd with n - 1 over sqrt(n), of at least two values."""
+    return float(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def joined(names: Sequence[str]) -> str:
+    """As one says it: a, b and c."""
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + f" and {names[-1]}"

@@ -1,0 +1,20 @@
+"""The autoencoder: encode, decode, load, save.
+
+autoencoder.py  The trained SAE: raw activations in, raw activations out.
+codes.py        Sparse codes: the active (token, latent, value) triples of a batch of sequences.
+groups.py       Nested groups of latents, by their share of the dictionary.
+partition.py    One SAE trained by several ranks: what each of them computes and holds.
+protocol.py     What an SAE from anywhere must offer to be evaluated here.
+provenance.py   What a saved SAE says about where it comes from.
+segments.py     Which tokens of a batch may be compared with each other.
+architectures/  Which latents of a token may be active: a sparsity turns pre-activations into active pairs.
+formats/        Saved SAEs of other tools and of Legato, read and written.
+kernels/        Everything in numba that encoding and training need.
+"""
+
+from legato.sae.autoencoder import SparseAutoencoder
+from legato.sae.codes import SparseCodes
+from legato.sae.protocol import Judged
+from legato.sae.segments import SequenceLayout
+
+__all__ = ["Judged", "SequenceLayout", "SparseAutoencoder", "SparseCodes"]

@@ -1,0 +1,41 @@
+"""Which latents of a token may be active: a sparsity turns pre-activations into active pairs.
+
+base.py             What every sparsity is, and how its gradients come about.
+batchtopk.py        BatchTopK: one budget for all tokens of a batch.
+gated.py            Gated: one path decides whether a latent is active, another how much.
+hysteresis.py       Hysteresis: a Schmitt trigger along the sequence.
+hysteresis_topk.py  Hysteresis inside each token's own budget.
+jumprelu.py         JumpReLU: a learned threshold per latent.
+persistent.py       Persistent: every latent leaks its past into its present.
+preactivations.py   What a sparsity chooses from: the encoder's dense output, and exact values where they are
+                    asked for.
+relu.py             ReLU with an L1 penalty.
+topk.py             TopK: a budget for each token.
+window_topk.py      The budget is spent on stretches: a latent is chosen for a whole window of tokens.
+"""
+
+from legato.sae.architectures.base import Sparsity
+from legato.sae.architectures.batchtopk import BatchTopK
+from legato.sae.architectures.gated import Gated
+from legato.sae.architectures.hysteresis import Hysteresis
+from legato.sae.architectures.hysteresis_topk import HysteresisTopK
+from legato.sae.architectures.jumprelu import JumpReLU
+from legato.sae.architectures.persistent import Persistent
+from legato.sae.architectures.preactivations import Preactivations
+from legato.sae.architectures.relu import ReLU
+from legato.sae.architectures.topk import TopK
+from legato.sae.architectures.window_topk import WindowTopK
+
+__all__ = [
+    "BatchTopK",
+    "Gated",
+    "Hysteresis",
+    "HysteresisTopK",
+    "JumpReLU",
+    "Persistent",
+    "Preactivations",
+    "ReLU",
+    "Sparsity",
+    "TopK",
+    "WindowTopK",
+]

@@ -1,0 +1,187 @@
+"""What every sparsity is, and how its gradients come about.
+
+Shape legend: N flat tokens, D width, F latents, P / Q active pairs by token / by latent, G nested groups.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from legato.sae.architectures.preactivations import Preactivations
+from legato.sae.kernels import gradients as pair_kernels
+from legato.sae.kernels import pairs as kernels
+from legato.sae.kernels.pairs import Groups, LatentOrder, Pairs
+from legato.sae.partition import WHOLE, Share
+from legato.sae.segments import SequenceLayout
+
+Array = NDArray[Any]
+
+
+# Weight of `opening`: small beside the other gradients even where all latents are dead; Adam makes steps of it anyway.
+OPENING = 1e-4
+
+
+def opening(threshold_F: Array, dead_F: Array) -> dict[str, float]:
+    """The loss term OPENING * (sum of the thresholds of dead latents), where latents learn thresholds of their own.
+
+    The auxiliary loss teaches dead latents directions, but not to fire: above its threshold a silent latent gets no
+    gradient. The pre-activation loss of Conerly et al. 2025 (Transformer Circuits, January update) does the same
+    through the pre-activations.
+    """
+    return {"opening": OPENING * float(threshold_F[dead_F].sum(dtype=np.float64))} if dead_F.any() else {}
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What the decoder made of the active pairs, and where the gradients go.
+
+    The reconstruction loss is scale / 2 * (sum over groups of weight * ||residual||^2); pull_GND as in kernels.decode.
+    order: the active pairs by latent. slope_Q: derivative of the temporal terms by their codes.
+    gradients: arrays to fill, by parameter name. seeded_F: latents whose rows of W_enc, W_dec and b_enc hold a gradient
+    already, to be added to. share: of several ranks each fills in the gradients of its latents, and the squared norms
+    are theirs.
+    """
+
+    x_ND: Array
+    W_dec_HD: Array
+    b_dec_D: Array
+    layout: SequenceLayout
+    n_valid: int
+    groups: Groups
+    pull_GND: Array
+    scale: float
+    order: LatentOrder
+    slope_Q: Array
+    gradients: Mapping[str, Array]
+    seeded_F: Array
+    share: Share = WHOLE
+
+    def code_gradient(self, token_P: Array, latent_P: Array, pull_GND: Array | None = None) -> Array:
+        """Derivative of the reconstruction loss by the codes of any pairs, whether they are active or not."""
+        pull = self.pull_GND if pull_GND is None else pull_GND
+        F = len(self.seeded_F)
+        groups = self.groups._replace(ends_G=self.groups.ends_G - self.share.held(F).start)
+        compute = partial(pair_kernels.code_gradients, pull, groups, self.scale, self.W_dec_HD)
+        return self.share.of_pairs(compute, token_P, latent_P, (len(self.x_ND), F))
+
+    def _own(self) -> tuple[slice, slice, Array]:
+        """This rank's latents, their rows, and where the groups end counted from the first of them."""
+        own = self.share.latents(len(self.seeded_F))
+        return own, self.share.rows(len(self.seeded_F)), self.groups.ends_G - own.start
+
+    def through_codes(self, slope_Q: Array) -> Array:
+        """Fill in W_enc, b_enc and W_dec where every active code is its pre-activation; slope_Q: derivative of all but
+        the reconstruction by the codes. Returns the squared norms by latent."""
+        out, (own, rows, ends_G) = self.gradients, self._own()
+        return pair_kernels.gradients(
+            self.x_ND,
+            self.pull_GND,
+            self.groups._replace(ends_G=ends_G),
+            self.scale,
+            self.W_dec_HD[rows],
+            _only(self.order, own),
+            slope_Q,
+            self.seeded_F[own],
+            out["W_enc_FD"][rows],
+            out["W_dec_FD"][rows],
+            out["b_enc_F"][rows],
+        )
+
+    def apart(self, encoder: Pairs, bias_F: Array) -> Array:
+        """Fill in W_dec from the active codes, W_enc from pairs whose value_P is the derivative by <x_n, W_enc_f>, and
+        b_enc. Returns the squared norms by latent."""
+        own, rows, ends_G = self._own()
+        W_enc_HD, W_dec_HD, b_enc_H = (self.gradients[name][rows] for name in ("W_enc_FD", "W_dec_FD", "b_enc_F"))
+        order, seeded_H = _only(kernels.by_latent(encoder, len(self.seeded_F)), own), self.seeded_F[own]
+        weight_Q = self.order.value_Q * self.order.value_Q.dtype.type(self.scale)
+        b_enc_H[~seeded_H] = 0
+        b_enc_H += bias_F[own].astype(self.x_ND.dtype)
+        decoder_order = _only(self.order, own)
+        return (
+            np.square(b_enc_H, dtype=np.float64)
+            + pair_kernels.add_rows(self.x_ND[None], ends_G[-1:], order, order.value_Q, seeded_H, W_enc_HD)
+            + pair_kernels.add_rows(
+                self.pull_GND, ends_G, decoder_order, weight_Q, seeded_H, W_dec_HD, self.W_dec_HD[rows]
+            )
+        )
+
+
+def _only(order: LatentOrder, own: slice) -> LatentOrder:
+    """The latents of a slice; their pairs lie where they did."""
+    return order._replace(ptr_F=order.ptr_F[own.start : own.stop + 1])
+
+
+@dataclass(frozen=True)
+class Forward(ABC):
+    """One forward pass: the active pairs, the memory for the next one, and what the backward pass needs."""
+
+    pairs: Pairs
+    memory: float
+
+    @abstractmethod
+    def backward(self, decoding: Decoding) -> tuple[dict[str, float], Array]:
+        """Fill in the gradients of W_enc, b_enc, W_dec and of the sparsity's own parameters.
+
+        Returns the loss terms that the sparsity adds, each already times its coefficient, and by latent (those this
+        rank updates) the squared norm of the three shared gradients.
+        """
+
+
+@dataclass(frozen=True)
+class Selected(Forward):
+    """Codes that are the pre-activations of selected pairs."""
+
+    sparsity: "Sparsity"
+
+    def backward(self, decoding: Decoding) -> tuple[dict[str, float], Array]:
+        value, slope = self.sparsity.penalty(self.pairs, decoding.n_valid, decoding.x_ND.shape[1])
+        squared = decoding.through_codes(decoding.slope_Q + decoding.slope_Q.dtype.type(slope))
+        return {"sparsity": value} if slope else {}, squared
+
+
+class Sparsity(ABC):
+    """Which latents of a token are active and what their codes are, in training and afterwards.
+
+    architecture: what it is at inference (see SparseAutoencoder). own_parameters: names of what it learns per latent
+    besides the weights; `Preactivations.own` holds their values. own_rate: their learning rate over the weights'.
+    holds_l0: whether L0 is near its target from the start; where it is not, its fall is the penalty at work.
+    """
+
+    architecture: ClassVar[str]
+    own_parameters: ClassVar[tuple[str, ...]] = ()
+    own_rate: ClassVar[float] = 1.0
+    holds_l0: ClassVar[bool] = True
+
+    @abstractmethod
+    def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
+        """Active pairs and the next floor.
+
+        floor: what the sparsity carries from batch to batch, 0 at the start (for most a speed hint, never a result).
+        progress: share of the training steps done, for what is annealed.
+        """
+
+    def forward(self, pre: Preactivations, memory: float, progress: float) -> Forward:
+        """The selection with its way back; override where a code is not the pre-activation of a selected pair."""
+        return Selected(*self.select(pre, memory, progress), self)
+
+    def penalty(self, pairs: Pairs, n_valid: int, d_in: int) -> tuple[float, float]:
+        """A sparsity loss and its (constant) derivative by every active code."""
+        return 0.0, 0.0
+
+    def initial(self, pre: Preactivations) -> dict[str, Tensor]:
+        """Values of `own_parameters`, each (F), before the first step, from that step's pre-activations."""
+        return {}
+
+    @abstractmethod
+    def frozen(self, calibration: Sequence[Preactivations]) -> dict[str, Any]:
+        """The fields of the SparseAutoencoder that training ends in, besides its weights, on the normalised
+        activations that it was trained on (`SparseAutoencoder.on_raw` turns them into those for raw ones).
+
+        calibration: pre-activations of the finished weights on a few batches, at least one.
+        """

@@ -1,0 +1,115 @@
+"""Persistent: every latent leaks its past into its present.
+
+Shape legend: N flat tokens, F latents, P / Q selected pairs by token / by latent, H pairs with a code by latent.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from legato.sae.architectures.base import Decoding, Forward, Sparsity
+from legato.sae.architectures.batchtopk import batch_top
+from legato.sae.architectures.preactivations import Preactivations, budget_threshold
+from legato.sae.kernels import gradients as pair_kernels
+from legato.sae.kernels import pairs as kernels
+from legato.sae.kernels.leak import Carried, carry, carry_back
+from legato.sae.kernels.pairs import Array, LatentOrder, Pairs
+from legato.sae.segments import runs
+
+_ROUNDS = 4  # of budget and share settling on each other
+
+
+@dataclass(frozen=True)
+class Persistent(Sparsity):
+    """h_t = l h_{t-1} + (1 - l) a_t along the tokens of one document, and h is the code that is decoded; a is
+    BatchTopK's code, the leak l of each latent is learned (arXiv 2607.17117).
+
+    A stretch ends where nothing is selected and h falls below `tail` of the stretch's peak, so that codes stay sparse;
+    the cut passes no gradient. The budget pays for what is carried too: a takes k times the share of selected pairs
+    among all codes of the batch before, which holds L0 at k. start: the leak before training.
+    """
+
+    k: int
+    tail: float = 0.2
+    start: float = 0.3
+    architecture: ClassVar[str] = "persistent"
+    own_parameters: ClassVar[tuple[str, ...]] = ("leak_logit_F",)
+    own_rate: ClassVar[float] = 5.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tail < 1 or not 0 < self.start < 1:
+            raise ValueError(f"tail {self.tail} and start {self.start} must lie between 0 and 1")
+
+    def initial(self, pre: Preactivations) -> dict[str, Tensor]:
+        logit = float(np.log(self.start / (1 - self.start)))
+        return {"leak_logit_F": torch.full(pre.b_enc_F.shape, logit)}
+
+    def forward(self, pre: Preactivations, memory: float, progress: float) -> Forward:
+        """memory: logarithm of the share of selected pairs among the codes."""
+        selected, _ = batch_top(pre, self.k * float(np.exp(memory)), 0.0)
+        leak_F = _leak(pre.own["leak_logit_F"])
+        order = kernels.by_latent(selected, len(leak_F))
+        carried = carry(order, leak_F, self.tail, pre.layout)
+        share = max(len(order.value_Q), 1) / max(len(carried.value_H), 1)
+        return _Leaky(carried.pairs(pre.shape[0]), float(np.log(share)), selected, order, carried, leak_F)
+
+    def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
+        forward = self.forward(pre, floor, progress)
+        return forward.pairs, forward.memory
+
+    def frozen(self, calibration: Sequence[Preactivations]) -> dict[str, Any]:
+        own = calibration[0].own
+        memory = 0.0
+        for _ in range(_ROUNDS):
+            memory = float(np.mean([self.forward(pre, memory, 1.0).memory for pre in calibration]))
+        threshold = budget_threshold(calibration, self.k * float(np.exp(memory)))
+        return {
+            "architecture": self.architecture,
+            "threshold": torch.full(calibration[0].b_enc_F.shape, threshold),
+            "leak": torch.from_numpy(_leak(own["leak_logit_F"])),
+            "tail": self.tail,
+        }
+
+
+def _leak(logit_F: Array) -> Array:
+    return 1 / (1 + np.exp(-logit_F))
+
+
+@dataclass(frozen=True)
+class _Leaky(Forward):
+    selected: Pairs
+    selected_order: LatentOrder
+    carried: Carried
+    leak_F: Array
+
+    def backward(self, decoding: Decoding) -> tuple[dict[str, float], Array]:
+        carried, F = self.carried, len(self.leak_F)
+        by_code_H = decoding.slope_Q + decoding.code_gradient(carried.token_H, carried.latent_H)
+        by_selected_Q, by_leak_F = carry_back(carried, by_code_H, self.selected_order, self.leak_F)
+        decoding.gradients["leak_logit_F"][:] = by_leak_F * self.leak_F * (1 - self.leak_F)
+        by_selected_P = np.empty_like(by_selected_Q)
+        by_selected_P[self.selected_order.source_Q] = by_selected_Q
+        bias_F = pair_kernels.sum_by_latent(self.selected.latent_P, by_selected_P, F)
+        return {}, decoding.apart(self.selected._replace(value_P=by_selected_P), bias_F)
+
+
+def leaked(inputs: Tensor, leak: Tensor, tail: float, mask: Tensor | None = None, doc: Tensor | None = None) -> Tensor:
+    """Codes h[..., L, F] of inputs a[..., L, F], leak (F): as `carry`, dense. mask, doc: [..., L]; the state ends where
+    a document does and at masked tokens."""
+    valid, opens = runs(inputs, mask, doc)
+    state = peak = torch.zeros_like(inputs[..., 0, :])
+    codes = []
+    for t in range(inputs.shape[-2]):
+        goes_on = (valid & ~opens)[..., t, None]
+        entered = inputs[..., t, :] * valid[..., t, None]
+        state, peak = state * goes_on, peak * goes_on
+        state = leak * state + (1 - leak) * entered
+        stays = (entered > 0) | (state >= tail * peak)
+        peak = torch.maximum(peak, state) * stays
+        state = state * stays
+        codes.append(state)
+    return torch.stack(codes, dim=-2)

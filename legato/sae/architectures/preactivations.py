@@ -1,0 +1,179 @@
+"""What a sparsity chooses from: the encoder's dense output, and exact values where they are asked for.
+
+The dense matmul's output (possibly bfloat16) only nominates candidates; their values are recomputed in the weights' own
+precision, and the choice is made on those.
+
+Shape legend: N flat tokens, S sampled tokens, D width, F latents, H those whose weights are here, P pairs by token.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from legato.sae.kernels import held_top
+from legato.sae.kernels import pairs as kernels
+from legato.sae.partition import WHOLE, Share
+from legato.sae.segments import SequenceLayout
+
+Array = NDArray[Any]
+
+# Candidates are taken above this share of the last batch's threshold: wide enough that neither its drift between two
+# batches nor bfloat16's rounding (0.4 %) can hide a pair, narrow enough to leave only some 15 % surplus to recompute.
+FLOOR_SHARE = 0.95
+# The same for fixed thresholds, with a least margin in normalised units, where large terms may cancel.
+_MARGIN, _LEAST_MARGIN = 0.05, 0.01
+
+
+class Preactivations(NamedTuple):
+    """pre_NH: the encoder's dense output, the inputs beside it for exact values; layout: tokens that take part,
+    runs; own: what the sparsity learns per latent (F), by name; share: of several ranks, which have pre_NH for their
+    share of the tokens or of the latents only, this one's. The methods give all ranks the same, about all pairs."""
+
+    pre_NH: Tensor
+    x_ND: Array
+    W_enc_HD: Array
+    b_enc_F: Array
+    layout: SequenceLayout
+    own: Mapping[str, Array] = MappingProxyType({})
+    share: Share = WHOLE
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, F), of all ranks together."""
+        return len(self.x_ND), len(self.b_enc_F)
+
+    @property
+    def n_valid(self) -> int:
+        return int(self.layout.valid_N.sum())
+
+    def scan(self, floor_N: Array, expected: int) -> tuple[Array, Array, Array]:
+        """(token_P, latent_P, exact value_P) of the pairs whose pre_NH lies above the floor (in `ordered` units)."""
+        return self._with_exact(*self._own_pairs(kernels.scan, self.ordered, floor_N[self._tokens], expected))
+
+    def nominated(self, floor_N: Array, expected: int) -> tuple[Array, Array]:
+        """(token_P, latent_P) of the pairs whose pre_NH lies above the floor (in `ordered` units)."""
+        token_P, latent_P = self._own_pairs(kernels.scan, self.ordered, floor_N[self._tokens], expected)
+        token_P, latent_P = self.share.pairs(token_P, latent_P + latent_P.dtype.type(self._held.start))
+        return token_P, latent_P
+
+    def above(self, threshold_F: Array, expected: int) -> tuple[Array, Array, Array]:
+        """(token_P, latent_P, exact value_P) of the pairs with a value above the latent's threshold (F)."""
+        floor_F = threshold_F
+        if self.pre_NH.dtype == torch.bfloat16:
+            floor_F = threshold_F - np.maximum(_MARGIN * np.abs(threshold_F), _LEAST_MARGIN)
+            floor_F = np.where(threshold_F >= 0, np.maximum(floor_F, 0), floor_F)
+        token_P, latent_P, value_P = self.scan_latents(floor_F, expected)
+        keep_P = value_P > threshold_F[latent_P]
+        return token_P[keep_P], latent_P[keep_P], value_P[keep_P]
+
+    def scan_latents(self, floor_F: Array, expected: int) -> tuple[Array, Array, Array]:
+        """(token_P, latent_P, exact value_P) of the pairs whose pre_NH lies above the latent's floor (F)."""
+        pre_NH = self.pre_NH
+        if pre_NH.dtype == torch.bfloat16 and bool((floor_F < 0).any()):
+            pre_NH = pre_NH.float()  # the bits of bfloat16 have the order of positive numbers only
+        floor_H = torch.from_numpy(floor_F[self._held]).to(pre_NH.dtype)
+        bits_H = floor_H.view(torch.int16) if floor_H.dtype == torch.bfloat16 else floor_H
+        ordered_NH = self._replace(pre_NH=pre_NH).ordered
+        return self._with_exact(*self._own_pairs(kernels.scan_above, ordered_NH, bits_H.numpy(), expected))
+
+    def exact(self, token_P: Array, latent_P: Array) -> Array:
+        return self.share.of_pairs(self._exact, token_P, latent_P, self.shape)
+
+    def _exact(self, token_P: Array, latent_P: Array) -> Array:
+        """Latents here and in `_own_pairs` count from the first one held."""
+        return kernels.exact_values(self.x_ND, self.W_enc_HD, self.b_enc_F[self._held], token_P, latent_P)
+
+    @property
+    def _tokens(self) -> slice:
+        return self.share.tokens(len(self.x_ND))
+
+    @property
+    def _held(self) -> slice:
+        return self.share.held(len(self.b_enc_F))
+
+    def _own_pairs(
+        self, scan: Callable[..., tuple[Array, Array]], ordered_NH: Array, floor: Array, expected: int
+    ) -> tuple[Array, Array]:
+        part = self._tokens
+        token_P, latent_P = scan(ordered_NH[part], self.layout.valid_N[part], floor, expected // self.share.size)
+        return token_P + token_P.dtype.type(part.start), latent_P
+
+    def _with_exact(self, token_P: Array, latent_P: Array) -> tuple[Array, Array, Array]:
+        """The pairs of all ranks, with their values, from this one's."""
+        value_P = self._exact(token_P, latent_P)
+        token_P, latent_P, value_P = self.share.pairs(
+            token_P, latent_P + latent_P.dtype.type(self._held.start), value_P
+        )
+        return token_P, latent_P, value_P
+
+    def row_floors(self, k: int) -> Array:
+        """See kernels.row_floors; zero for tokens whose pre-activations another rank has."""
+        part, floor_N = self._tokens, np.zeros(len(self.x_ND), self.ordered.dtype)
+        floors = partial(kernels.row_floors, self.ordered[part], self.layout.valid_N[part])
+        floor_N[part] = self.share.row_floors(floors, k)
+        return floor_N
+
+    def dense(self, rows: Array) -> Tensor:
+        """Pre-activations of the latents held, of these tokens (ascending), whichever rank has them."""
+        own = rows[(rows >= self._tokens.start) & (rows < self._tokens.stop)]
+        return torch.from_numpy(self.share.of_tokens(self.ordered[own])).view(self.pre_NH.dtype)
+
+    @property
+    def ordered(self) -> Array:
+        """pre_NH as an array numpy can compare: bfloat16 as its bits, whose order is that of positive numbers."""
+        bits = self.pre_NH.view(torch.int16) if self.pre_NH.dtype == torch.bfloat16 else self.pre_NH
+        return bits.numpy()
+
+    def rough(self, token_P: Array, latent_P: Array) -> Array:
+        """The matmul's own values of the given pairs, float32 or finer."""
+        ordered_NH = self.ordered
+        values_P = self.share.of_pairs(lambda token, latent: ordered_NH[token, latent], token_P, latent_P, self.shape)
+        if self.pre_NH.dtype == torch.bfloat16:
+            return (values_P.astype(np.int32) << 16).view(np.float32)  # bfloat16 is the upper half of a float32
+        return values_P
+
+    def critical(self, token_P: Array, latent_P: Array, value_P: Array, release: float) -> Array:
+        F = len(self.b_enc_F)
+        return held_top.critical_thresholds(self.layout.start_N, token_P, latent_P, value_P, F, release)
+
+    def lowered(self, floor_N: Array, share: float) -> Array:
+        """Floors in `ordered` units, times a share."""
+        if self.pre_NH.dtype != torch.bfloat16:
+            return floor_N * floor_N.dtype.type(share)
+        return (share * torch.from_numpy(floor_N).view(torch.bfloat16)).view(torch.int16).numpy()
+
+    def constant_floor(self, floor: float) -> Array:
+        value = torch.full((len(self.x_ND),), floor, dtype=self.pre_NH.dtype)
+        return (value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy()
+
+
+def budget_threshold(batches: Sequence[Preactivations], k: float, release: float = 1.0) -> float:
+    """The one threshold at which all batches together have k active latents per token (of a Schmitt trigger where
+    release is below 1), for inference."""
+    lowest = min(quantile_floor(pre, 2 * k) for pre in batches)
+    critical = []
+    for pre in batches:
+        token_P, latent_P, value_P = pre.scan(pre.constant_floor(release * lowest), round(4 * k * pre.n_valid))
+        critical.append(pre.critical(token_P, latent_P, value_P, release))
+    critical_P = np.concatenate(critical)
+    count = round(k * sum(pre.n_valid for pre in batches))
+    if len(critical_P) <= count:
+        return lowest
+    # Between the last pair that is on and the first that is not, so that > and >= mean the same.
+    last_two = np.partition(critical_P, [len(critical_P) - count - 1, len(critical_P) - count])[-count - 1 :][:2]
+    return float(last_two.mean())
+
+
+def quantile_floor(pre: Preactivations, k: float) -> float:
+    """A first guess: the value that 1.2 k latents of a token exceed on average, from a sample of tokens."""
+    rows = np.flatnonzero(pre.layout.valid_N)
+    own = pre.dense(rows[:: max(1, len(rows) // 64)]).float().flatten()
+    sample = torch.from_numpy(pre.share.of_latents(own.numpy()))
+    rank = max(1, round(sample.numel() * (1 - 1.2 * k / pre.shape[1])))
+    return max(0.0, float(sample.kthvalue(min(rank, sample.numel())).values))

@@ -1,0 +1,253 @@
+"""SAELens folders: `cfg.json` + `sae_weights.safetensors`, as SAELens 6.54 saves and opens them.
+
+`SAE.load_from_disk(folder)` opens what `write_saelens_folder` writes; neither function needs SAELens installed. SAELens
+knows the architecture `hysteresis` after `import legato.interop.saelens`.
+
+Shape legend: D activation width, F latents.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from legato.common.errors import LegatoError, UsageError
+from legato.common.files import new_folder, sha256_file, sha256_json
+from legato.common.safe_read import as_dict, read_json_object, read_safetensors, write_json
+from legato.sae.formats.saelens_training import THRESHOLD_AT_THE_END, training_normaliser, with_threshold
+from legato.sae.formats.weights import (
+    NUMBERS,
+    WEIGHT_SHAPES,
+    StoredSAE,
+    check_weights,
+    fold_decoder_norm,
+    known,
+    usable_numbers,
+)
+
+CFG_FILENAME = "cfg.json"
+WEIGHTS_FILENAME = "sae_weights.safetensors"
+LEGATO_FILENAME = "legato.json"
+FORMAT_KEY, FORMAT = "format", "legato-sae-1"
+CHECKSUMS_KEY = "sha256"  # in legato.json: of the two files beside it, and of the rest of itself
+
+# The layout written here. SAELens parses a folder whose metadata.sae_lens_version is below 6 as its older, flat layout.
+SAELENS_VERSION = "6.54.0"
+
+# What SAELens' own trainer records; a key the caller does not know stays None, which SAELens reads as unset.
+_METADATA_KEYS = (
+    "dataset_path",
+    "hook_name",
+    "model_name",
+    "model_class_name",
+    "hook_head_index",
+    "context_size",
+    "seqpos_slice",
+    "model_from_pretrained_kwargs",
+    "prepend_bos",
+    "exclude_special_tokens",
+    "sequence_separator_token",
+    "disable_concat_sequences",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAELensFolder(StoredSAE):
+    """metadata: the folder's metadata (model_name, hook_name, ...).
+
+    legato: the content of legato.json beside it, None where there is none.
+    """
+
+    metadata: dict[str, Any]
+    legato: dict[str, Any] | None
+
+
+def write_saelens_folder(
+    path: str | Path,
+    *,
+    architecture: str,
+    W_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    b_enc: Tensor | None = None,
+    threshold: Tensor | float | None = None,
+    k: int | None = None,
+    release: float | None = None,
+    window: int | None = None,
+    tail: float | None = None,
+    leak: Tensor | None = None,
+    b_gate: Tensor | None = None,
+    b_mag: Tensor | None = None,
+    r_mag: Tensor | None = None,
+    apply_b_dec_to_input: bool = True,
+    metadata: Mapping[str, Any] | None = None,
+    legato: Mapping[str, Any] | None = None,
+) -> Path:
+    """Save a SAE that maps raw activations to raw activations as a SAELens folder; return its path.
+
+    architecture: `standard` (ReLU), `topk` (needs k), `jumprelu` (needs threshold), `hysteresis` (needs threshold and
+        release), `hysteresis_topk` (k and release), `window_topk` (threshold and window), `persistent` (threshold,
+        leak and tail), `gated` (needs b_gate, b_mag, r_mag and no b_enc), or `batchtopk`, which SAELens saves for
+        inference as jumprelu, its one threshold for all latents.
+    W_enc (D, F), W_dec (F, D), b_dec (D), b_enc / leak / b_gate / b_mag / r_mag (F); threshold (F) or one number.
+    metadata: model_name, hook_name, context_size, prepend_bos, ...; unknown keys are kept.
+    legato: what SAELens has no field for, written beside it as legato.json.
+
+    The folder appears whole or not at all: it is written under a temporary name and renamed. A SAE folder that is
+    there already is replaced; any other non-empty folder is refused. Tensors are stored in float32.
+    Raises LegatoError for tensors that do not fit together or are not finite. Layout: SAELens 6.54 `SAE.save_model`.
+    """
+    path = Path(path)
+    stored_as = "jumprelu" if architecture == "batchtopk" else architecture
+    if stored_as not in WEIGHT_SHAPES:
+        known = ", ".join([*WEIGHT_SHAPES, "batchtopk"])
+        raise UsageError(f"architecture {architecture!r} cannot be saved as a SAELens folder; choose one of {known}")
+    own = NUMBERS.get(stored_as, ())
+    numbers = {"k": k, "release": release, "window": window, "tail": tail}
+    for name, value in numbers.items():
+        if (name in own) != (value is not None):
+            raise UsageError(f"architecture {architecture!r} {'needs' if name in own else 'takes no'} {name}")
+
+    F = W_enc.shape[-1]
+    if threshold is not None:
+        threshold = torch.as_tensor(threshold, dtype=torch.float32).expand(F)
+    given = {
+        "W_enc": W_enc,
+        "b_enc": b_enc,
+        "threshold": threshold,
+        "leak": leak,
+        "b_gate": b_gate,
+        "b_mag": b_mag,
+        "r_mag": r_mag,
+        "W_dec": W_dec,
+        "b_dec": b_dec,
+    }
+    weights = {
+        name: tensor.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
+        for name, tensor in given.items()
+        if tensor is not None
+    }
+    check_weights(stored_as, weights, what=f"SAE to be saved in {path}")
+
+    cfg: dict[str, Any] = {
+        "d_in": W_enc.shape[0],
+        "d_sae": F,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": apply_b_dec_to_input,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_version": SAELENS_VERSION,
+            "sae_lens_training_version": None,
+            **dict.fromkeys(_METADATA_KEYS),
+            **(metadata or {}),
+        },
+    }
+    cfg |= usable_numbers(stored_as, numbers, F, what=f"SAE to be saved in {path}")
+    if stored_as == "topk":
+        cfg["rescale_acts_by_decoder_norm"] = False
+    cfg["architecture"] = stored_as
+
+    with new_folder(path, CFG_FILENAME) as folder:
+        save_file(weights, folder / WEIGHTS_FILENAME)
+        write_json(folder / CFG_FILENAME, cfg)
+        if legato is not None:
+            write_json(folder / LEGATO_FILENAME, {**legato, **_seal(folder, legato)})
+    return path
+
+
+def read_saelens_folder(path: str | Path) -> SAELensFolder:
+    """Read a SAELens folder, a training save or an inference save, as an SAE that encodes raw activations.
+
+    Decoder norms are folded where `rescale_acts_by_decoder_norm` asks for it, which leaves the selection, the codes and
+    the reconstruction as SAELens computes them. What a training save has besides: see saelens_training.py.
+    Raises UsageError where the folder or a file is missing, LegatoError where it is damaged or asks for something that
+    cannot be reproduced (another architecture, run-time normalisation, head reshaping, the layout before SAELens 6).
+    """
+    path = Path(path)
+    for name in (CFG_FILENAME, WEIGHTS_FILENAME):
+        if not (path / name).is_file():
+            raise UsageError(f"{path} is not a SAELens folder: it has no {name}")
+    legato = _read_legato(path)
+    cfg = read_json_object(path / CFG_FILENAME)
+    metadata = as_dict(cfg.get("metadata"))
+    version = str(metadata.get("sae_lens_version") or cfg.get("sae_lens_version") or "0")
+    if not version.split(".")[0].isdigit() or int(version.split(".")[0]) < 6:
+        raise LegatoError(f"{path} has SAELens' layout before version 6; load and save it once with SAELens 6 or later")
+    saved_as = str(cfg.get("architecture"))
+    architecture = "jumprelu" if saved_as in THRESHOLD_AT_THE_END else saved_as
+    if architecture not in WEIGHT_SHAPES:
+        can = ", ".join([*WEIGHT_SHAPES, *THRESHOLD_AT_THE_END])
+        raise LegatoError(f"{path} holds architecture {saved_as!r}; can be read: {can}")
+    if cfg.get("reshape_activations", "none") != "none":
+        raise LegatoError(f"{path} asks for reshape_activations={cfg['reshape_activations']!r}: it cannot be read here")
+    normaliser = training_normaliser(path, cfg)
+
+    weights = read_safetensors(path / WEIGHTS_FILENAME)
+    if saved_as in THRESHOLD_AT_THE_END:
+        weights = with_threshold(weights, what=str(path))
+    check_weights(architecture, weights, what=str(path))
+    numbers = usable_numbers(architecture, cfg, weights["W_enc"].shape[1], what=str(path))
+    if saved_as in ("topk", *THRESHOLD_AT_THE_END) and cfg.get("rescale_acts_by_decoder_norm", False):
+        weights = fold_decoder_norm(weights)
+    subtracts_b_dec = bool(cfg.get("apply_b_dec_to_input", True))
+    if normaliser is not None:
+        weights = normaliser.folded_into(weights, subtracts_b_dec)
+    return SAELensFolder(
+        architecture=architecture,
+        weights=weights,
+        apply_b_dec_to_input=subtracts_b_dec,
+        details=_details(metadata, saved_as) if legato is None else legato,
+        metadata=metadata,
+        legato=legato,
+        **numbers,
+    )
+
+
+def _read_legato(folder: Path) -> dict[str, Any] | None:
+    """legato.json less its seal, which it and what lies beside it must match; None where there is none."""
+    if not (folder / LEGATO_FILENAME).is_file():
+        return None
+    content = read_json_object(folder / LEGATO_FILENAME)
+    legato = {key: value for key, value in content.items() if key not in (FORMAT_KEY, CHECKSUMS_KEY)}
+    if len(legato) == len(content):  # of an earlier version, or taken out by who changed a file
+        return legato
+    sums, format_of = as_dict(content.get(CHECKSUMS_KEY)), content.get(FORMAT_KEY)
+    if sums and format_of not in (None, FORMAT):
+        raise LegatoError(f"{folder / LEGATO_FILENAME} is of format {format_of!r}, not {FORMAT!r}: use a newer legato")
+    for name, digest in _seal(folder, legato)[CHECKSUMS_KEY].items():
+        if format_of is None or sums.get(name) != digest:
+            raise LegatoError(
+                f"{folder / name} is damaged, or not what was saved with this {LEGATO_FILENAME}: save the SAE again, "
+                f"or take {FORMAT_KEY!r} and {CHECKSUMS_KEY!r} out of {LEGATO_FILENAME} to read it as it is"
+            )
+    return legato
+
+
+def _seal(folder: Path, legato: Mapping[str, Any]) -> dict[str, Any]:
+    """What legato.json says beside its content: its format, and the SHA-256 of its content and of the files."""
+    sums = {name: sha256_file(folder / name) for name in (CFG_FILENAME, WEIGHTS_FILENAME)}
+    return {FORMAT_KEY: FORMAT, CHECKSUMS_KEY: {LEGATO_FILENAME: sha256_json(legato), **sums}}
+
+
+def _details(metadata: Mapping[str, Any], saved_as: str) -> dict[str, Any]:
+    trained_as = as_dict(metadata.get("training_architecture_details"))
+    return known(
+        model=metadata.get("model_name"),
+        module_path=metadata.get("hook_name"),
+        context_length=metadata.get("context_size"),
+        bos=metadata.get("prepend_bos"),
+        dataset=metadata.get("dataset_path"),
+        source=known(
+            format="saelens",
+            version=metadata.get("sae_lens_version"),
+            architecture=metadata.get("training_architecture") or saved_as,
+            group_ends=trained_as.get("matryoshka_widths"),
+            k=trained_as.get("k"),
+        ),
+    )

@@ -1,0 +1,62 @@
+"""One safetensors file: an SAE's tensors by SAELens' names, what it is beside them as JSON in the file's header."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from legato.common.errors import LegatoError, UsageError
+from legato.common.files import new_file
+from legato.common.safe_read import read_safetensors, safetensors_header
+from legato.sae.formats.weights import NUMBERS, WEIGHT_SHAPES, StoredSAE, check_weights, usable_numbers
+
+HEADER = "legato"
+SUFFIX = ".safetensors"
+
+
+def is_one_file(path: Path) -> bool:
+    return HEADER in safetensors_header(path)
+
+
+def read_one_file(path: Path) -> StoredSAE:
+    try:
+        header = json.loads(safetensors_header(path)[HEADER])
+        digest = header.pop("sha256", None)
+        architecture, details = header["architecture"], header["details"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise LegatoError(f"{path} is damaged: its header does not say what SAE it is") from error
+    if str(architecture) not in WEIGHT_SHAPES or not isinstance(details, dict):
+        raise LegatoError(f"{path} holds architecture {architecture!r}; can be read: {', '.join(WEIGHT_SHAPES)}")
+    if strange := sorted(header.keys() - {"architecture", "details", *NUMBERS.get(architecture, ())}):
+        raise LegatoError(f"{path} is damaged, or of a later version: its header holds {strange[0]!r}")
+    weights = read_safetensors(path)
+    if digest not in (None, _digest_of(header, weights)):
+        raise LegatoError(f"{path} is damaged, or was changed after it was saved: save the SAE again")
+    check_weights(architecture, weights, what=str(path))
+    numbers = usable_numbers(architecture, header, weights["W_enc"].shape[1], what=str(path))
+    return StoredSAE(architecture=architecture, weights=weights, apply_b_dec_to_input=False, details=details, **numbers)
+
+
+def write_one_file(path: Path, stored: StoredSAE) -> None:
+    """Replaces a file of its own kind only."""
+    if path.suffix != SUFFIX:
+        raise UsageError(f"{path} would be one file of tensors: give it a name that ends in {SUFFIX}")
+    if path.is_file() and not is_one_file(path):
+        raise UsageError(f"{path} exists and is not an SAE of Legato's; choose another place to save to")
+    numbers = {name: getattr(stored, name) for name in NUMBERS.get(stored.architecture, ())}
+    header = {"architecture": stored.architecture, **numbers, "details": stored.details}
+    tensors = {name: tensor.contiguous() for name, tensor in stored.weights.items()}
+    header["sha256"] = _digest_of(header, tensors)
+    with new_file(path) as new:
+        save_file(tensors, new, metadata={HEADER: json.dumps(header, allow_nan=False)})
+
+
+def _digest_of(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

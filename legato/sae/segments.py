@@ -1,0 +1,55 @@
+"""Which tokens of a batch may be compared with each other.
+
+Shape legend: B rows, L positions, N = B * L flat tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """The runs of consecutive valid tokens of one document inside one row; windows and lags never leave a run.
+
+    start_N, end_N: int32, the run [start, end) of flat tokens that token n lies in; start = end = -1 on invalid tokens.
+    doc_N: int32, document number. valid_N: bool.
+    """
+
+    start_N: NDArray[Any]
+    end_N: NDArray[Any]
+    doc_N: NDArray[Any]
+    valid_N: NDArray[Any]
+    length: int
+
+    @classmethod
+    def of(cls, mask_BL: Tensor, doc_BL: Tensor) -> "SequenceLayout":
+        B, L = mask_BL.shape
+        valid_N = mask_BL.reshape(-1).numpy()
+        doc_N = doc_BL.reshape(-1).numpy().astype(np.int32)
+        index = np.arange(B * L)
+        opens = valid_N & (
+            (index % L == 0) | ~np.roll(valid_N, 1) | (doc_N != np.roll(doc_N, 1))
+        )  # first token of a run
+        run_N = np.cumsum(opens) - 1
+        first = np.flatnonzero(opens)
+        count = np.bincount(run_N[valid_N], minlength=len(first)) if len(first) else np.zeros(0, np.int64)
+        start_N = np.full(B * L, -1, np.int32)
+        end_N = np.full(B * L, -1, np.int32)
+        start_N[valid_N] = first[run_N[valid_N]]
+        end_N[valid_N] = (first + count)[run_N[valid_N]]
+        return cls(start_N, end_N, doc_N, valid_N, L)
+
+
+def runs(pre: Tensor, mask: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(valid, opens) [..., L]: which tokens take part, and which start a run of a document."""
+    valid = torch.ones(pre.shape[:-1], dtype=torch.bool, device=pre.device) if mask is None else mask
+    opens = torch.ones_like(valid)
+    opens[..., 1:] = ~valid[..., :-1]
+    if doc is not None:
+        opens[..., 1:] |= doc[..., 1:] != doc[..., :-1]
+    return valid, opens

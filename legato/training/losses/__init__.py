@@ -1,0 +1,47 @@
+"""Temporal consistency terms: what makes a latent hold across the tokens of a sequence.
+
+A term has two faces. `loss` is the definition: a pure, differentiable function of dense codes. `sparse` is the same
+value with its gradient by the active codes alone, at a cost that does not depend on the window. Tests hold the two
+equal. Codes are always rescaled by their decoder norm, so neither can be moved by trading encoder scale for decoder
+scale. Each term looks at the leading `slow_fraction` of the latents; windows and lags never leave a run
+(`SequenceLayout`).
+
+    base.py                What every temporal term is, and the parts they share.
+    collapse.py            Whether a temporal term improves its latents or only switches them off.
+    contrastive.py         The contrastive term as the paper states it.
+    fused_lasso.py         Fused lasso: the total variation of a latent's codes along the sequence.
+    info_nce.py            InfoNCE between matched tokens, dense and from the active pairs alone.
+    position_penalty.py    The term against codes that depend on the position in the row.
+    slowness.py            Terms over differences between tokens of one run: slowness and the fused lasso.
+    tsae.py                The objective of the published T-SAE code, for parity runs.
+    window_group_lasso.py  Group lasso over windows: a latent's whole window is on or off.
+    window_variance.py     Terms over sliding windows: variance inside them, and the group lasso that pays per
+                           (latent, window).
+"""
+
+from legato.sae.groups import leading_count
+from legato.training.losses.base import TemporalTerm, TermValue
+from legato.training.losses.collapse import collapse, group_diagnostics
+from legato.training.losses.contrastive import Contrastive
+from legato.training.losses.fused_lasso import FusedLasso
+from legato.training.losses.position_penalty import PositionPenalty
+from legato.training.losses.slowness import Slowness
+from legato.training.losses.tsae import TsaeContrastive, tsae_objective
+from legato.training.losses.window_group_lasso import WindowGroupLasso
+from legato.training.losses.window_variance import WindowVariance
+
+__all__ = [
+    "Contrastive",
+    "FusedLasso",
+    "PositionPenalty",
+    "Slowness",
+    "TemporalTerm",
+    "TermValue",
+    "TsaeContrastive",
+    "WindowGroupLasso",
+    "WindowVariance",
+    "collapse",
+    "group_diagnostics",
+    "leading_count",
+    "tsae_objective",
+]

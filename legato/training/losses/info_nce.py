@@ -1,0 +1,130 @@
+"""InfoNCE between matched tokens, dense and from the active pairs alone.
+
+Shape legend: F latents, N flat tokens, Q active pairs sorted by latent, A matched token pairs, E the active pairs of
+A tokens.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+from legato.sae.kernels.pairs import LatentOrder
+from legato.training.losses.base import Array
+
+
+def info_nce(first_AF: Tensor, second_AF: Tensor, doc_A: Array, temperature: float) -> Tensor:
+    """Symmetric InfoNCE of the inner products over temperature: row a of either side has to find its match among the
+    rows of other documents (van den Oord et al. 2018). 0 without any pair."""
+    if len(doc_A) == 0:
+        return first_AF.sum() * 0
+    logits_AA = first_AF @ second_AF.T / temperature
+    doc = torch.from_numpy(doc_A)
+    same_document = (doc[:, None] == doc[None, :]) & ~torch.eye(len(doc), dtype=torch.bool)
+    logits_AA = logits_AA.masked_fill(same_document, float("-inf"))
+    target_A = torch.arange(len(doc))
+    cross_entropy = torch.nn.functional.cross_entropy
+    return (cross_entropy(logits_AA, target_A) + cross_entropy(logits_AA.T, target_A)) / 2
+
+
+class ActiveRows(NamedTuple):
+    """The active codes of A tokens, sorted by latent: entry e of latent f, in ptr_F[f]:ptr_F[f+1], is the code
+    value_E[e] of token number row_E[e], and pair at_E[e] of the batch."""
+
+    ptr_F: Array
+    row_E: Array
+    at_E: Array
+    value_E: Array
+
+    @classmethod
+    def of(cls, order: LatentOrder, token_A: Array, n_tokens: int) -> "ActiveRows":
+        by_token_A = np.argsort(token_A, kind="stable")  # a token may be drawn more than once
+        ptr_N = np.searchsorted(token_A[by_token_A], np.arange(n_tokens + 1))
+        ptr_F, row_E, at_E = _active_rows(order.ptr_F, order.token_Q, ptr_N, by_token_A)
+        return cls(ptr_F, row_E, at_E, order.value_Q[at_E].astype(np.float64))
+
+
+def sparse_info_nce(
+    first: ActiveRows, second: ActiveRows, doc_A: Array, temperature: float
+) -> tuple[float, Array, Array]:
+    """(`info_nce`, its derivatives by first.value_E, by second.value_E). Cost: A^2 plus the co-active entries."""
+    logits_AA = np.zeros((len(doc_A), len(doc_A)))
+    _inner_products(
+        first.ptr_F, first.row_E, first.value_E / temperature, second.ptr_F, second.row_E, second.value_E, logits_AA
+    )
+    by_first_AA, by_second_AA = logits_AA, logits_AA.T.copy()
+    entropy_A = _softmax_cross_entropy(by_first_AA, doc_A) + _softmax_cross_entropy(by_second_AA, doc_A)
+    slope_AA = (by_first_AA + by_second_AA.T) / (2 * len(doc_A) * temperature)
+    slopes = []
+    for rows, others, g_AA in ((first, second, slope_AA), (second, first, slope_AA.T.copy())):
+        slope_E = np.empty(len(rows.value_E))
+        _pull_back(rows.ptr_F, rows.row_E, others.ptr_F, others.row_E, others.value_E, g_AA, slope_E)
+        slopes.append(slope_E)
+    return float(entropy_A.mean()) / 2, slopes[0], slopes[1]
+
+
+@njit(cache=True)
+def _active_rows(ptr_F, token_Q, ptr_N, row_A):
+    """ptr_N, row_A: the rows that show token n are row_A[ptr_N[n]:ptr_N[n+1]]."""
+    n_entries = 0
+    for q in range(ptr_F[-1]):
+        n_entries += ptr_N[token_Q[q] + 1] - ptr_N[token_Q[q]]
+    ptr = np.empty(ptr_F.shape[0], np.int64)
+    row = np.empty(n_entries, np.int64)
+    at = np.empty(n_entries, np.int64)
+    e = 0
+    for f in range(ptr_F.shape[0] - 1):
+        ptr[f] = e
+        for q in range(ptr_F[f], ptr_F[f + 1]):
+            for a in range(ptr_N[token_Q[q]], ptr_N[token_Q[q] + 1]):
+                row[e] = row_A[a]
+                at[e] = q
+                e += 1
+    ptr[-1] = e
+    return ptr, row, at
+
+
+@njit(cache=True)
+def _inner_products(ptr_1, row_1, value_1, ptr_2, row_2, value_2, out_AA):
+    for f in range(ptr_1.shape[0] - 1):
+        for i in range(ptr_1[f], ptr_1[f + 1]):
+            for j in range(ptr_2[f], ptr_2[f + 1]):
+                out_AA[row_1[i], row_2[j]] += value_1[i] * value_2[j]
+
+
+@njit(parallel=True, cache=True)
+def _softmax_cross_entropy(logits_AA, doc_A):
+    """Cross-entropy of row a against target a, the other rows of its document left out; logits_AA becomes its
+    derivative."""
+    A = logits_AA.shape[0]
+    entropy_A = np.empty(A)
+    for a in prange(A):
+        row = logits_AA[a]
+        target = row[a]
+        largest = target
+        for b in range(A):
+            if b != a and doc_A[b] == doc_A[a]:
+                row[b] = -np.inf
+            largest = max(largest, row[b])
+        total = 0.0
+        for b in range(A):
+            row[b] = np.exp(row[b] - largest)
+            total += row[b]
+        for b in range(A):
+            row[b] /= total
+        row[a] -= 1
+        entropy_A[a] = largest - target + np.log(total)
+    return entropy_A
+
+
+@njit(parallel=True, cache=True)
+def _pull_back(ptr_1, row_1, ptr_2, row_2, value_2, slope_AA, slope_1):
+    """slope_1[i] = sum over the other side's entries j of the same latent of slope_AA[row i, row j] * value j."""
+    for f in prange(ptr_1.shape[0] - 1):
+        for i in range(ptr_1[f], ptr_1[f + 1]):
+            total = 0.0
+            for j in range(ptr_2[f], ptr_2[f + 1]):
+                total += slope_AA[row_1[i], row_2[j]] * value_2[j]
+            slope_1[i] = total

@@ -1,0 +1,275 @@
+"""One SAE of a bank in training: its weights, optimiser, learning rate and guard.
+
+Steps that an SAE must not take, and when to give it up.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from legato.common.errors import LegatoError
+from legato.common.hardware import fast_matmul_dtype
+from legato.data.activations import Normaliser
+from legato.sae.architectures import Preactivations
+from legato.sae.autoencoder import SparseAutoencoder
+from legato.sae.kernels import gradients
+from legato.sae.kernels.pairs import LatentOrder
+from legato.sae.partition import WHOLE, Share
+from legato.training.config import ArmConfig, TrainConfig
+from legato.training.losses import collapse, group_diagnostics
+from legato.training.step import PER_LATENT, Parameters, StepResult, TrainBatch, Workspace, forward_backward
+
+# Gradient norms of good runs (30 recipes on three models) stay within 13 times their recent median.
+EXPLODED = 100.0
+SETTLING_STEPS = 20
+AVERAGED_STEPS = 50
+IN_A_ROW = 5
+OF_ALL_STEPS = 0.05
+
+
+@dataclass
+class StepGuard:
+    """Leaves out a step whose loss or gradient is not finite, or whose gradient norm is EXPLODED times the running mean
+    of the good steps'; gives up after IN_A_ROW such steps in a row or OF_ALL_STEPS of the run's.
+
+    A step left out changes nothing about the SAE, so what is left is always its last good state.
+    """
+
+    name: str
+    steps: int
+    good: int = 0
+    skipped: int = 0
+    in_a_row: int = 0
+    typical_norm: float = 0.0
+
+    def fault(self, loss: float, grad_norm: float) -> str | None:
+        """What is wrong with a step, or None."""
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            return f"loss {loss:.3g}, gradient norm {grad_norm:.3g}"
+        if self.good >= SETTLING_STEPS and grad_norm > EXPLODED * self.typical_norm:
+            return f"gradient norm {grad_norm:.3g} where {self.typical_norm:.3g} is usual"
+        return None
+
+    def accept(self, grad_norm: float) -> None:
+        self.good += 1
+        self.in_a_row = 0
+        self.typical_norm += (grad_norm - self.typical_norm) / min(self.good, AVERAGED_STEPS)
+
+    def skip(self, fault: str, step: int) -> None:
+        """Raises LegatoError where this is one too many."""
+        self.skipped += 1
+        self.in_a_row += 1
+        limit = min(IN_A_ROW, self.steps)
+        if self.in_a_row >= limit or self.skipped > max(limit, OF_ALL_STEPS * self.steps):
+            raise LegatoError(
+                f"{self.name}: training diverged: {fault} at step {step}, {self.in_a_row} bad steps in a row and "
+                f"{self.skipped} in all; lower --lr or the temporal coefficient"
+            )
+
+
+_NUMBERS = ("steps_done", "tokens_seen", "seconds", "memory", "final_loss")
+
+
+class SAETrainer:
+    """One SAE of the bank with its optimiser state. Nothing it does depends on the other members.
+
+    share: of several ranks that train it together, all calling the same methods, this one's part of each step. Of the
+    moments of W_enc, b_enc and W_dec a rank has only its own latents, until `tensors` brings them together.
+    """
+
+    def __init__(
+        self, arm: ArmConfig, config: TrainConfig, d_in: int, workspace: Workspace, share: Share = WHOLE
+    ) -> None:
+        self.arm = arm
+        self.share = share
+        self.config = config
+        self.parameters = Parameters.initial(d_in, arm.d_sae, arm.seed, share)
+        self.first_moment = self.parameters.map(torch.zeros_like)
+        self.second_moment = self.parameters.map(torch.zeros_like)
+        self.dtype = fast_matmul_dtype()
+        self.low_W_enc_HD = self.parameters.W_enc_FD.to(self.dtype)
+        self.silent_tokens_F = torch.zeros(arm.d_sae, dtype=torch.int64)
+        self.steps_done = 0
+        self.tokens_seen = 0
+        self.seconds = 0.0
+        self.memory = 0.0
+        self.final_loss = float("nan")
+        self.guard = StepGuard(arm.name, config.steps)
+        self._at_start: dict[str, float] = {}
+        self._workspace = workspace
+
+    @classmethod
+    def restored(
+        cls,
+        arm: ArmConfig,
+        config: TrainConfig,
+        workspace: Workspace,
+        tensors: Mapping[str, Tensor],
+        numbers: Mapping[str, Any],
+        share: Share = WHOLE,
+    ) -> "SAETrainer":
+        """The trainer whose `tensors()` and `numbers()` these are: what it does next is the same to the last bit."""
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            parts.setdefault(part, {})[rest] = tensor
+        trainer = cls(arm, config, parts["parameters"]["b_dec_D"].numel(), workspace, share)
+        trainer.parameters = Parameters.of(parts["parameters"])
+        trainer.first_moment = Parameters.of(parts["first_moment"])
+        trainer.second_moment = Parameters.of(parts["second_moment"])
+        trainer.low_W_enc_HD.copy_(trainer.parameters.W_enc_FD)
+        trainer.silent_tokens_F = tensors["silent_tokens_F"]
+        for name in _NUMBERS:
+            setattr(trainer, name, numbers[name])
+        trainer.guard = StepGuard(**numbers["guard"])
+        trainer._at_start = dict(numbers["at_start"])
+        return trainer
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of its state, not copied."""
+        parts = {"parameters": self.parameters, "first_moment": self.first_moment, "second_moment": self.second_moment}
+        for moment in (self.first_moment, self.second_moment):
+            for name in PER_LATENT:
+                self.share.unite_rows(getattr(moment, name))
+        named = {f"{part}.{name}": tensor for part, each in parts.items() for name, tensor in each.items()}
+        return {**named, "silent_tokens_F": self.silent_tokens_F}
+
+    def numbers(self) -> dict[str, Any]:
+        """All else of its state, json-able."""
+        plain = {name: getattr(self, name) for name in _NUMBERS}
+        return {**plain, "guard": asdict(self.guard), "at_start": self._at_start}
+
+    @property
+    def dead_F(self) -> Tensor:
+        return self.silent_tokens_F >= self.config.dead_after_tokens
+
+    def step(self, batch: TrainBatch) -> dict[str, Any]:
+        """One optimiser step, or none where the guard forbids it; returns what the log records.
+
+        Raises LegatoError where training diverged or collapsed; the state is then that of the last good step.
+        """
+        started = time.perf_counter()
+        config, step = self.config, self.steps_done + self.guard.skipped
+        if self.steps_done == 0:
+            self._add_own_parameters(batch)
+        dead_F = self.dead_F
+        result = forward_backward(
+            self.parameters,
+            self.low_W_enc_HD,
+            batch,
+            self.arm,
+            [(term, term.coefficient * self.arm.term_scale_at(step, config.steps)) for term in self.arm.terms],
+            workspace=self._workspace,
+            memory=self.memory,
+            step=step,
+            progress=step / config.steps,
+            dead_F=dead_F,
+            config=config,
+            share=self.share,
+        )
+        record = {"arm": self.arm.name, "step": step + 1}
+        if fault := self.guard.fault(result.loss, result.grad_norm):
+            self.guard.skip(fault, step)
+            return {**record, "tokens": self.tokens_seen, "skipped": self.guard.skipped, "skipped_because": fault}
+        if len(result.order.value_Q) == 0:
+            raise LegatoError(f"{self.arm.name}: no latent fires at step {step}: training collapsed; lower the penalty")
+        self._update(result, config.lr_at(step))
+        self.guard.accept(result.grad_norm)
+        self.memory = result.memory
+        self.silent_tokens_F += batch.n_valid
+        self.silent_tokens_F[torch.from_numpy(np.diff(result.order.ptr_F) > 0)] = 0
+        self.steps_done += 1
+        self.tokens_seen += batch.n_valid
+        self.final_loss = result.loss
+        diagnostics = self._diagnose(result.order, batch.n_valid) if step % config.log_every == 0 else {}
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        return {
+            **record,
+            "tokens": self.tokens_seen,
+            "loss": result.loss,
+            "loss_terms": result.loss_terms,
+            "l0": len(result.order.value_Q) / batch.n_valid,
+            "fvu": result.fvu,
+            "dead": int(dead_F.sum()),
+            "grad_norm": result.grad_norm,
+            "act_norm": batch.act_norm,
+            "lr": config.lr_at(step),
+            "skipped": self.guard.skipped,
+            "tokens_per_second": batch.n_valid / seconds,
+            **diagnostics,
+        }
+
+    def _diagnose(self, order: LatentOrder, n_valid: int) -> dict[str, float]:
+        """State of the group that the temporal terms look at. Raises LegatoError where it has collapsed since the end
+        of the warm-up."""
+        share = min([1.0, *(term.slow_fraction for term in self.arm.terms)])
+        found = group_diagnostics(order, n_valid, share, self.dead_F.numpy())
+        if self.steps_done >= self.config.warmup * self.config.steps and self.arm.terms:
+            self._at_start = self._at_start or found
+            start = self._at_start
+            if not self.arm.sparsity.holds_l0:
+                start = {**start, "group_l0": found["group_l0"]}
+            if reason := collapse(start, found):
+                raise LegatoError(f"{self.arm.name}: {reason} at step {self.steps_done}: lower the coefficient")
+        return found
+
+    def _update(self, result: StepResult, lr: float) -> None:
+        clip = min(1.0, self.config.clip_norm / max(result.grad_norm, 1e-30))
+        states = (self.parameters, self.first_moment, self.second_moment, result.gradients)
+        for entries in zip(*(state.items() for state in states), strict=True):
+            name = entries[0][0]
+            if name == "W_dec_FD" and self.arm.freeze_decoder:
+                continue
+            tensors = [tensor for _, tensor in entries]
+            own = self.share.rows(self.arm.d_sae) if name in PER_LATENT else slice(None)
+            rows = [np.atleast_2d(tensor[own].numpy()) for tensor in tensors]
+            rate = lr * self.arm.sparsity.own_rate if name in self.parameters.own else lr
+            gradients.adam(*rows, clip=clip, lr=rate, step=self.steps_done + 1, unit_rows=name == "W_dec_FD")
+            if name in PER_LATENT:
+                self.share.unite_rows(tensors[0])
+        self.low_W_enc_HD.copy_(self.parameters.W_enc_FD)
+
+    def finish(self, normaliser: Normaliser, calibration: Sequence[TrainBatch]) -> SparseAutoencoder:
+        """The SAE for raw activations: the normaliser folded in, and what its sparsity leaves open during training
+        settled on the calibration batches (a threshold at which k latents per token are active there, for one)."""
+        sae = self.finish_on_first(normaliser, calibration)
+        assert sae is not None, "of several ranks only the first has it"
+        return sae
+
+    def finish_on_first(self, normaliser: Normaliser, calibration: Sequence[TrainBatch]) -> SparseAutoencoder | None:
+        """As `finish`, by all ranks that train it together: the first gets the SAE, the others None."""
+        if self.steps_done == 0:
+            raise LegatoError(f"{self.arm.name}: 0 training steps were taken: there is nothing to save; raise --tokens")
+        fields = self.arm.sparsity.frozen([self._preactivations(batch) for batch in calibration])
+        p = self.whole_parameters()
+        if self.share.rank > 0:
+            return None
+        sae = SparseAutoencoder(
+            W_enc=p.W_enc_FD.T.contiguous(), b_enc=p.b_enc_F, W_dec=p.W_dec_FD.clone(), b_dec=p.b_dec_D, **fields
+        )
+        return sae.on_raw(normaliser)
+
+    def whole_parameters(self) -> Parameters:
+        """On the first of the ranks that train it together, all of which call this: those of all latents."""
+        whole = {
+            name: self.share.whole(tensor) if name in PER_LATENT else tensor for name, tensor in self.parameters.items()
+        }
+        return Parameters.of(whole)
+
+    def _preactivations(self, batch: TrainBatch) -> Preactivations:
+        out_NH = torch.empty(len(batch.low_ND), len(self.low_W_enc_HD), dtype=self.dtype)
+        return self.parameters.preactivations(self.low_W_enc_HD, batch, out_NH, self.share)
+
+    def _add_own_parameters(self, batch: TrainBatch) -> None:
+        if self.arm.sparsity.own_parameters:
+            own = self.arm.sparsity.initial(self._preactivations(batch))
+            self.parameters = replace(self.parameters, own=own)
+            self.first_moment = self.parameters.map(torch.zeros_like)
+            self.second_moment = self.parameters.map(torch.zeros_like)
