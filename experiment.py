@@ -28,7 +28,7 @@ def run_experiment(config: ExperimentConfig, options: RunOptions, interrupts: In
     if options.shard_latents:
         distributed.from_writer(lambda: check_shards(config.training.d_sae))
     run = distributed.from_writer(lambda: RunDir.claim(options.out_dir, config, resume=options.resume))
-    run.settle_machine()
+    run.settle_machine(config.model.dtype)
     model = load_model(config)
     text = distributed.from_writer(lambda: read_text(config, model))
     activations = harvest_activations(config, model, text)

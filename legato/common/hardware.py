@@ -35,8 +35,9 @@ _cores_outside: list[int] = []
 
 
 def settle_matmul_dtype(name: str) -> None:
-    """Take the answer of `fast_matmul_dtype` from an earlier process whose work goes on here."""
-    _settled[:] = [{"bfloat16": torch.bfloat16, "float32": torch.float32}[name]]
+    """Fix the answer of `fast_matmul_dtype`: bfloat16 or float32, named by the user or by an earlier process whose work
+    goes on here; auto: measured."""
+    _settled[:] = [] if name == "auto" else [{"bfloat16": torch.bfloat16, "float32": torch.float32}[name]]
 
 
 def fast_matmul_dtype() -> torch.dtype:

@@ -50,7 +50,10 @@ class ModelConfig:
     model: str = option("demo", "'demo' (packaged Gemma 3 270M), a hub id, a local folder or a .gguf file")
     layer: int | None = option(None, "decoder layer that is read, from 0 (default: the middle one)")
     site: str = option("resid_post", "what is read there: resid_post, mlp_out or attn_out")
-    dtype: str = option("auto", "dtype of the model: auto (bfloat16 where it is faster), bfloat16 or float32")
+    dtype: str = option(
+        "auto",
+        "of the model and the SAEs' matmuls: auto (bfloat16 where it is faster), bfloat16 or float32",
+    )
 
     def __post_init__(self) -> None:
         not_empty("model", self.model, "name a model, such as demo or gpt2")

@@ -82,7 +82,7 @@ def judge(config: JudgeConfig, saes: Mapping[str, SparseAutoencoder], out: str |
     judged: the folder then holds the others.
     """
     run = distributed.from_writer(lambda: RunDir.claim(out, config))
-    run.settle_machine()
+    run.settle_machine(config.model.dtype)
     experiment = config.as_experiment()
     model = load_model(experiment)
 

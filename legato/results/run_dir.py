@@ -102,8 +102,10 @@ class RunDir:
         """Whether an earlier attempt left something to go on with. The checkpoint goes when the run is sealed."""
         return self.checkpoint.is_dir() and not (self.final_info.is_file() and self.checksums.is_file())
 
-    def settle_machine(self) -> None:
-        """Where an earlier attempt left a run to go on with, compute as it did; and all ranks alike."""
+    def settle_machine(self, dtype: str) -> None:
+        """Where an earlier attempt left a run to go on with, compute as it did; and all ranks alike. dtype: of the
+        matmuls, bfloat16 or float32, where the user names it; auto: what is faster on this machine."""
+        settle_matmul_dtype(dtype)
         if self.is_unfinished or distributed.size() > 1:
             settle_matmul_dtype(distributed.from_writer(self._settled))
 
