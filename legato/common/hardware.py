@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from threading import Barrier
 from typing import Any, TypeVar
 
@@ -30,6 +31,8 @@ _CLEAR = 3.0
 # A third and more must be gained, since bfloat16 costs precision.
 _WORTH = 1.33
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 _settled: list[torch.dtype] = []
 _cores_outside: list[int] = []
 
@@ -37,7 +40,7 @@ _cores_outside: list[int] = []
 def settle_matmul_dtype(name: str) -> None:
     """Fix the answer of `fast_matmul_dtype`: bfloat16 or float32, named by the user or by an earlier process whose work
     goes on here; auto: measured."""
-    _settled[:] = [] if name == "auto" else [{"bfloat16": torch.bfloat16, "float32": torch.float32}[name]]
+    _settled[:] = [] if name == "auto" else [_DTYPES[name]]
 
 
 def fast_matmul_dtype() -> torch.dtype:
@@ -50,13 +53,13 @@ def fast_matmul_dtype() -> torch.dtype:
 
 @cache
 def _measured_matmul_dtype() -> torch.dtype:
-    key = f"{platform.machine()} {_processor()} {torch.backends.cpu.get_cpu_capability()} torch {torch.__version__}"
+    key = f"{platform.machine()} {processor_name()} {torch.backends.cpu.get_cpu_capability()} torch {torch.__version__}"
     known = _remembered()
-    if known.get(key) not in ("bfloat16", "float32"):
+    if known.get(key) not in [*_DTYPES]:
         known = {**known, key: str(_faster_dtype()).removeprefix("torch.")}
         with suppress(OSError, LegatoError):  # a cache that cannot be written costs only the measuring
             write_atomically(cache_dir() / _REMEMBERED, json.dumps(known, indent=1).encode())
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[known[key]]
+    return _DTYPES[known[key]]
 
 
 def _remembered() -> dict[str, str]:
@@ -68,26 +71,27 @@ def _remembered() -> dict[str, str]:
     return known if isinstance(known, dict) else {}
 
 
-def _processor() -> str:
-    """The processor's name: machines that share a cache folder may differ in it."""
+def processor_name() -> str:
+    """The processor's name, or what the platform tells of it."""
     try:
-        with open("/proc/cpuinfo") as lines:
-            return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor()
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def _faster_dtype() -> torch.dtype:
     """Time both dtypes' products, in alternation since other work on the machine must not decide, until one is clearly
     ahead (at once where bfloat16 is emulated: there a product takes 100 times as long)."""
-    best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
     for size in (64, 512):  # a small product tells an emulation apart without paying for a large one
         matrices = {
-            dtype: (torch.ones(size, size, dtype=dtype), torch.ones(size, 4 * size, dtype=dtype)) for dtype in best
+            dtype: (torch.ones(size, size, dtype=dtype), torch.ones(size, 4 * size, dtype=dtype))
+            for dtype in _DTYPES.values()
         }
         for left, right in matrices.values():
             left @ right  # the first one pays for what is set up once
-        best = dict.fromkeys(best, float("inf"))
+        best = dict.fromkeys(matrices, float("inf"))
         for turn in range(_ROUNDS):
             for dtype, (left, right) in matrices.items():
                 start = time.perf_counter()
@@ -166,7 +170,7 @@ def fixed_matmul(
     A library's product of few rows differs in the last bits from the same rows in a larger one (MKL on AVX2: below 4
     rows a thread), so rows are multiplied in blocks of a fixed size, each by one core. Ranks that divide the rows must
     cut them between blocks and name the `block` of the whole: rows_a_block(N). No slower than the library's own
-    division of the work (4096 x 640 x 4096 by 2 cores: .175 s in blocks, .205 s at once). out_NM: written to.
+    division of the work (4096 x 640 x 4096 by 2 cores: .186 s in blocks, .205 s at once). out_NM: written to.
     """
     out = left_NK.new_empty(len(left_NK), right_KM.shape[1]) if out_NM is None else out_NM
     block = block or rows_a_block(len(left_NK))

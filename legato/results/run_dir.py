@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from legato.common import distributed
 from legato.common.errors import LegatoError, UsageError
 from legato.common.files import write_atomically
-from legato.common.hardware import fast_matmul_dtype, settle_matmul_dtype
+from legato.common.hardware import fast_matmul_dtype, processor_name, settle_matmul_dtype
 
 LOCK = ".lock"
 _PACKAGES = ("legato-sae", "torch", "transformers", "numpy", "numba")
@@ -226,19 +226,10 @@ def environment() -> dict[str, Any]:
         "versions": versions,
         "python": platform.python_version(),
         "commit": _commit(),
-        "processor": _processor(),
+        "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "matmul_dtype": str(fast_matmul_dtype()).removeprefix("torch."),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _commit() -> str:
