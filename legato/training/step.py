@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from legato.common.errors import LegatoError
-from legato.common.hardware import fixed_matmul, fixed_product, rows_a_block, single_threaded
+from legato.common.hardware import fast_float32, fixed_matmul, fixed_product, rows_a_block, single_threaded
 from legato.data.activations import ActivationBatch, Normaliser
 from legato.sae.architectures import Preactivations
 from legato.sae.architectures.base import Decoding
@@ -256,6 +256,7 @@ def auxiliary_loss(x_ND: Tensor, residual_ND: Tensor, dead: Parameters, k: int) 
     return (residual_ND + fixed_product(codes_NM, dead.W_dec_FD)).square().sum() / power.clamp_min(1e-30)
 
 
+@fast_float32()
 def _revive(
     parameters: Parameters,
     gradients: Parameters,
