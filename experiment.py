@@ -6,7 +6,7 @@ from legato.common import distributed
 from legato.common.command import Interrupts, run_command
 from legato.common.errors import LegatoError, UsageError
 from legato.common.hardware import keep_freed_memory
-from legato.common.progress import say
+from legato.common.progress import log
 from legato.experiment.checkpoint import Checkpoint
 from legato.experiment.config import ExperimentConfig, RunOptions, parse
 from legato.experiment.evaluate import evaluate_arms
@@ -17,29 +17,29 @@ from legato.report.run_page import write_report
 from legato.report.text.notes import write_notes
 from legato.results.ablation_table import write_ablation
 from legato.results.final_info import write_final_info
-from legato.results.integrity import seal
+from legato.results.integrity import write_checksums
 from legato.results.matched.compare import write_matched
 from legato.results.run_dir import RunDir
 from legato.training.passes import check_shards
 
 
-@distributed.joined()
+@distributed.process_group()
 def run_experiment(config: ExperimentConfig, options: RunOptions, interrupts: Interrupts) -> None:
     if options.shard_latents:
-        distributed.from_writer(lambda: check_shards(config.training.d_sae))
-    run = distributed.from_writer(lambda: RunDir.claim(options.out_dir, config, resume=options.resume))
+        distributed.broadcast_from_rank0(lambda: check_shards(config.training.d_sae))
+    run = distributed.broadcast_from_rank0(lambda: RunDir.claim(options.out_dir, config, resume=options.resume))
     run.settle_machine(config.model.dtype)
     model = load_model(config)
-    text = distributed.from_writer(lambda: read_text(config, model))
+    text = distributed.broadcast_from_rank0(lambda: read_text(config, model))
     activations = harvest_activations(config, model, text)
-    with distributed.held_by_writer(run.locked(config)):
+    with distributed.held_by_rank0(run.locked(config)):
         checkpoint = Checkpoint(run.checkpoint, minutes=options.checkpoint_minutes, interrupts=interrupts)
         checkpoint.start(activations.key, lambda: run.begin(config, activations.provenance))
         bank = train_arms(
             config, activations, run, checkpoint, wandb=options.wandb, shard_latents=options.shard_latents
         )
         evaluate_arms(config, bank, activations, model, run, checkpoint)
-        if not distributed.is_writer():
+        if not distributed.is_rank0():
             return
         write_ablation(run.root)
         write_matched(run.root)
@@ -47,10 +47,10 @@ def run_experiment(config: ExperimentConfig, options: RunOptions, interrupts: In
         notes = write_notes(run.root)
         report = write_report(run.root)
         write_final_info(run.root)
-        seal(run.root)
+        write_checksums(run.root)
         checkpoint.discard()
-    say(notes.read_text())
-    say(f"results: {run.root}/  report: {report}")
+    log(notes.read_text())
+    log(f"results: {run.root}/  report: {report}")
     if bank.failures:
         raise LegatoError(f"{len(bank.failures)} arms failed ({', '.join(bank.failures)}): see {run.root}/failed")
 
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
     try:
         config, options = parse(arguments)
     except UsageError as error:
-        if distributed.is_writer():
+        if distributed.is_rank0():
             print(f"error: {error}", file=sys.stderr)
         return 2
     keep_freed_memory()

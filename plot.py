@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from legato.common.errors import LegatoError, UsageError
 from legato.report.runs.page import write_comparison
-from legato.results.integrity import made_sense_of
+from legato.results.integrity import blame_unverified_files
 from legato.results.saved_run import SavedRun
 
 # Which runs to compare and what to call them; empty: every finished run_* folder found, by its name.
@@ -37,7 +37,7 @@ def compare(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     runs = {labels.get(path.name, path.name): SavedRun.open(path) for path in options.runs or _found(here)}
     try:
-        with made_sense_of([run.path for run in runs.values()]):
+        with blame_unverified_files([run.path for run in runs.values()]):
             for path in write_comparison(runs, options.out).values():
                 print(path)
     except OSError as error:

@@ -90,7 +90,7 @@ def prepare(chosen: Namespace, folder: str, tokens: Path, sae: Path) -> None:
     from legato.data.language_model import LanguageModel
     from legato.sae.architectures import BatchTopK
     from legato.training.bank import train_bank
-    from legato.training.config import ArmConfig, TrainConfig
+    from legato.training.config import SAEConfig, TrainConfig
     from legato.training.step import TrainBatch
 
     model = LanguageModel.load(folder)
@@ -103,7 +103,7 @@ def prepare(chosen: Namespace, folder: str, tokens: Path, sae: Path) -> None:
         while True:
             yield from batches
 
-    arm = ArmConfig("baseline", BatchTopK(32), chosen.d_sae)
+    arm = SAEConfig("baseline", BatchTopK(32), chosen.d_sae)
     config = TrainConfig(steps=TRAINING_STEPS, lr=5e-3)
     trainer = train_bank([arm], stream(), normaliser, config, log=lambda record: None).finished[0]
     calibration = [TrainBatch.of(batch, normaliser, fast_matmul_dtype()) for batch in batches[:8]]

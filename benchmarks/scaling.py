@@ -112,11 +112,11 @@ def step_of(arms: Sequence[Any], rows: int = ROWS, d_in: int = D_IN) -> Callable
 
 def arm(d_sae: int = D_SAE, k: int = K, window: int | None = None, name: str = "bench") -> Any:
     from legato.sae.architectures import BatchTopK
-    from legato.training.config import ArmConfig
+    from legato.training.config import SAEConfig
     from legato.training.losses import WindowVariance
 
     terms = () if window is None else (WindowVariance(window=window, coefficient=0.3),)
-    return ArmConfig(name, BatchTopK(k), d_sae, terms)
+    return SAEConfig(name, BatchTopK(k), d_sae, terms)
 
 
 SERIES: list[tuple[str, Sequence[int], Callable[[int], Callable[[], object]]]] = [

@@ -124,7 +124,7 @@ def ours(chosen: Namespace, pool_4ND: Any, sparsity: str, term: str = "") -> Cal
     from legato.common.hardware import fast_matmul_dtype
     from legato.data.activations import ActivationBatch, Normaliser
     from legato.sae.architectures import BatchTopK, TopK
-    from legato.training.config import ArmConfig, TrainConfig
+    from legato.training.config import SAEConfig, TrainConfig
     from legato.training.losses import Contrastive, WindowVariance
     from legato.training.step import TrainBatch, Workspace
     from legato.training.trainer import SAETrainer
@@ -134,7 +134,7 @@ def ours(chosen: Namespace, pool_4ND: Any, sparsity: str, term: str = "") -> Cal
         "contrastive": (Contrastive(coefficient=0.1),),
         **{f"window{w}": (WindowVariance(window=w, coefficient=0.3),) for w in (2, 8, 64)},
     }[term]
-    arm = ArmConfig("bench", {"batchtopk": BatchTopK, "topk": TopK}[sparsity](chosen.k), chosen.d_sae, terms)
+    arm = SAEConfig("bench", {"batchtopk": BatchTopK, "topk": TopK}[sparsity](chosen.k), chosen.d_sae, terms)
     trainer = SAETrainer(arm, TrainConfig(steps=10**6, lr=LR), chosen.d_in, Workspace())
     B = chosen.batch // CONTEXT
     mask_BL = torch.ones(B, CONTEXT, dtype=torch.bool)
@@ -246,12 +246,12 @@ def loss_curves(chosen: Namespace, sparsity: Any, terms: Any) -> tuple[list[floa
 
     from legato.common.hardware import fast_matmul_dtype
     from legato.data.activations import ActivationBatch, Normaliser
-    from legato.training.config import ArmConfig, TrainConfig
+    from legato.training.config import SAEConfig, TrainConfig
     from legato.training.step import Parameters, TrainBatch, Workspace
     from legato.training.trainer import SAETrainer
 
     config = TrainConfig(steps=chosen.loss_steps, lr=1e-3)
-    trainer = SAETrainer(ArmConfig("bench", sparsity, chosen.loss_d_sae, terms), config, chosen.d_in, Workspace())
+    trainer = SAETrainer(SAEConfig("bench", sparsity, chosen.loss_d_sae, terms), config, chosen.d_in, Workspace())
     weights = [w.requires_grad_() for _, w in Parameters.initial(chosen.d_in, chosen.loss_d_sae, 0).items()]
     W_enc_FD, b_enc_F, W_dec_FD, b_dec_D = weights
     adam = torch.optim.Adam(weights, betas=(0.9, 0.999), eps=1e-8)

@@ -19,11 +19,11 @@ from legato import synthetic
 from legato.common import distributed
 from legato.common.command import run_command
 from legato.common.errors import UsageError
-from legato.common.progress import say
+from legato.common.progress import log
 from legato.experiment import evaluate_saved as judge_sae
 from legato.experiment.config import DataConfig, EvaluationConfig, ModelConfig
 from legato.experiment.evaluate_saved import (
-    JudgeConfig,
+    EvaluateConfig,
     add_place_arguments,
     check_width,
     harvest_rows,
@@ -40,8 +40,8 @@ from legato.report.text.matched_tables import legend, tables
 from legato.report.text.notes import write_notes
 from legato.results.ablation_table import write_ablation
 from legato.results.final_info import write_final_info
-from legato.results.integrity import check_all, made_sense_of, rebuilding
-from legato.results.matched.compare import compare_runs, write_json, write_matched
+from legato.results.integrity import blame_unverified_files, check_all, rebuilding
+from legato.results.matched.compare import match_methods, write_json, write_matched
 from legato.results.saved_run import SavedRun
 from legato.sae.autoencoder import EXPORT_FORMATS, SparseAutoencoder, export
 from legato.sae.provenance import origin_of
@@ -60,13 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
     except UsageError as error:
-        if distributed.is_writer():
+        if distributed.is_rank0():
             print(f"error: {error}", file=sys.stderr)
         return 2
     command = COMMANDS[options.command]
 
     def run() -> None:
-        with made_sense_of(getattr(options, "runs", ())):
+        with blame_unverified_files(getattr(options, "runs", ())):
             command.run(options)
 
     return run_command(lambda _: run(), debug=options.debug, go_on=command.go_on)
@@ -95,7 +95,7 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     runs = [SavedRun.open(path) for path in options.runs]
-    matched = compare_runs(runs)
+    matched = match_methods(runs)
     if not matched["methods"]:
         raise UsageError(f"{', '.join(matched['runs'])}: there is nothing to compare but the baseline")
     console = Console()
@@ -183,10 +183,10 @@ def _saebench(options: argparse.Namespace) -> None:
         if site != "resid_post":
             raise UsageError(f"sae-bench's {options.eval} reads resid_post, {name} reads {site}")
         start(options.eval, LegatoSAE(sae, model_name, layer), name, model_name, options.out)
-        say(f"results: {options.out}/")
+        log(f"results: {options.out}/")
         return
     dataset = options.dataset or origin.dataset or "demo"
-    config = JudgeConfig(
+    config = EvaluateConfig(
         {name: source},
         ModelConfig(model_name, layer, site, options.dtype),
         DataConfig(dataset, options.text_column, options.context_length),
@@ -199,7 +199,7 @@ def _saebench(options: argparse.Namespace) -> None:
     path = run_core(
         sae, model, tokens, layer=layer, site=site, out=options.out, release="legato", name=name, dataset=dataset
     )
-    say(f"results: {path}")
+    log(f"results: {path}")
 
 
 def _check_arguments(parser: argparse.ArgumentParser) -> None:
@@ -209,7 +209,7 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
 def _check(options: argparse.Namespace) -> None:
     """Raises LegatoError, naming the first file that is not."""
     for path in options.runs:
-        say(f"{path}: {check_all(path)} files are as the run wrote them")
+        log(f"{path}: {check_all(path)} files are as the run wrote them")
 
 
 def add_import_arguments(parser: argparse.ArgumentParser) -> None:
@@ -219,7 +219,7 @@ def add_import_arguments(parser: argparse.ArgumentParser) -> None:
 
 def import_sae(options: argparse.Namespace) -> None:
     sae = SparseAutoencoder.load(options.sae)
-    say(f"{_described(sae)}\nsaved: {sae.save(options.out)}")
+    log(f"{_described(sae)}\nsaved: {sae.save(options.out)}")
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -239,7 +239,7 @@ def export_sae(options: argparse.Namespace) -> None:
     options.saes, options.ce_rows = [options.sae], 0
     sae = _stateless(options) if options.stateless else SparseAutoencoder.load(options.sae)
     path = export(sae, options.out, options.to)
-    say(f"{_described(sae)}\nsaved as {options.to}: {path}")
+    log(f"{_described(sae)}\nsaved as {options.to}: {path}")
 
 
 COMMANDS = {
@@ -272,7 +272,7 @@ def _stateless(options: argparse.Namespace) -> SparseAutoencoder:
     activations = harvest_rows(config, model, read_rows(config, model)).held_out
     plain = sae.stateless(activations.read_rows(range(activations.n_rows)))
     differs = plain.details["stateless"]
-    say(
+    log(
         f"without its state, on {differs['tokens']:,} tokens: FVU {differs['fvu']:.4f} "
         f"({differs['fvu_with_state']:.4f} with it), L0 {differs['l0']:.1f} for both, "
         f"{differs['same_pairs']:.0%} of the active pairs in common"

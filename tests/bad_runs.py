@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from bad_input import Case, World, flags
 
-from legato.results.integrity import seal
+from legato.results.integrity import write_checksums
 
 
 def _run(change: Callable[[Path], object], *given: str, sealed: bool = False) -> Callable[[World], list[object]]:
@@ -20,7 +20,7 @@ def _run(change: Callable[[Path], object], *given: str, sealed: bool = False) ->
     def prepared(world: World) -> list[object]:
         folder = shutil.copytree(world.run, world.folder / "run_1")
         if sealed:
-            seal(folder)
+            write_checksums(folder)
         change(folder)
         return [*given, folder]
 

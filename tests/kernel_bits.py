@@ -8,7 +8,7 @@ import numpy as np
 
 from legato.evaluation.core import splice
 from legato.sae.kernels.gradients import gradients
-from legato.sae.kernels.pairs import Groups, LatentOrder
+from legato.sae.kernels.pairs import Groups, PairsByLatent
 
 N, F, ACTIVE = 40, 24, 6
 WIDTHS = (13, 48, 97, 320)  # below, at and beyond the unrolled vector loops, with and without a rest
@@ -26,7 +26,7 @@ def main() -> None:
         digests[name] = hashlib.sha256(b"".join(np.asarray(array).tobytes() for array in arrays)).hexdigest()
 
     token_Q = np.concatenate([np.sort(rng.permutation(N)[:ACTIVE]) for _ in range(F)]).astype(np.int32)
-    order = LatentOrder(np.arange(0, len(token_Q) + 1, ACTIVE), token_Q, np.abs(drawn(len(token_Q))), token_Q)
+    order = PairsByLatent(np.arange(0, len(token_Q) + 1, ACTIVE), token_Q, np.abs(drawn(len(token_Q))), token_Q)
     groups, none_F = Groups(np.array([F]), np.ones(1)), np.zeros(F, bool)
     for D in WIDTHS:
         gradient = drawn(F, D), drawn(F, D), drawn(F)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, save_tiny_model
 
-from legato.sae.partition import Share
+from legato.sae.partition import Partition
 from legato.training.step import Parameters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,6 +93,6 @@ def without_pages(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(f"legato.report.{page}", lambda root: root)
 
 
-def zero_parameters(d_in: int, d_sae: int, seed: int, share: Share) -> Parameters:
+def zero_parameters(d_in: int, d_sae: int, seed: int, partition: Partition) -> Parameters:
     """In place of `Parameters.initial`: weights that no gradient reaches."""
     return Parameters(torch.zeros(d_sae, d_in), torch.zeros(d_sae), torch.zeros(d_sae, d_in), torch.zeros(d_in))

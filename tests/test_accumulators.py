@@ -7,7 +7,7 @@ import torch
 
 from legato.common.errors import UsageError
 from legato.evaluation.sums.accumulators import CodeSums, PairCounts, PairSums
-from legato.evaluation.sums.lag_pairs import LatentOrder, PairLayout, check_lags
+from legato.evaluation.sums.lag_pairs import LagPairs, check_lags, pairs_by_latent
 from legato.sae.codes import SparseCodes
 
 LAGS = (1, 2, 5)
@@ -26,9 +26,9 @@ def random_batch(seed=0, B=6, L=12, F=5, rate=0.3):
 
 
 def accumulate(codes_BLF, mask_BL, doc_BL, step_BL=None, sums=None):
-    layout = PairLayout.of(mask_BL, doc_BL, LAGS)
+    layout = LagPairs.of(mask_BL, doc_BL, LAGS)
     sums = sums or CodeSums.zero(codes_BLF.shape[2], codes_BLF.shape[1], LAGS)
-    sums.add(layout, LatentOrder.of(SparseCodes.from_dense(codes_BLF), layout), step_BL)
+    sums.add(layout, pairs_by_latent(SparseCodes.from_dense(codes_BLF), layout), step_BL)
     return sums
 
 
@@ -118,7 +118,7 @@ def test_sums_equal_plain_loops(seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_a_dense_signal_gives_the_same_sums_as_codes(seed):
     codes_BLF, mask_BL, doc_BL = random_batch(seed)
-    layout = PairLayout.of(mask_BL, doc_BL, LAGS)
+    layout = LagPairs.of(mask_BL, doc_BL, LAGS)
     dense = PairSums.zero(codes_BLF.shape[2], codes_BLF.shape[1], len(LAGS))
     junk_BLF = torch.where(mask_BL[..., None], codes_BLF, torch.full_like(codes_BLF, 1e9))
     dense.add_dense(junk_BLF, layout)
@@ -130,7 +130,7 @@ def test_the_layout_of_a_row_with_two_documents_and_a_hole():
     # positions 0..5: document 0 at 0, 1, (2 masked), 3; document 1 at 4, 5
     mask_BL = torch.tensor([[True, True, False, True, True, True]])
     doc_BL = torch.tensor([[0, 0, 0, 0, 1, 1]])
-    layout = PairLayout.of(mask_BL, doc_BL, (1, 2))
+    layout = LagPairs.of(mask_BL, doc_BL, (1, 2))
     assert layout.stretch_N.tolist() == [0, 0, -1, 0, 1, 1]
     assert layout.size_S.tolist() == [3, 2]
     assert layout.pairs_SK.tolist() == [[1, 1], [1, 0]]  # (0,1), (1,3) and (4,5); (3,4) and (3,5) cross documents
@@ -141,9 +141,9 @@ def test_the_layout_of_a_row_with_two_documents_and_a_hole():
 
 def test_pairs_at_positions_that_are_not_valid_are_dropped():
     codes_BLF = torch.ones(1, 3, 1)
-    layout = PairLayout.of(torch.tensor([[True, False, True]]), None, (1,))
-    order = LatentOrder.of(SparseCodes.from_dense(codes_BLF), layout)
-    assert order.token_P.tolist() == [0, 2]
+    layout = LagPairs.of(torch.tensor([[True, False, True]]), None, (1,))
+    order = pairs_by_latent(SparseCodes.from_dense(codes_BLF), layout)
+    assert order.token_Q.tolist() == [0, 2]
 
 
 def test_two_parts_add_up_to_the_whole():
@@ -185,23 +185,23 @@ def test_lags_that_make_no_sense_are_refused(lags):
 def test_sixty_four_lags_fit():
     codes_BLF, mask_BL, doc_BL = random_batch(L=70)
     lags = tuple(range(1, 65))
-    layout = PairLayout.of(mask_BL, doc_BL, lags)
+    layout = LagPairs.of(mask_BL, doc_BL, lags)
     sums = CodeSums.zero(codes_BLF.shape[2], 70, lags)
-    sums.add(layout, LatentOrder.of(SparseCodes.from_dense(codes_BLF), layout))
-    few = PairLayout.of(mask_BL, doc_BL, (1, 64))
+    sums.add(layout, pairs_by_latent(SparseCodes.from_dense(codes_BLF), layout))
+    few = LagPairs.of(mask_BL, doc_BL, (1, 64))
     few_sums = CodeSums.zero(codes_BLF.shape[2], 70, (1, 64))
-    few_sums.add(few, LatentOrder.of(SparseCodes.from_dense(codes_BLF), few))
+    few_sums.add(few, pairs_by_latent(SparseCodes.from_dense(codes_BLF), few))
     np.testing.assert_array_equal(sums.value.product_FK[:, [0, 63]], few_sums.value.product_FK)
 
 
 def test_other_shapes_are_refused():
     codes_BLF, mask_BL, doc_BL = random_batch()
-    layout = PairLayout.of(mask_BL, doc_BL, LAGS)
+    layout = LagPairs.of(mask_BL, doc_BL, LAGS)
     with pytest.raises(ValueError, match=r"\[B, L\]"):
-        PairLayout.of(mask_BL, doc_BL[:, 1:], LAGS)
+        LagPairs.of(mask_BL, doc_BL[:, 1:], LAGS)
     with pytest.raises(ValueError, match="rows x positions"):
-        LatentOrder.of(SparseCodes.from_dense(codes_BLF[:, 1:]), layout)
-    order = LatentOrder.of(SparseCodes.from_dense(codes_BLF), layout)
+        pairs_by_latent(SparseCodes.from_dense(codes_BLF[:, 1:]), layout)
+    order = pairs_by_latent(SparseCodes.from_dense(codes_BLF), layout)
     with pytest.raises(ValueError, match="number of latents"):
         CodeSums.zero(codes_BLF.shape[2] + 1, codes_BLF.shape[1], LAGS).add(layout, order)
 

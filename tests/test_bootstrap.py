@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from legato.evaluation.consistency.bootstrap import _weighted_means, bootstrap_documents, document_means, intervals
-from legato.evaluation.consistency.groups import add_intervals, latent_groups
+from legato.evaluation.consistency.groups import add_intervals, dictionary_parts
 from legato.evaluation.consistency.persistence import consistency_metrics
 from legato.evaluation.sums.accumulators import CodeSums
-from legato.evaluation.sums.code_buffer import KeptCodes
-from legato.evaluation.sums.lag_pairs import LatentOrder, PairLayout
+from legato.evaluation.sums.code_buffer import CodeBuffer
+from legato.evaluation.sums.lag_pairs import LagPairs, pairs_by_latent
 from legato.sae.codes import SparseCodes
 
 
@@ -22,15 +22,15 @@ def rows_of_one_document(B=12, L=9, F=5, seed=0):
 
 
 def keep(codes_BLF, mask_BL, doc_BL):
-    kept = KeptCodes(max_rows=10_000)
+    kept = CodeBuffer(max_rows=10_000)
     kept.add(SparseCodes.from_dense(codes_BLF), mask_BL, doc_BL)
     return kept
 
 
 def plain(codes_BLF, mask_BL, doc_BL, lag):
-    layout = PairLayout.of(mask_BL, doc_BL, (lag,))
+    layout = LagPairs.of(mask_BL, doc_BL, (lag,))
     sums = CodeSums.zero(codes_BLF.shape[2], codes_BLF.shape[1], (lag,))
-    sums.add(layout, LatentOrder.of(SparseCodes.from_dense(codes_BLF), layout))
+    sums.add(layout, pairs_by_latent(SparseCodes.from_dense(codes_BLF), layout))
     metrics = consistency_metrics(sums)
     return {
         f"{name}{lag}_excess_{null}": metrics[f"{name}_excess_{null}"][0]
@@ -130,9 +130,9 @@ def test_a_latent_absent_from_a_replicate_is_left_out_of_its_mean():
 def test_every_bin_and_group_has_its_interval_and_its_replicates():
     codes_BLF, mask_BL, doc_BL = rows_of_one_document(B=40, F=10)
     codes_BLF[:, :, 7] *= torch.arange(40)[:, None] % 13 == 0  # a rarer latent, in the bin from .01 to .1
-    layout = PairLayout.of(mask_BL, doc_BL, (1,))
+    layout = LagPairs.of(mask_BL, doc_BL, (1,))
     sums = CodeSums.zero(10, 9, (1,))
-    sums.add(layout, LatentOrder.of(SparseCodes.from_dense(codes_BLF), layout))
+    sums.add(layout, pairs_by_latent(SparseCodes.from_dense(codes_BLF), layout))
     section = consistency_metrics(sums)
     objective = {"d_sae": 10, "groups": [[0.2, 0.2], [1.0, 0.8]], "terms": [{"slow_fraction": 0.5}]}
     drawn = add_intervals(section, keep(codes_BLF, mask_BL, doc_BL), sums, objective, replicates=40)
@@ -151,8 +151,8 @@ def test_every_bin_and_group_has_its_interval_and_its_replicates():
 
 
 def test_an_ordinary_sae_has_no_groups():
-    assert latent_groups({}) == {}
-    assert latent_groups({"d_sae": 10, "groups": [[1.0, 1.0]], "terms": [{"slow_fraction": 1.0}]}) == {}
+    assert dictionary_parts({}) == {}
+    assert dictionary_parts({"d_sae": 10, "groups": [[1.0, 1.0]], "terms": [{"slow_fraction": 1.0}]}) == {}
 
 
 def test_intervals_lie_about_the_mean_wherever_the_replicates_lie():

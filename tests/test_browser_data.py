@@ -13,11 +13,10 @@ import pytest
 import torch
 
 from legato.common.errors import LegatoError
-from legato.evaluation.latents.examples import Other, write_strips, write_text
+from legato.evaluation.latents.examples import OtherSAE, write_strips, write_text
 from legato.evaluation.latents.examples import ShownText as TextToSave
-from legato.evaluation.latents.logits import Promoted
+from legato.evaluation.latents.logits import TopLogits
 from legato.evaluation.latents.table import write_features
-from legato.evaluation.sums.lag_pairs import LatentOrder
 from legato.report.browser import data as browser_data
 from legato.report.browser.columns import described
 from legato.report.browser.data import BrowsedArm, Words, pack_arm
@@ -27,6 +26,7 @@ from legato.report.browser.showcase import showcase
 from legato.report.browser.tables import ShownText, StripTable
 from legato.report.figures.missing import MissingResult
 from legato.results.saved_run import Arm, SavedRun
+from legato.sae.kernels.pairs import PairsByLatent
 
 HOSTILE = ["</script><script>alert(1)</script>", "\u202eevil", "🏴\u200d☠️", "x" * 5000, "\n", "<!--", "&amp;", "\x00"]
 ROWS, LENGTH, LATENTS = 4, 40, 6
@@ -76,12 +76,12 @@ def islands(markup: str) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[st
     return meta, take_apart(packed["browser-text"], meta["text"]), arms
 
 
-def some_order(seed: int) -> LatentOrder:
+def some_order(seed: int) -> PairsByLatent:
     rng = np.random.default_rng(seed)
     tokens = [np.flatnonzero(rng.random(ROWS * LENGTH) < 0.3) for _ in range(LATENTS - 1)]
     start_F = np.cumsum([0, *map(len, tokens), 0])  # the last latent is dead
     token_P = np.concatenate(tokens).astype(np.int32)
-    return LatentOrder(start_F, token_P, rng.uniform(1, 50, token_P.size).astype(np.float32))
+    return PairsByLatent(start_F, token_P, rng.uniform(1, 50, token_P.size).astype(np.float32))
 
 
 def some_features(seed: int) -> dict[str, np.ndarray]:
@@ -123,8 +123,8 @@ def save_run(folder: Path, arms: tuple[str, ...] = ("baseline", "legato")) -> Sa
             some_order(number),
             text,
             W_dec[arm],
-            others={other: Other(W_dec[other], alive) for other in partners},
-            promoted=Promoted([HOSTILE[:2]] * LATENTS, 2 * z, [HOSTILE[2:4]] * LATENTS, -3 * z),
+            others={other: OtherSAE(W_dec[other], alive) for other in partners},
+            logits=TopLogits([HOSTILE[:2]] * LATENTS, 2 * z, [HOSTILE[2:4]] * LATENTS, -3 * z),
         )
     return SavedRun.open(folder)
 
@@ -172,10 +172,10 @@ def test_the_page_carries_every_firing_and_every_column(tmp_path: Path) -> None:
     assert [words[word] for word in text["word"][: len(HOSTILE)]] == HOSTILE
     for number, name in enumerate(("baseline", "legato")):
         order, features, arrays = some_order(number), some_features(number), arms[name]
-        saved = [part.tolist() for part in np.split(order.token_P, order.start_F[1:-1])]
+        saved = [part.tolist() for part in np.split(order.token_Q, order.ptr_F[1:-1])]
         assert ungapped(arrays["gaps"], arrays["count"]) == saved
         largest = np.repeat(arrays["largest"], arrays["count"])
-        np.testing.assert_allclose((arrays["values"] + 1) / 32 * largest, order.value_P, atol=50 / 32 + 0.1)
+        np.testing.assert_allclose((arrays["values"] + 1) / 32 * largest, order.value_Q, atol=50 / 32 + 0.1)
         np.testing.assert_allclose(arrays["density"], features["density"], rtol=4e-3)
         np.testing.assert_allclose(arrays["kappa1"], features["kappa1"], atol=2e-4)
         assert np.isnan(arrays["eta2"][-1])

@@ -9,19 +9,19 @@ import pytest
 import torch
 from test_train import ARMS, CONFIG, InMemory, planted_batches
 
-from legato.common.checksummed import DamagedError, read_sealed, write_sealed
+from legato.common.checksummed import DamagedError, read_sealed, write_checksummed
 from legato.common.command import Interrupts
 from legato.common.errors import UsageError
 from legato.data.activations import Normaliser
 from legato.experiment.checkpoint import Checkpoint, cut
 from legato.sae.architectures import BatchTopK
 from legato.training.bank import BankState, train_on
-from legato.training.config import ArmConfig
+from legato.training.config import SAEConfig
 from legato.training.losses import WindowVariance
 
 STEPS = 30
 SHORT = dataclasses.replace(CONFIG, steps=STEPS, dead_after_tokens=600)
-BAD = ArmConfig("explodes", BatchTopK(4), 64, (WindowVariance(window=4, coefficient=float("nan")),))
+BAD = SAEConfig("explodes", BatchTopK(4), 64, (WindowVariance(window=4, coefficient=float("nan")),))
 BANK = [*ARMS, dataclasses.replace(ARMS[4], name="shuffled", shuffle_positions=True), BAD]
 
 
@@ -177,7 +177,7 @@ def test_a_part_of_the_evaluation_is_computed_once(tmp_path, capsys):
 
 def test_every_byte_of_a_sealed_file_counts(tmp_path):
     path = tmp_path / "a.json"
-    write_sealed(path, {"x": 1.5}, {"t": {"w": torch.ones(2)}}, kind="a-1")
+    write_checksummed(path, {"x": 1.5}, {"t": {"w": torch.ones(2)}}, kind="a-1")
     assert read_sealed(path, kind="a-1")[0] == {"x": 1.5}
     with pytest.raises(DamagedError, match=r"a\.json was written by another version of legato \(a-1, not a-2\)"):
         read_sealed(path, kind="a-2")

@@ -14,7 +14,7 @@ from synthetic_run import write_synthetic_run
 from legato.common.errors import UsageError
 from legato.report.text.matched_tables import at_fvu, at_l0, by_group, legend, tables, targets
 from legato.report.text.notes import notes
-from legato.results.matched.compare import compare_runs, matched_seeds, widest, write_matched
+from legato.results.matched.compare import match_methods, matched_seeds, widest, write_matched
 from legato.results.matched.points import ALL, Method, Point, Sweep, along, mixed, point_of
 from legato.results.matched.statistics import absent, between, ratio_interval
 from legato.results.saved_run import SavedRun, arms_of
@@ -203,7 +203,7 @@ def test_a_method_that_reaches_every_target_and_one_that_reaches_none():
         good=metrics_of(fvu=0.102, kappa=0.21, ac=0.19, shuffled=0.02, alive=0.91),
         bad=metrics_of(fvu=0.103, kappa=0.06, ac=0.05, shuffled=0.01, alive=0.8),
     )
-    matched = compare_runs([run])
+    matched = match_methods([run])
     found = {name: {row["criterion"]: row for row in m["verdict"]} for name, m in matched["methods"].items()}
     assert [row["met"] for row in found["good"].values()] == [True] * 7
     assert found["good"]["kappa"]["value"] == pytest.approx(4.2)
@@ -221,14 +221,14 @@ def test_a_method_that_reaches_every_target_and_one_that_reaches_none():
 def test_a_target_met_within_the_noise_is_marked():
     arms = {"baseline": metrics_of(), "baseline_seed1": metrics_of(seed=1)}
     arms |= {"x": metrics_of(kappa=0.19), "x_seed1": metrics_of(kappa=0.23, seed=1)}  # 4.2 times, one seed 3.8 times
-    matched = compare_runs([run_of(**arms)])
+    matched = match_methods([run_of(**arms)])
     [row] = targets(matched).rows
     assert row[1] == "yes*"
 
 
 def test_bins_with_few_latents_do_not_count():
     run = run_of(baseline=metrics_of(bins=(50, 19)), x=metrics_of(kappa=0.1, ac=0.1))
-    assert at_l0(compare_runs([run])).rows[1][9] == "1/1"
+    assert at_l0(match_methods([run])).rows[1][9] == "1/1"
 
 
 def test_a_run_with_sweeps_controls_and_groups_in_tables_and_notes(tmp_path):
@@ -317,7 +317,7 @@ def test_several_runs_are_one_comparison_if_they_were_made_alike():
         x=metrics_of(kappa=0.3, seed=0, coefficient=2.0),
         x_seed1=metrics_of(kappa=0.3, seed=1, coefficient=2.0),
     )
-    matched = compare_runs([first, second])
+    matched = match_methods([first, second])
     # seed 0 of the baseline counts once, as the first run has it
     assert matched["baseline"]["as_trained"]["kappa1_excess_within"]["mean"] == pytest.approx(0.06)
     assert list(matched["methods"]) == ["x", "x (run_2)"]  # another coefficient is another method
@@ -328,12 +328,12 @@ def test_several_runs_are_one_comparison_if_they_were_made_alike():
 
     other = run_of("run_3", {"config": {"training": {"k": 16}}}, baseline=metrics_of())
     with pytest.raises(UsageError, match=r"run_3 differs from run_1 \(training\.k 16 instead of 32\): compare them"):
-        compare_runs([first, other])
+        match_methods([first, other])
 
 
 def test_without_a_baseline_or_anything_beside_it(tmp_path):
     with pytest.raises(UsageError, match="run_1: no baseline to compare with"):
-        compare_runs([run_of(x=metrics_of())])
+        match_methods([run_of(x=metrics_of())])
     run = write_synthetic_run(tmp_path / "run_1", named=())
     assert write_matched(run) is None
     assert not (run / "matched.json").exists()

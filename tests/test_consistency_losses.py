@@ -9,7 +9,7 @@ import torch
 from legato import metrics
 from legato.sae.codes import SparseCodes
 from legato.sae.kernels import pairs as kernels
-from legato.sae.segments import SequenceLayout
+from legato.sae.segments import Segments
 from legato.training.losses import (
     Contrastive,
     FusedLasso,
@@ -60,7 +60,7 @@ def one_row(*codes: float, masked: tuple[int, ...] = ()) -> tuple[torch.Tensor, 
     return codes_BLF, mask_BL, torch.zeros(1, len(codes), dtype=torch.int32)
 
 
-def sparse_inputs(codes_BLF: torch.Tensor) -> kernels.LatentOrder:
+def sparse_inputs(codes_BLF: torch.Tensor) -> kernels.PairsByLatent:
     B, L, F = codes_BLF.shape
     codes = SparseCodes.from_dense(codes_BLF)
     token_P = codes.token_P.numpy().astype(np.int32)
@@ -69,7 +69,7 @@ def sparse_inputs(codes_BLF: torch.Tensor) -> kernels.LatentOrder:
 
 
 def sparse(term, codes_BLF, mask_BL, doc_BL, step=0):
-    return term.sparse(sparse_inputs(codes_BLF), SequenceLayout.of(mask_BL, doc_BL), step=step)
+    return term.sparse(sparse_inputs(codes_BLF), Segments.of(mask_BL, doc_BL), step=step)
 
 
 def dense_gradient(term, codes_BLF, mask_BL, doc_BL, step=0) -> tuple[float, np.ndarray]:
@@ -130,7 +130,7 @@ def test_only_the_leading_latents_count(term):
     alone = replace(term, slow_fraction=1.0).loss(codes_BLF[..., :3], mask_BL, doc_BL)
     torch.testing.assert_close(leading.loss(codes_BLF, mask_BL, doc_BL), alone)
     order = sparse_inputs(codes_BLF)
-    gradient_Q = leading.sparse(order, SequenceLayout.of(mask_BL, doc_BL), step=0).gradient_Q
+    gradient_Q = leading.sparse(order, Segments.of(mask_BL, doc_BL), step=0).gradient_Q
     assert not gradient_Q[order.ptr_F[3] :].any()
 
 
@@ -314,7 +314,7 @@ def test_a_fraction_that_is_none_is_refused(fraction):
 def test_layout_runs_stop_at_rows_documents_and_gaps():
     mask_BL = torch.tensor([[True, True, False, True], [True, True, True, True]])
     doc_BL = torch.tensor([[0, 0, 0, 0], [0, 1, 1, 1]])
-    layout = SequenceLayout.of(mask_BL, doc_BL)
+    layout = Segments.of(mask_BL, doc_BL)
     assert layout.start_N.tolist() == [0, 0, -1, 3, 4, 5, 5, 5]
     assert layout.end_N.tolist() == [2, 2, -1, 4, 5, 8, 8, 8]
 
@@ -355,7 +355,7 @@ def test_a_window_costs_no_memory(make):
     """Running sums: with windows of 64 a term allocates what it does with windows of 2 (unfolded copies would be 32
     times as large)."""
     codes_BLF, mask_BL, doc_BL = example(B=8, L=128, F=64)
-    order, layout = sparse_inputs(codes_BLF), SequenceLayout.of(mask_BL, doc_BL)
+    order, layout = sparse_inputs(codes_BLF), Segments.of(mask_BL, doc_BL)
     peaks = []
     for window in (2, 64):
         term = make(window, 1.0)

@@ -7,9 +7,14 @@ import pytest
 import torch
 
 from legato import metrics
-from legato.evaluation.consistency.persistence import consistency_metrics, half_life, persistence, raw_stream_metrics
+from legato.evaluation.consistency.persistence import (
+    consistency_metrics,
+    half_life,
+    lag_correlation,
+    raw_stream_metrics,
+)
 from legato.evaluation.sums.accumulators import CodeSums, PairCounts, PairSums
-from legato.evaluation.sums.lag_pairs import LatentOrder, PairLayout
+from legato.evaluation.sums.lag_pairs import LagPairs, pairs_by_latent
 from legato.sae.codes import SparseCodes
 
 L = 128
@@ -22,9 +27,9 @@ def one_latent(*rows):
 
 
 def sums_of(codes_BLF, mask_BL, doc_BL=None, lags=(1,)):
-    layout = PairLayout.of(mask_BL, doc_BL, lags)
+    layout = LagPairs.of(mask_BL, doc_BL, lags)
     sums = CodeSums.zero(codes_BLF.shape[2], codes_BLF.shape[1], lags)
-    sums.add(layout, LatentOrder.of(SparseCodes.from_dense(codes_BLF), layout))
+    sums.add(layout, pairs_by_latent(SparseCodes.from_dense(codes_BLF), layout))
     return sums
 
 
@@ -182,7 +187,7 @@ def test_smoothness_without_movement_is_zero_not_infinite():
 def test_a_raw_dimension_that_does_not_vary_is_left_out():
     # dimension 0 as f = 1 1 0 0 above (AC 1/3), dimension 1 constant
     acts_BLD = torch.tensor([[[1.0, 7], [1, 7], [0, 7], [0, 7]]])
-    layout = PairLayout.of(torch.ones(1, 4, dtype=torch.bool), None, (1,))
+    layout = LagPairs.of(torch.ones(1, 4, dtype=torch.bool), None, (1,))
     counts, sums = PairCounts.zero(4, (1,)), PairSums.zero(2, 4, 1)
     counts.add(layout)
     sums.add_dense(acts_BLD, layout)
@@ -241,12 +246,12 @@ def test_closed_form_nulls_are_the_mean_of_a_thousand_shuffles(null, shuffle):
     codes_BLF, mask_BL, doc_BL = correlated_codes(seed=1)
     mask, doc, lags = torch.from_numpy(mask_BL), torch.from_numpy(doc_BL), (1, 3)
 
-    layout = PairLayout.of(mask, doc, lags)
+    layout = LagPairs.of(mask, doc, lags)
 
     def both(codes):
         sums = CodeSums.zero(codes.shape[2], codes.shape[1], lags)
-        sums.add(layout, LatentOrder.of(SparseCodes.from_dense(torch.from_numpy(codes)), layout))
-        return [persistence(sums.counts, pair_sums) for pair_sums in (sums.value, sums.firing)]
+        sums.add(layout, pairs_by_latent(SparseCodes.from_dense(torch.from_numpy(codes)), layout))
+        return [lag_correlation(sums.counts, pair_sums) for pair_sums in (sums.value, sums.firing)]
 
     expected = np.stack([getattr(measured, f"{null}_FK") for measured in both(codes_BLF)])
     generator = np.random.default_rng(2)
@@ -378,7 +383,7 @@ def test_firing_weighted_means_follow_the_firings():
 def test_the_raw_stream_is_measured_per_dimension():
     # dimension 0 as f = 1 1 0 0 shifted far from zero, dimension 1 alternating: means of 1/3 and -1
     acts_BLD = torch.tensor([[[1001.0, 5], [1001, 6], [1000, 5], [1000, 6]]])
-    layout = PairLayout.of(torch.ones(1, 4, dtype=torch.bool), None, (1,))
+    layout = LagPairs.of(torch.ones(1, 4, dtype=torch.bool), None, (1,))
     counts, sums = PairCounts.zero(4, (1,)), PairSums.zero(2, 4, 1)
     counts.add(layout)
     sums.add_dense(acts_BLD, layout)

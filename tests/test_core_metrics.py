@@ -17,7 +17,7 @@ from legato.evaluation.core.reconstruction import InputSums, ReconstructionSums,
 from legato.evaluation.core.splice import TokenLosses, splice_losses
 from legato.evaluation.evaluate import evaluate
 from legato.evaluation.latents.table import read_features, write_features
-from legato.evaluation.sae_sums import Judge
+from legato.evaluation.sae_sums import SAESums
 from legato.sae.autoencoder import SparseAutoencoder
 from legato.sae.codes import SparseCodes
 
@@ -350,7 +350,7 @@ def test_the_bootstrap_gives_intervals_around_the_means():
 def test_the_sums_about_a_wide_sae_are_small():
     # 65,536 latents, 128 positions, 7 lags, float64: two signals of (2 + 128 + 4 * 7) numbers a latent, and 11 more.
     # Codes, tokens and rows come in batches, so this does not grow with the text, but for 16 bytes a (latent, token).
-    judge = Judge.zero(65_536, 128, (1, 2, 4, 8, 16, 32, 64))
+    judge = SAESums.zero(65_536, 128, (1, 2, 4, 8, 16, 32, 64))
     n_bytes = sum(values.nbytes for values in arrays_of(judge))
     assert n_bytes == pytest.approx(65_536 * 8 * (2 * (2 + 128 + 28) + 11), rel=1e-3)
     assert n_bytes < 0.17 * 2**30

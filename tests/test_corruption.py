@@ -25,7 +25,7 @@ from legato.data.harvest import harvest
 from legato.data.language_model import LanguageModel
 from legato.data.store import ActivationStore
 from legato.data.tokens import tokenise
-from legato.results.integrity import DERIVED, EXEMPT, UNREAD, check_all, made_sense_of, seal
+from legato.results.integrity import DERIVED, EXEMPT, UNREAD, blame_unverified_files, check_all, write_checksums
 from legato.results.saved_run import SavedRun
 from legato.sae.autoencoder import SparseAutoencoder, export
 
@@ -258,13 +258,13 @@ def test_every_file_of_a_converted_model(tmp_path):
 
 def test_what_cannot_be_made_sense_of_is_the_files_fault_unless_the_run_is_sealed(tmp_path):
     def read(root: Path) -> None:
-        with made_sense_of([root]):
+        with blame_unverified_files([root]):
             json.loads((root / "metrics.json").read_text())["baseline"]["core"].lower()
 
     (tmp_path / "metrics.json").write_text('{"baseline": {"core": {}}}')
     with pytest.raises(LegatoError, match=r"holds results that no run writes \(AttributeError: .*run it again"):
         read(tmp_path)
-    seal(tmp_path)
+    write_checksums(tmp_path)
     with pytest.raises(AttributeError):
         read(tmp_path)
 

@@ -27,15 +27,15 @@ def children_find_the_tests(monkeypatch):
 
 
 def exchange() -> None:
-    with distributed.joined():
-        rank, size = distributed.rank(), distributed.size()
+    with distributed.process_group():
+        rank, size = distributed.rank(), distributed.world_size()
         assert distributed.gather("x" * rank) == ["x" * other for other in range(size)]
         third = torch.tensor([1 / 3 + rank, 2.0**60], dtype=torch.float64)
         distributed.all_reduce(third)
         assert third.tolist() == [sum(1 / 3 + other for other in range(size)), size * 2.0**60]
-        assert distributed.from_writer(lambda: os.getpid()) == distributed.gather(os.getpid())[0]
-        assert sorted(n for part in distributed.gather(distributed.mine(range(7))) for n in part) == list(range(7))
-        both = distributed.merged({"a": {rank: 1}, "n": 5})
+        assert distributed.broadcast_from_rank0(lambda: os.getpid()) == distributed.gather(os.getpid())[0]
+        assert sorted(n for part in distributed.gather(distributed.shard(range(7))) for n in part) == list(range(7))
+        both = distributed.gather_dicts({"a": {rank: 1}, "n": 5})
         assert both == {"a": dict.fromkeys(range(size), 1), "n": 5}
 
 
@@ -46,9 +46,9 @@ def test_ranks_exchange_what_they_have(tmp_path):
 
 def fail(how: str) -> int:
     try:
-        with distributed.joined():
+        with distributed.process_group():
             if how == "writer":
-                distributed.from_writer(lambda: 1 / 0)
+                distributed.broadcast_from_rank0(lambda: 1 / 0)
             if distributed.rank() == 1:
                 if how == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -92,7 +92,7 @@ def token_set(rows: int = 23) -> TokenSet:
 
 def harvest_to(model: Path, path: Path, killed: bool = False) -> None:
     vars(store_format)["SHARD_BYTES"] = 3 * 16 * (48 * 4 + 9)
-    with distributed.joined():
+    with distributed.process_group():
 
         def progress(done: int) -> None:
             if killed and distributed.rank() == 1 and done > 12:

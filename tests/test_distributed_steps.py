@@ -14,7 +14,7 @@ from test_train import InMemory, planted_batches
 from legato.common import distributed
 from legato.common.hardware import settle_matmul_dtype
 from legato.data.activations import Normaliser
-from legato.sae.partition import WHOLE, Together
+from legato.sae.partition import SINGLE, Replicated
 from legato.training.bank import BankState, train_on
 
 STEPS = 16
@@ -24,9 +24,9 @@ CONFIG = dataclasses.replace(SHORT, steps=STEPS, dead_after_tokens=300)
 def train(dtype: str, path: Path) -> None:
     """Train the bank and save all that its next step depends on."""
     settle_matmul_dtype(dtype)
-    with distributed.joined():
-        share = Together(distributed.rank(), distributed.size()) if distributed.size() > 1 else WHOLE
-        bank = BankState.new(BANK, CONFIG, 32, share=share)
+    with distributed.process_group():
+        partition = Replicated(distributed.rank(), distributed.world_size()) if distributed.world_size() > 1 else SINGLE
+        bank = BankState.new(BANK, CONFIG, 32, partition=partition)
         result = train_on(
             bank,
             planted_batches(STEPS),
@@ -38,14 +38,14 @@ def train(dtype: str, path: Path) -> None:
         assert [trainer.arm.name for trainer, _ in result.failed] == ["explodes"]
         state = {}
         for trainer in result.finished:
-            assert trainer.share == share
+            assert trainer.partition == partition
             numbers = {**trainer.numbers(), "seconds": 0.0, "at_start": 0.0, "guard": trainer.guard.typical_norm}
             state |= {f"{trainer.arm.name}.{name}": tensor for name, tensor in trainer.tensors().items()}
             values = [float(number) for number in numbers.values()]
             state[f"{trainer.arm.name}.numbers"] = torch.tensor(values, dtype=torch.float64)
         dead = {trainer.arm.name: int(trainer.dead_F.sum()) for trainer in result.finished}
         assert max(dead.values()) > 0, dead  # the auxiliary loss takes part
-        save_file(state, f"{path}_{share.rank}")
+        save_file(state, f"{path}_{partition.rank}")
 
 
 @pytest.mark.parametrize(("dtype", "n_ranks"), [("bfloat16", 2), ("float32", 3)])

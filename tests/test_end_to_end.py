@@ -110,11 +110,11 @@ def test_a_bank_that_does_not_fit_is_trained_in_several_passes(monkeypatch):
 @pytest.mark.parametrize(("free_mib", "sharded"), [(600, False), (120, True)])
 def test_latents_are_divided_over_the_ranks_where_an_sae_fits_no_other_way(free_mib, sharded, monkeypatch):
     bank = arms(ExperimentConfig.from_options("demo", {}), d_in=640)[:1]
-    monkeypatch.setattr(distributed, "size", lambda: 4)
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free_mib * 2**20))
     assert planned(bank, 640, 2048, shard_latents=False) == [(bank, sharded)]
     assert planned(bank, 640, 2048, shard_latents=True) == [(bank, True)]
-    monkeypatch.setattr(distributed, "size", lambda: 1)
+    monkeypatch.setattr(distributed, "world_size", lambda: 1)
     if sharded:
         with pytest.raises(LegatoError, match="lower --d_sae or free memory"):
             planned(bank, 640, 2048, shard_latents=False)

@@ -89,9 +89,9 @@ def batches() -> list[ActivationBatch]:
 
 def judge_everything(place: Path, out: Path) -> None:
     """What this rank learns of several banks, with errors in their words; one process works alone."""
-    with distributed.joined():
+    with distributed.process_group():
         model = LanguageModel.load(str(place / "model"), dtype="float32")
-        together, found = distributed.size() > 1, {}
+        together, found = distributed.world_size() > 1, {}
 
         def judge(case: str, bank: Any, **options: Any) -> None:
             failures: dict[str, str] = {}

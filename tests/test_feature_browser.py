@@ -14,9 +14,9 @@ from playwright.sync_api import Page, expect
 from synthetic_latents import describe_latents
 from synthetic_run import write_synthetic_run
 
-from legato.evaluation.latents.examples import Other, ShownText, write_strips, write_text
-from legato.evaluation.sums.lag_pairs import LatentOrder
+from legato.evaluation.latents.examples import OtherSAE, ShownText, write_strips, write_text
 from legato.report.run_page import write_report
+from legato.sae.kernels.pairs import PairsByLatent
 
 MOST_BYTES, MOST_SECONDS = 15_000_000, 20.0  # it opens in under 3 s; a busy machine gets more
 BIG = 16_384
@@ -233,9 +233,9 @@ def write_big_run(path: Path, rows: int = 280, length: int = 128, k: int = 32) -
     count_F = np.minimum(1 + k * rows * length * share_F / share_F.sum(), 0.2 * rows * length).astype(int)
     for arm, other in (("baseline", "legato"), ("legato", "baseline")):
         tokens_P = np.concatenate([np.sort(rng.choice(rows * length, count, replace=False)) for count in count_F])
-        order = LatentOrder(
+        order = PairsByLatent(
             np.cumsum([0, *count_F]), tokens_P.astype(np.int32), rng.exponential(1, tokens_P.size).astype(np.float32)
         )
-        others = {other: Other(W_dec[other], count_F > 0)}
+        others = {other: OtherSAE(W_dec[other], count_F > 0)}
         write_strips(run / "strips" / f"{arm}.parquet", order, text, W_dec[arm], others=others)
     return run

@@ -17,7 +17,7 @@ from legato.results.run_dir import RunDir
 from legato.sae.architectures import BatchTopK, Hysteresis, ReLU, TopK
 from legato.sae.autoencoder import SparseAutoencoder
 from legato.training.bank import train_bank
-from legato.training.config import ArmConfig, TrainConfig
+from legato.training.config import SAEConfig, TrainConfig
 from legato.training.step import Parameters, TrainBatch, Workspace
 from legato.training.trainer import SAETrainer
 
@@ -62,7 +62,7 @@ def test_training_from_zero_weights(sparsity, monkeypatch):
     monkeypatch.setattr(Parameters, "initial", zero_parameters)
     with pytest.raises(LegatoError, match="no latent fires at step 0"):
         train_bank(
-            [ArmConfig("arm", sparsity, F)], [random_batch()] * 3, Identity(), TrainConfig(steps=3), log=lambda _: None
+            [SAEConfig("arm", sparsity, F)], [random_batch()] * 3, Identity(), TrainConfig(steps=3), log=lambda _: None
         )
 
 
@@ -92,7 +92,7 @@ def test_an_sae_whose_output_is_always_zero_gets_no_numbers():
 def test_zero_steps(small):
     with pytest.raises(LegatoError, match="0 training steps would leave the SAE untrained"):
         TrainConfig(steps=0)
-    trainer = SAETrainer(ArmConfig("arm", BatchTopK(4), F), TrainConfig(steps=1), D, Workspace())
+    trainer = SAETrainer(SAEConfig("arm", BatchTopK(4), F), TrainConfig(steps=1), D, Workspace())
     calibration = [TrainBatch.of(random_batch(), Identity(), fast_matmul_dtype())]
     with pytest.raises(LegatoError, match="0 training steps were taken"):
         trainer.finish(Identity(), calibration)
@@ -103,7 +103,7 @@ def test_zero_steps(small):
 def test_activations_that_run_out():
     with pytest.raises(LegatoError, match="ran out after 2 of 3 steps"):
         train_bank(
-            [ArmConfig("arm", BatchTopK(4), F)], [random_batch()] * 2, Identity(), TrainConfig(steps=3), log=lambda _: 0
+            [SAEConfig("arm", BatchTopK(4), F)], [random_batch()] * 2, Identity(), TrainConfig(steps=3), log=lambda _: 0
         )
 
 

@@ -25,7 +25,7 @@ from legato.common.errors import LegatoError
 from legato.common.safe_read import read_arrays, read_json, read_table, read_yaml
 from legato.data.documents import load_documents, split_held_out
 from legato.data.store import Manifest
-from legato.results.integrity import check_all, seal
+from legato.results.integrity import check_all, write_checksums
 from legato.results.run_dir import RunDir
 from legato.results.saved_run import SavedRun, read_log
 from legato.sae.autoencoder import SparseAutoencoder, export
@@ -231,7 +231,7 @@ def test_bytes_of_a_run(run, tmp_path, name, changes):
 @given(changes=CHANGES, which=st.integers(0, len(RUN_FILES)))
 def test_bytes_of_a_sealed_run_never_pass_for_the_run(run, tmp_path, changes, which):
     folder = shutil.copytree(run, tmp_path / "run", dirs_exist_ok=True)
-    seal(folder)
+    write_checksums(folder)
     path = folder / [*RUN_FILES, "checksums.json"][which]
     whole = path.read_bytes()
     path.write_bytes(changed(whole, changes))

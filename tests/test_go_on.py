@@ -16,7 +16,7 @@ from legato.data.store import StoreWriter
 from legato.experiment.checkpoint import Checkpoint
 from legato.results.integrity import check_all
 from legato.results.run_dir import RunDir
-from legato.training.config import ArmConfig
+from legato.training.config import SAEConfig
 from legato.training.trainer import SAETrainer
 
 FLAGS = ("--temporal=hysteresis", "--checkpoint_minutes=0")
@@ -76,7 +76,7 @@ def test_activations_that_are_not_kept_go_on_too(run, monkeypatch):
     assert differences(results(run.out_dir), whole(run, "--no-store")) == []
 
 
-def one_by_one(bank: list[ArmConfig], *_args, **_options) -> list[list[ArmConfig]]:
+def one_by_one(bank: list[SAEConfig], *_args, **_options) -> list[list[SAEConfig]]:
     return [[arm] for arm in bank]
 
 
@@ -112,7 +112,7 @@ def test_a_bank_in_two_passes_goes_on_in_either(run, monkeypatch):
 
 def test_a_run_cut_off_before_it_was_sealed_is_sealed_by_the_same_command(run, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("legato.results.integrity.seal", lambda root: signal.raise_signal(signal.SIGTERM))
+        patch.setattr("legato.results.integrity.write_checksums", lambda root: signal.raise_signal(signal.SIGTERM))
         run.error(*FLAGS, code=143)
     assert (run.out_dir / "final_info.json").is_file()
     assert run.run(*FLAGS) == 0

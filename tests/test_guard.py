@@ -12,7 +12,7 @@ import legato.training.trainer
 from legato.common.errors import LegatoError
 from legato.data.activations import Normaliser
 from legato.training.bank import train_bank
-from legato.training.trainer import EXPLODED, IN_A_ROW, SETTLING_STEPS, StepGuard
+from legato.training.trainer import EXPLODED, IN_A_ROW, SETTLING_STEPS, DivergenceGuard
 
 STEPS = 40
 SHORT = dataclasses.replace(CONFIG, steps=STEPS, log_every=10)
@@ -81,7 +81,7 @@ def test_bad_steps_in_a_row_end_a_member_in_its_last_good_state(monkeypatch, nor
 
 
 def test_a_share_of_bad_steps_is_too_many_even_when_none_follow_each_other():
-    guard = StepGuard("arm", steps=1000)
+    guard = DivergenceGuard("arm", steps=1000)
     for step in range(0, 100, 2):
         guard.accept(1.0)
         guard.skip("loss nan", step)
@@ -91,7 +91,7 @@ def test_a_share_of_bad_steps_is_too_many_even_when_none_follow_each_other():
 
 
 def test_a_norm_explodes_against_what_is_usual_once_that_is_known():
-    guard = StepGuard("arm", steps=1000)
+    guard = DivergenceGuard("arm", steps=1000)
     for _ in range(SETTLING_STEPS):
         assert guard.fault(1.0, 1e9) is None
         guard.accept(0.5)
@@ -101,7 +101,7 @@ def test_a_norm_explodes_against_what_is_usual_once_that_is_known():
 
 
 def test_a_run_shorter_than_the_patience_does_not_pass_untrained():
-    guard = StepGuard("arm", steps=2)
+    guard = DivergenceGuard("arm", steps=2)
     guard.skip("loss nan", 0)
     with pytest.raises(LegatoError, match="diverged"):
         guard.skip("loss nan", 1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from legato.sae.architectures import (
+    Architecture,
     BatchTopK,
     Gated,
     Hysteresis,
@@ -15,7 +16,6 @@ from legato.sae.architectures import (
     Persistent,
     Preactivations,
     ReLU,
-    Sparsity,
     TopK,
     WindowTopK,
     hysteresis_topk,
@@ -24,8 +24,8 @@ from legato.sae.architectures.base import OPENING
 from legato.sae.autoencoder import SparseAutoencoder
 from legato.sae.kernels import gradients
 from legato.sae.kernels import pairs as kernels
-from legato.sae.segments import SequenceLayout
-from legato.training.config import ArmConfig, TrainConfig
+from legato.sae.segments import Segments
+from legato.training.config import SAEConfig, TrainConfig
 from legato.training.losses import (
     Contrastive,
     FusedLasso,
@@ -48,7 +48,7 @@ def make_batch(seed: int = 0) -> tuple[TrainBatch, torch.Tensor, torch.Tensor]:
     mask_BL = torch.rand(B, L, generator=generator) > 0.1
     doc_BL = (torch.arange(L) // 13).expand(B, L) + 2 * torch.arange(B)[:, None]
     x_ND = (x_BLD * mask_BL[..., None]).view(-1, D)
-    batch = TrainBatch(x_ND, x_ND, SequenceLayout.of(mask_BL, doc_BL), int(mask_BL.sum()), 1.0, 1.0)
+    batch = TrainBatch(x_ND, x_ND, Segments.of(mask_BL, doc_BL), int(mask_BL.sum()), 1.0, 1.0)
     return batch, mask_BL, doc_BL
 
 
@@ -108,7 +108,7 @@ def nested_error(codes_NF, W_dec_FD, b_dec_D, batch: TrainBatch, groups) -> tupl
     return loss, residual_ND
 
 
-def dense_codes(parameters: Parameters, batch: TrainBatch, mask_BL: torch.Tensor, sparsity: Sparsity, groups):
+def dense_codes(parameters: Parameters, batch: TrainBatch, mask_BL: torch.Tensor, sparsity: Architecture, groups):
     """Codes as the reconstruction sees them, as the temporal terms see them, and the sparsity's own loss."""
     p, own = parameters, parameters.own
     valid_N1 = mask_BL.view(-1, 1)
@@ -150,7 +150,7 @@ def dense_codes(parameters: Parameters, batch: TrainBatch, mask_BL: torch.Tensor
     return pre_NF, pre_NF, sparsity.l1 / D * pre_NF.sum() / batch.n_valid
 
 
-def leaky_loop(selected_NF: torch.Tensor, layout: SequenceLayout, leak_F: torch.Tensor, tail: float) -> torch.Tensor:
+def leaky_loop(selected_NF: torch.Tensor, layout: Segments, leak_F: torch.Tensor, tail: float) -> torch.Tensor:
     """h = l h + (1 - l) a, token by token; a stretch ends without input below `tail` of its peak."""
     state_F = peak_F = torch.zeros(F, dtype=torch.float64)
     codes = []
@@ -165,7 +165,7 @@ def leaky_loop(selected_NF: torch.Tensor, layout: SequenceLayout, leak_F: torch.
     return torch.stack(codes)
 
 
-def with_own(parameters: Parameters, sparsity: Sparsity) -> Parameters:
+def with_own(parameters: Parameters, sparsity: Architecture) -> Parameters:
     """The sparsity's own parameters, scattered: thresholds about .8, gates about -.8, gains about 1, leaks about .4."""
     noise = torch.Generator().manual_seed(7)
     centre = {"log_threshold_F": -0.2, "b_gate_F": -0.8, "r_mag_F": 0.0, "leak_logit_F": -0.4}
@@ -176,7 +176,7 @@ def with_own(parameters: Parameters, sparsity: Sparsity) -> Parameters:
     return dataclasses.replace(parameters, own=own)
 
 
-def schmitt(pre_BLF: torch.Tensor, layout: SequenceLayout, threshold: float, release: float) -> torch.Tensor:
+def schmitt(pre_BLF: torch.Tensor, layout: Segments, threshold: float, release: float) -> torch.Tensor:
     """The trigger as a plain loop."""
     starts = torch.from_numpy(layout.start_N).view(pre_BLF.shape[:2])
     on_BLF = torch.zeros(pre_BLF.shape, dtype=torch.bool)
@@ -191,7 +191,7 @@ def schmitt(pre_BLF: torch.Tensor, layout: SequenceLayout, threshold: float, rel
     return on_BLF
 
 
-def highest_budget(pre_BLF: torch.Tensor, layout: SequenceLayout, sparsity: Hysteresis) -> tuple[torch.Tensor, float]:
+def highest_budget(pre_BLF: torch.Tensor, layout: Segments, sparsity: Hysteresis) -> tuple[torch.Tensor, float]:
     """Bisect the threshold on the plain loop."""
     count, low, high = sparsity.k * int(layout.valid_N.sum()), 0.0, float(pre_BLF.max())
     while high - low > 1e-5 * high:
@@ -203,7 +203,7 @@ def highest_budget(pre_BLF: torch.Tensor, layout: SequenceLayout, sparsity: Hyst
     return schmitt(pre_BLF, layout, low, sparsity.release), low
 
 
-def incumbents(pre_BLF: torch.Tensor, layout: SequenceLayout, sparsity: HysteresisTopK) -> torch.Tensor:
+def incumbents(pre_BLF: torch.Tensor, layout: Segments, sparsity: HysteresisTopK) -> torch.Tensor:
     """Each token's k best, where what was on before counts 1 / release times, as a plain loop."""
     starts = torch.from_numpy(layout.start_N).view(B, L)
     on_BLF = torch.zeros(pre_BLF.shape, dtype=torch.bool)
@@ -219,7 +219,7 @@ def incumbents(pre_BLF: torch.Tensor, layout: SequenceLayout, sparsity: Hysteres
     return on_BLF
 
 
-def best_windows(pre_BLF: torch.Tensor, layout: SequenceLayout, sparsity: WindowTopK) -> torch.Tensor:
+def best_windows(pre_BLF: torch.Tensor, layout: Segments, sparsity: WindowTopK) -> torch.Tensor:
     """The windows of largest norm, one after the other until the budget is spent, as a plain loop."""
     pre_NF, starts, ends = pre_BLF.relu().reshape(-1, F), layout.start_N, layout.end_N
     firsts = [n for n in range(B * L) if starts[n] >= 0 and (n - starts[n]) % sparsity.window == 0]
@@ -265,7 +265,7 @@ def test_held_top_from_rounded_values_is_exact(dtype):
     tokens, width, latents, k = 256, 24, 128, 8
     x_ND = torch.randn(tokens, width, generator=generator).cumsum(0) / 4
     W_FD = torch.randn(latents, width, generator=generator)
-    layout = SequenceLayout.of(torch.ones(2, tokens // 2, dtype=torch.bool), torch.zeros(2, tokens // 2))
+    layout = Segments.of(torch.ones(2, tokens // 2, dtype=torch.bool), torch.zeros(2, tokens // 2))
     exact_NF = x_ND @ W_FD.T
     expected = hysteresis_topk.held_top(exact_NF.view(2, -1, latents), k, 0.4).view(tokens, latents)
     pre = Preactivations(exact_NF.to(dtype), x_ND.numpy(), W_FD.numpy(), np.zeros(latents, np.float32), layout)
@@ -351,7 +351,7 @@ def test_every_gradient_equals_dense_autograd(sparsity, terms, with_dead, groups
     batch, mask_BL, doc_BL = make_batch()
     parameters = with_own(make_parameters(), sparsity)
     dead_F = torch.arange(F) % 9 == 0 if with_dead else None
-    arm = ArmConfig("arm", sparsity, F, terms, groups=groups)
+    arm = SAEConfig("arm", sparsity, F, terms, groups=groups)
     result = forward_backward(
         parameters,
         parameters.W_enc_FD,
@@ -404,7 +404,7 @@ def test_selection_is_exact_whatever_the_floor_and_the_matmul_dtype(sparsity, dt
     valid_N = np.arange(N) % 7 != 0
     exact_NF = x_ND @ W_FD.T + b_F
     exact_NF[~torch.from_numpy(valid_N)] = -1
-    layout = SequenceLayout.of(torch.from_numpy(valid_N)[None], torch.zeros(1, N, dtype=torch.int32))
+    layout = Segments.of(torch.from_numpy(valid_N)[None], torch.zeros(1, N, dtype=torch.int32))
     pre = Preactivations(exact_NF.to(dtype), x_ND.numpy(), W_FD.numpy(), b_F.numpy(), layout)
     k = sparsity.k
     if isinstance(sparsity, TopK):

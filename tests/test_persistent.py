@@ -12,10 +12,10 @@ from legato.sae.architectures import Persistent
 from legato.sae.architectures.persistent import leaked
 from legato.sae.autoencoder import SparseAutoencoder
 from legato.sae.kernels import pairs as kernels
-from legato.sae.kernels.leak import carry
-from legato.sae.segments import SequenceLayout
+from legato.sae.kernels.leak import leak_forward
+from legato.sae.segments import Segments
 from legato.training.bank import train_bank
-from legato.training.config import ArmConfig, TrainConfig
+from legato.training.config import SAEConfig, TrainConfig
 from legato.training.step import TrainBatch
 
 B, L, D, F = 6, 24, 16, 32
@@ -51,7 +51,7 @@ def test_carried_pairs_are_the_dense_codes():
     values = inputs_BLF.view(-1, F)[token_P, latent_P].numpy()
     arrays = (token_P.numpy().astype(np.int32), latent_P.numpy().astype(np.int32), values)
     pairs = kernels.keep(B * L, *arrays, np.ones(len(values), np.bool_))
-    carried = carry(kernels.by_latent(pairs, F), leak_F.numpy(), 0.05, SequenceLayout.of(mask_BL, doc_BL))
+    carried = leak_forward(kernels.by_latent(pairs, F), leak_F.numpy(), 0.05, Segments.of(mask_BL, doc_BL))
     found = carried.pairs(B * L)
     codes_NF = torch.zeros(B * L, F, dtype=torch.float64)
     codes_NF[found.token_P, found.latent_P] = torch.from_numpy(found.value_P)
@@ -88,7 +88,7 @@ def test_trained_finished_saved_and_opened(tmp_path):
     normaliser = Normaliser.fit(InMemory())
     config = TrainConfig(steps=100, lr=1e-2)
     log: list[dict] = []
-    arm = ArmConfig("persistent", Persistent(2), F)
+    arm = SAEConfig("persistent", Persistent(2), F)
     [trainer] = train_bank([arm], moving_batches(100), normaliser, config, log=log.append).finished
     assert log[-1]["fvu"] < 0.5 * log[0]["fvu"]
     assert sum(record["l0"] for record in log[-5:]) / 5 == pytest.approx(2, rel=0.1)

@@ -9,8 +9,8 @@ import torch
 from legato import metrics
 from legato.evaluation.position.attachment import position_matrix, position_metrics
 from legato.evaluation.sums.accumulators import CodeSums
-from legato.evaluation.sums.code_buffer import KeptCodes
-from legato.evaluation.sums.lag_pairs import LatentOrder, PairLayout
+from legato.evaluation.sums.code_buffer import CodeBuffer
+from legato.evaluation.sums.lag_pairs import LagPairs, pairs_by_latent
 from legato.sae.codes import SparseCodes
 
 
@@ -20,9 +20,9 @@ def one_latent(*rows):
 
 
 def sums_of(codes_BLF, mask_BL):
-    layout = PairLayout.of(mask_BL, None, (1,))
+    layout = LagPairs.of(mask_BL, None, (1,))
     sums = CodeSums.zero(codes_BLF.shape[2], codes_BLF.shape[1], (1,))
-    sums.add(layout, LatentOrder.of(SparseCodes.from_dense(codes_BLF), layout))
+    sums.add(layout, pairs_by_latent(SparseCodes.from_dense(codes_BLF), layout))
     return sums
 
 
@@ -133,7 +133,7 @@ def test_kept_codes_are_the_first_rows_across_batches():
     codes_BLF = torch.relu(torch.randn(10, 5, 4, generator=generator))
     mask_BL = torch.rand(10, 5, generator=generator) < 0.8
     doc_BL = torch.arange(10)[:, None].expand(10, 5)
-    kept = KeptCodes(max_rows=7)
+    kept = CodeBuffer(max_rows=7)
     for rows in (slice(0, 4), slice(4, 8), slice(8, 10)):
         kept.add(SparseCodes.from_dense(codes_BLF[rows]), mask_BL[rows], doc_BL[rows])
     layout = kept.layout()

@@ -10,8 +10,8 @@ from small_experiment import ROOT, experiment_main, write_corpus
 from tiny_models import save_tiny_model
 
 from legato.cli import main
-from legato.sae.kernels.pairs import LatentOrder
-from legato.sae.segments import SequenceLayout
+from legato.sae.kernels.pairs import PairsByLatent
+from legato.sae.segments import Segments
 
 # What makes the training block small. Every entry must occur in the page.
 SMALLER = {
@@ -90,8 +90,8 @@ def test_the_page_s_term_is_its_own_derivative(page):
     latent_Q, token_Q = (codes_BLF.detach().flatten(0, 1).T > 0).nonzero(as_tuple=True)
     ptr_F = np.searchsorted(latent_Q.numpy(), np.arange(6))
     value_Q = codes_BLF.detach().flatten(0, 1)[token_Q, latent_Q].numpy()
-    order = LatentOrder(ptr_F, token_Q.numpy(), value_Q, np.arange(len(value_Q)))
-    found = term.sparse(order, SequenceLayout.of(mask_BL, doc_BL), 0)
+    order = PairsByLatent(ptr_F, token_Q.numpy(), value_Q, np.arange(len(value_Q)))
+    found = term.sparse(order, Segments.of(mask_BL, doc_BL), 0)
     assert found.value == pytest.approx(value.item(), rel=1e-6)
     expected_Q = codes_BLF.grad.flatten(0, 1)[token_Q, latent_Q].numpy()
     assert found.gradient_Q == pytest.approx(expected_Q, rel=1e-5, abs=1e-7)

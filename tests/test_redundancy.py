@@ -21,7 +21,7 @@ from legato.evaluation.redundancy.sums import (
 )
 from legato.evaluation.redundancy.table import write_redundancy
 from legato.evaluation.sums.code_buffer import CodedBatch, coded
-from legato.evaluation.sums.lag_pairs import LatentOrder, PairLayout
+from legato.evaluation.sums.lag_pairs import LagPairs, pairs_by_latent
 from legato.report.text.latents import redundancy_lines
 from legato.sae.codes import SparseCodes
 
@@ -37,8 +37,8 @@ def batch_of(codes_BLF, mask_BL=None, doc_BL=None):
 
 def ordered(codes_BLF, mask_BL=None, doc_BL=None, window=2):
     batch = batch_of(codes_BLF, mask_BL, doc_BL)
-    layout = PairLayout.of(batch.mask_BL, batch.doc_BL, tuple(range(1, window + 1)))
-    return layout, LatentOrder.of(batch.codes, layout)
+    layout = LagPairs.of(batch.mask_BL, batch.doc_BL, tuple(range(1, window + 1)))
+    return layout, pairs_by_latent(batch.codes, layout)
 
 
 def summed(codes_BLF, candidates, mask_BL=None, doc_BL=None, window=2, first_row=0):

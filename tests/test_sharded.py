@@ -15,21 +15,21 @@ from legato.common import distributed
 from legato.common.hardware import settle_matmul_dtype
 from legato.data.activations import Normaliser
 from legato.sae.architectures import BatchTopK, Gated, HysteresisTopK, Persistent, TopK, WindowTopK
-from legato.sae.partition import WHOLE, Sharded
+from legato.sae.partition import SINGLE, Sharded
 from legato.training.bank import BankState, train_on
-from legato.training.config import ArmConfig
+from legato.training.config import SAEConfig
 from legato.training.losses import Slowness
 
 STEPS, D = 12, 32
 CONFIG = dataclasses.replace(SHORT, steps=STEPS, lr=2e-3, dead_after_tokens=300, log_every=1)
 ODD = 67
 MORE = [
-    ArmConfig("hysteresis_topk", HysteresisTopK(4, release=0.5), ODD, (Slowness(window=4, coefficient=0.05),)),
-    ArmConfig("window_topk", WindowTopK(4, window=4), ODD),
-    ArmConfig("persistent", Persistent(4), ODD),
-    ArmConfig("gated_matryoshka", Gated(1.0, k=4), ODD, groups=NESTED),
-    ArmConfig("frozen", TopK(4), ODD, freeze_decoder=True),
-    ArmConfig("matryoshka", BatchTopK(4), ODD, groups=NESTED),
+    SAEConfig("hysteresis_topk", HysteresisTopK(4, release=0.5), ODD, (Slowness(window=4, coefficient=0.05),)),
+    SAEConfig("window_topk", WindowTopK(4, window=4), ODD),
+    SAEConfig("persistent", Persistent(4), ODD),
+    SAEConfig("gated_matryoshka", Gated(1.0, k=4), ODD, groups=NESTED),
+    SAEConfig("frozen", TopK(4), ODD, freeze_decoder=True),
+    SAEConfig("matryoshka", BatchTopK(4), ODD, groups=NESTED),
 ]
 # With seed 0 the first gradient of a latent of "wide" is 1e-10, by cancellation, and Adam makes a whole step of it.
 ARMS = [dataclasses.replace(arm, seed=1) if arm.name == "wide" else arm for arm in (*BANK, *MORE)]
@@ -38,12 +38,12 @@ ARMS = [dataclasses.replace(arm, seed=1) if arm.name == "wide" else arm for arm 
 def train(dtype: str, folder: Path) -> None:
     """Train the bank and save the losses of every step and the weights."""
     settle_matmul_dtype(dtype)
-    with distributed.joined():
-        rank, size = distributed.rank(), distributed.size()
-        share = Sharded(rank, size) if size > 1 else WHOLE
+    with distributed.process_group():
+        rank, size = distributed.rank(), distributed.world_size()
+        partition = Sharded(rank, size) if size > 1 else SINGLE
         log = []
         result = train_on(
-            BankState.new(ARMS, CONFIG, D, share=share),
+            BankState.new(ARMS, CONFIG, D, partition=partition),
             planted_batches(STEPS),
             Normaliser.fit(InMemory()),
             CONFIG,

@@ -13,8 +13,8 @@ from legato.data.activations import ActivationBatch
 from legato.data.language_model import LanguageModel
 from legato.evaluation.latents.examples import (
     WINDOW,
-    Other,
-    Passages,
+    ExampleRecorder,
+    OtherSAE,
     ShownText,
     choose_passages,
     histograms,
@@ -22,20 +22,20 @@ from legato.evaluation.latents.examples import (
     write_strips,
     write_text,
 )
-from legato.evaluation.latents.logits import promoted_tokens
-from legato.evaluation.latents.neighbours import fire_together, nearest_directions
+from legato.evaluation.latents.logits import top_and_bottom_logits
+from legato.evaluation.latents.neighbours import coactivation, nearest_directions
 from legato.evaluation.sums.code_buffer import CodedBatch
-from legato.evaluation.sums.lag_pairs import LatentOrder
 from legato.experiment.evaluate import _partners
 from legato.sae.codes import SparseCodes
+from legato.sae.kernels.pairs import PairsByLatent
 
 
-def order_of(firings: list[dict[int, float]]) -> LatentOrder:
+def order_of(firings: list[dict[int, float]]) -> PairsByLatent:
     """Per latent {position: activation}."""
     start_F = np.cumsum([0, *map(len, firings)])
     tokens = [token for latent in firings for token in sorted(latent)]
     values = [latent[token] for latent in firings for token in sorted(latent)]
-    return LatentOrder(start_F, np.array(tokens, np.int32), np.array(values, np.float32))
+    return PairsByLatent(start_F, np.array(tokens, np.int32), np.array(values, np.float32))
 
 
 def text_of(rows: int, length: int) -> ShownText:
@@ -64,7 +64,7 @@ def test_quantile_passages_stand_at_their_share_of_the_firings() -> None:
 def test_random_passages_are_firings_and_depend_on_the_seed_alone() -> None:
     order = order_of([{64 * place: 1.0 for place in range(100)}])
     first, again, other = (choose_passages(order, 64, seed)["random"] for seed in (0, 0, 1))
-    assert np.isin(first, order.token_P).all()
+    assert np.isin(first, order.token_Q).all()
     assert (np.diff(np.sort(first[0])) >= WINDOW).all()
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
@@ -92,7 +92,7 @@ def test_nearest_directions_leave_out_the_latent_itself_and_the_dead() -> None:
 
 
 def test_nearest_direction_in_another_arm() -> None:
-    other = Other(torch.tensor([[0.0, 1.0], [1.0, 1.0], [1.0, 0.0]]), np.array([True, True, False]))
+    other = OtherSAE(torch.tensor([[0.0, 1.0], [1.0, 1.0], [1.0, 0.0]]), np.array([True, True, False]))
     index, cosine = nearest_directions(torch.tensor([[1.0, 0.0], [0.0, 4.0]]), np.array([True, True]), other, k=1)
     assert index[:, 0].tolist() == [1, 0]
     np.testing.assert_allclose(cosine[:, 0], [0.5**0.5, 1.0], rtol=1e-6)
@@ -100,7 +100,7 @@ def test_nearest_direction_in_another_arm() -> None:
 
 def test_latents_that_fire_together_by_share_of_positions() -> None:
     on = [range(0, 10), range(5, 10), range(0, 3), [20, 21]]
-    index, jaccard = fire_together(order_of([{t: 1.0 for t in tokens} for tokens in on]), 30, k=3)
+    index, jaccard = coactivation(order_of([{t: 1.0 for t in tokens} for tokens in on]), 30, k=3)
     assert index.tolist() == [[1, 2, -1], [0, -1, -1], [0, -1, -1], [-1, -1, -1]]
     np.testing.assert_allclose(jaccard[0], [5 / 10, 3 / 10, 0.0])
 
@@ -108,7 +108,7 @@ def test_latents_that_fire_together_by_share_of_positions() -> None:
 def test_many_latents_on_a_token_are_counted_at_every_second_position(monkeypatch: pytest.MonkeyPatch) -> None:
     order = order_of([{t: 1.0 for t in range(0, 40)}, {t: 1.0 for t in range(0, 20)}])
     monkeypatch.setattr("legato.evaluation.latents.neighbours.MOST_STEPS", 60)  # of 20 * 4 + 20 = 100
-    index, jaccard = fire_together(order, 40, k=1)
+    index, jaccard = coactivation(order, 40, k=1)
     assert index[:, 0].tolist() == [1, 0]
     assert jaccard[0, 0] == pytest.approx(0.5)
 
@@ -126,14 +126,14 @@ def test_promoted_tokens_are_those_of_final_norm_and_unembedding(architecture: s
     network = tiny_network(architecture)
     model = LanguageModel(network, tiny_tokenizer(), "tiny")
     W_dec = torch.randn(70, 48, generator=torch.Generator().manual_seed(2))
-    found = promoted_tokens(model, W_dec, torch.arange(3, VOCABULARY), lambda ids: [f"w{i}" for i in ids])
+    found = top_and_bottom_logits(model, W_dec, torch.arange(3, VOCABULARY), lambda ids: [f"w{i}" for i in ids])
     norm = network.get_submodule(final_norm)
     logits = (norm(W_dec) - norm(torch.zeros(1, 48))) @ network.get_output_embeddings().weight[3:].T
     best = logits.topk(5, dim=1)
     z = (best.values - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True, correction=0)
-    assert found.promoted == [[f"w{i + 3}" for i in row] for row in best.indices.tolist()]
-    np.testing.assert_allclose(found.promoted_z_FK, z, rtol=1e-3, atol=1e-3)
-    assert found.suppressed == [[f"w{i + 3}" for i in row] for row in logits.topk(3, largest=False).indices.tolist()]
+    assert found.top == [[f"w{i + 3}" for i in row] for row in best.indices.tolist()]
+    np.testing.assert_allclose(found.top_z_FK, z, rtol=1e-3, atol=1e-3)
+    assert found.bottom == [[f"w{i + 3}" for i in row] for row in logits.topk(3, largest=False).indices.tolist()]
 
 
 def test_codes_pass_through_unchanged_and_are_kept_up_to_the_limit() -> None:
@@ -144,19 +144,19 @@ def test_codes_pass_through_unchanged_and_are_kept_up_to_the_limit() -> None:
         torch.zeros(3, 4, 1), mask, torch.zeros(3, 4, dtype=torch.int32), torch.arange(12).view(3, 4)
     )
     coded = CodedBatch(codes, batch.mask_BL, batch.doc_BL, batch.tokens_BL)
-    passages = Passages(max_tokens=8)
+    passages = ExampleRecorder(max_tokens=8)
     assert list(passages.listen([coded, coded])) == [coded, coded]
     text, order = passages.gathered()
     assert text.tokens_BL.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert not text.valid_BL[0, 1]
-    assert (order.start_F.tolist(), order.token_P.tolist()) == ([0, 0, 1], [5])  # position 1 does not count
+    assert (order.ptr_F.tolist(), order.token_Q.tolist()) == ([0, 0, 1], [5])  # position 1 does not count
     with pytest.raises(LegatoError, match="no codes have passed"):
-        Passages().gathered()
+        ExampleRecorder().gathered()
 
 
 def test_the_table_reads_back_with_empty_rows_for_dead_latents(tmp_path: Path) -> None:
     order = order_of([{0: 4.0, 5: 1.0}, {}])
-    other = Other(torch.eye(2), np.array([True, True]))
+    other = OtherSAE(torch.eye(2), np.array([True, True]))
     write_strips(tmp_path / "a.parquet", order, text_of(2, 4), torch.eye(2), others={"baseline": other})
     live, dead = pq.read_table(tmp_path / "a.parquet").to_pylist()
     assert (live["firings"], live["max_activation"], live["tokens"], live["values"]) == (2, 4.0, [0, 5], [255, 64])

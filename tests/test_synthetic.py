@@ -31,7 +31,7 @@ from legato.synthetic.command import read_arms, read_sources
 from legato.synthetic.ranking import METRICS, rank_correlations
 from legato.synthetic.recovery import bootstrap, chance_mcc, encode, found_by_true_directions
 from legato.synthetic.sources import PROFILES, fire
-from legato.training.config import ArmConfig
+from legato.training.config import SAEConfig
 
 L = 64
 
@@ -408,7 +408,7 @@ def test_bad_sources_are_refused(text):
 def test_bad_arms_and_studies_are_refused():
     with pytest.raises(UsageError, match="unknown"):
         read_arms("nonsense", 8, 2, SMALL, 0.5)
-    baseline = ArmConfig("baseline", BatchTopK(2), 8)
+    baseline = SAEConfig("baseline", BatchTopK(2), 8)
     with pytest.raises(UsageError, match="one of them 'baseline'"):
         study(SMALL, [replace(baseline, name="mine")], StudyConfig())
     with pytest.raises(UsageError, match="fewer than one batch"):

@@ -12,7 +12,7 @@ from legato import metrics
 from legato.evaluation.latents import tokens as token_statistics
 from legato.evaluation.latents.burstiness import GapSums, burstiness
 from legato.evaluation.latents.tokens import TokenCounts, token_features, token_information
-from legato.evaluation.sums.lag_pairs import LatentOrder, PairLayout
+from legato.evaluation.sums.lag_pairs import LagPairs, pairs_by_latent
 from legato.sae.codes import SparseCodes
 
 
@@ -22,8 +22,8 @@ def entropy(*shares):
 
 def add(sums, codes_BLF, tokens_BL=None, mask_BL=None, doc_BL=None):
     mask_BL = torch.ones(codes_BLF.shape[:2], dtype=torch.bool) if mask_BL is None else mask_BL
-    layout = PairLayout.of(mask_BL, doc_BL, (1,))
-    order = LatentOrder.of(SparseCodes.from_dense(codes_BLF), layout)
+    layout = LagPairs.of(mask_BL, doc_BL, (1,))
+    order = pairs_by_latent(SparseCodes.from_dense(codes_BLF), layout)
     sums.add(*([] if tokens_BL is None else [tokens_BL]), layout, order)
     return sums
 

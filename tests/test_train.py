@@ -13,7 +13,7 @@ from legato.experiment.arms import arms
 from legato.experiment.config import GROUP_ARMS, SPARSITY_ARMS, TERM_ARMS, ExperimentConfig
 from legato.sae.architectures import BatchTopK, Gated, Hysteresis, JumpReLU, ReLU, TopK
 from legato.training.bank import train_bank
-from legato.training.config import ArmConfig, TrainConfig
+from legato.training.config import SAEConfig, TrainConfig
 from legato.training.losses import Contrastive, Slowness, WindowGroupLasso, WindowVariance
 from legato.training.passes import bank_bytes
 from legato.training.step import Parameters, TrainBatch
@@ -51,17 +51,17 @@ def normaliser() -> Normaliser:
 
 NESTED = ((0.25, 0.3), (1.0, 0.7))
 ARMS = [
-    ArmConfig("baseline", BatchTopK(4), F),
-    ArmConfig("topk", TopK(4), F, seed=1),
-    ArmConfig("relu", ReLU(2.0), F),
-    ArmConfig("wide", BatchTopK(4), 2 * F),
-    ArmConfig("variance", BatchTopK(4), F, (WindowVariance(window=4, coefficient=0.3),)),
-    ArmConfig("contrastive", BatchTopK(4), F, (Contrastive(coefficient=0.05, anchors=16),)),
-    ArmConfig("hysteresis", Hysteresis(4, release=0.5), F),
-    ArmConfig("jumprelu", JumpReLU(4), F),
-    ArmConfig("gated", Gated(1.0, k=4), F),
-    ArmConfig("group_lasso", ReLU(0.0), F, (WindowGroupLasso(window=4, coefficient=0.02),)),
-    ArmConfig("jumprelu_matryoshka", JumpReLU(4), F, (Slowness(window=4, coefficient=0.05),), groups=NESTED),
+    SAEConfig("baseline", BatchTopK(4), F),
+    SAEConfig("topk", TopK(4), F, seed=1),
+    SAEConfig("relu", ReLU(2.0), F),
+    SAEConfig("wide", BatchTopK(4), 2 * F),
+    SAEConfig("variance", BatchTopK(4), F, (WindowVariance(window=4, coefficient=0.3),)),
+    SAEConfig("contrastive", BatchTopK(4), F, (Contrastive(coefficient=0.05, anchors=16),)),
+    SAEConfig("hysteresis", Hysteresis(4, release=0.5), F),
+    SAEConfig("jumprelu", JumpReLU(4), F),
+    SAEConfig("gated", Gated(1.0, k=4), F),
+    SAEConfig("group_lasso", ReLU(0.0), F, (WindowGroupLasso(window=4, coefficient=0.02),)),
+    SAEConfig("jumprelu_matryoshka", JumpReLU(4), F, (Slowness(window=4, coefficient=0.05),), groups=NESTED),
 ]
 STEERED = (JumpReLU, Gated)  # towards k, not onto it
 
@@ -134,7 +134,7 @@ def test_a_frozen_decoder_stays_as_it_was_drawn(normaliser):
 def test_shuffled_positions_take_the_order_away_and_nothing_else(normaliser):
     """Where order plays no part in the loss, the same tokens in another order give the same first step; where it does,
     another one."""
-    by_order = ArmConfig("variance", BatchTopK(4), F, (WindowVariance(window=4, coefficient=0.3),))
+    by_order = SAEConfig("variance", BatchTopK(4), F, (WindowVariance(window=4, coefficient=0.3),))
     arms = [ARMS[0], by_order]
     arms += [dataclasses.replace(arm, name=f"{arm.name}_shuffled", shuffle_positions=True) for arm in arms]
     _, log = train(arms, normaliser, TrainConfig(steps=2))
@@ -175,7 +175,7 @@ def test_every_temporal_term_trains_with_every_sparsity_and_with_groups(normalis
 def test_two_terms_of_one_name_both_count(normaliser):
     """`legato+slowness` has two: their sum is logged, and is part of the loss."""
     term = Slowness(window=4, coefficient=0.5)
-    both = [ArmConfig("one", BatchTopK(4), F, (term,)), ArmConfig("two", BatchTopK(4), F, (term, term))]
+    both = [SAEConfig("one", BatchTopK(4), F, (term,)), SAEConfig("two", BatchTopK(4), F, (term, term))]
     _, log = train(both, normaliser, TrainConfig(steps=1))
     one, two = (record["loss_terms"] for record in log)
     assert two["slowness"] == pytest.approx(2 * one["slowness"])
@@ -184,7 +184,7 @@ def test_two_terms_of_one_name_both_count(normaliser):
 
 def test_relu_codes_that_nothing_makes_sparse_are_refused():
     with pytest.raises(ValueError, match="nothing makes ReLU codes sparse"):
-        ArmConfig("dense", ReLU(0.0), F, (WindowVariance(window=4, coefficient=0.3),))
+        SAEConfig("dense", ReLU(0.0), F, (WindowVariance(window=4, coefficient=0.3),))
 
 
 def test_an_auxiliary_loss_revives_dead_latents(normaliser):
@@ -196,7 +196,7 @@ def test_an_auxiliary_loss_revives_dead_latents(normaliser):
 
 
 def test_a_failing_member_is_dropped_and_the_others_go_on(normaliser):
-    bad = ArmConfig("explodes", BatchTopK(4), F, (WindowVariance(window=4, coefficient=float("nan")),))
+    bad = SAEConfig("explodes", BatchTopK(4), F, (WindowVariance(window=4, coefficient=float("nan")),))
     result, _ = train([ARMS[0], bad, ARMS[1]], normaliser)
     assert [trainer.arm.name for trainer in result.finished] == ["baseline", "topk"]
     [(trainer, reason)] = result.failed

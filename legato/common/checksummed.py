@@ -23,7 +23,7 @@ class DamagedError(LegatoError):
     """A file that is not what was written, or that another version wrote."""
 
 
-def write_sealed(
+def write_checksummed(
     path: Path,
     content: Any,
     tensors: Mapping[str, Tensors] | None = None,
@@ -33,8 +33,8 @@ def write_sealed(
 ) -> None:
     """Write `path` (JSON: content, which may hold NaN) and `<name>.safetensors` beside it for each name in tensors.
 
-    kind: what such a file is and its version; one of another kind is not read. files: what `sealing` said of files that
-    are there already. Raises OSError and SafetensorError.
+    kind: what such a file is and its version; one of another kind is not read. files: what `file_hashes` said of files
+    that are there already. Raises OSError and SafetensorError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     written = {name: _write_tensors(path, name, named) for name, named in (tensors or {}).items()}
@@ -42,8 +42,8 @@ def write_sealed(
     write_atomically(path, json.dumps({"sha256": sha256_json(body), **body}).encode())
 
 
-def sealing(path: Path, files: Collection[Path]) -> dict[str, Any]:
-    """What `write_sealed` needs to know of .safetensors files beside `path` or in folders there."""
+def file_hashes(path: Path, files: Collection[Path]) -> dict[str, Any]:
+    """What `write_checksummed` needs to know of .safetensors files beside `path` or in folders there."""
     return {file.relative_to(path.parent).with_suffix("").as_posix(): {"sha256": sha256_file(file)} for file in files}
 
 
@@ -57,7 +57,7 @@ def _write_tensors(path: Path, name: str, named: Tensors) -> dict[str, Any]:
 def read_sealed(
     path: Path, *, kind: str, names: Collection[str] | None = None
 ) -> tuple[Any, dict[str, dict[str, Tensor]]]:
-    """(content, tensors by name) of `write_sealed`. Raises DamagedError, naming the file; FileNotFoundError.
+    """(content, tensors by name) of `write_checksummed`. Raises DamagedError, naming the file; FileNotFoundError.
 
     names: of the tensor files only these are checked and read.
     """
@@ -73,7 +73,7 @@ def read_sealed(
     return body["content"], tensors
 
 
-def check_sealed(path: Path, *, kind: str, folders: Collection[str] | None = None) -> Any:
+def verify_checksummed(path: Path, *, kind: str, folders: Collection[str] | None = None) -> Any:
     """As read_sealed, with every file checked and none but `path` read: the content.
 
     A folder beside `path` that holds files of it must hold no others. folders: only files in these are checked.

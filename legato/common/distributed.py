@@ -38,17 +38,17 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
-def size() -> int:
+def world_size() -> int:
     """The number of processes that work as one."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_size() -> int:
     """Those of them on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if size() > 1 else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size() > 1 else 1
 
 
-def is_writer() -> bool:
+def is_rank0() -> bool:
     return rank() == 0
 
 
@@ -73,7 +73,7 @@ def _divide_threads(ranks: int) -> None:
 
 
 @contextmanager
-def others_needed() -> Iterator[None]:
+def rank_errors() -> Iterator[None]:
     """For what torch.distributed does with other ranks. Raises RankLostError where one is gone."""
     try:
         yield
@@ -87,7 +87,7 @@ def others_needed() -> Iterator[None]:
 
 
 @contextmanager
-def joined() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Within it the processes that torchrun started are the ranks of one run; without torchrun it does nothing.
 
     Raises RankLostError where they do not find each other.
@@ -96,7 +96,7 @@ def joined() -> Iterator[None]:
         yield
         return
     _divide_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    with others_needed():
+    with rank_errors():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         patience = timedelta(seconds=_patience())
         store, rank, size = next(dist.rendezvous("env://", timeout=patience))
@@ -109,7 +109,7 @@ def joined() -> Iterator[None]:
 
 def gather(mine: T) -> list[T]:
     """What each rank gives, in the order of the ranks, on every rank."""
-    if size() == 1:
+    if world_size() == 1:
         return [mine]
     blobs = gather_bytes(torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8))
     return [pickle.loads(blob.numpy().tobytes()) for blob in blobs]
@@ -117,8 +117,8 @@ def gather(mine: T) -> list[T]:
 
 def gather_bytes(mine: torch.Tensor) -> list[torch.Tensor]:
     """The uint8 tensors (any lengths) of all ranks, in their order, on every rank."""
-    with others_needed():
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size())]
+    with rank_errors():
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
         dist.all_gather(lengths, torch.tensor([len(mine)]))
         longest = max(int(length) for length in lengths)
         padded = torch.zeros(longest, dtype=torch.uint8)
@@ -128,21 +128,21 @@ def gather_bytes(mine: torch.Tensor) -> list[torch.Tensor]:
     return [blob[: int(length)] for blob, length in zip(blobs, lengths, strict=True)]
 
 
-def from_writer(compute: Callable[[], T]) -> T:
+def broadcast_from_rank0(compute: Callable[[], T]) -> T:
     """What `compute` gives on the writer, on every rank; the others do not run it.
 
     Where it raises there, the others raise SaidElsewhereError.
     """
-    if size() == 1:
+    if world_size() == 1:
         return compute()
     outcome: list[Any] = [None, True]
     failure: BaseException | None = None
-    if is_writer():
+    if is_rank0():
         try:
             outcome[0] = compute()
         except BaseException as error:
             failure, outcome = error, [None, False]
-    with others_needed():
+    with rank_errors():
         dist.broadcast_object_list(outcome, src=0)
     if failure is not None:
         raise failure
@@ -151,11 +151,11 @@ def from_writer(compute: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def writer_first(compute: Callable[[], T]) -> T:
+def rank0_first(compute: Callable[[], T]) -> T:
     """What `compute` gives on each rank, on the writer first: the others find what it fetched, and where it raises
     there they raise SaidElsewhereError."""
     own: list[T] = []
-    from_writer(lambda: own.append(compute()))
+    broadcast_from_rank0(lambda: own.append(compute()))
     return own[0] if own else compute()
 
 
@@ -165,10 +165,10 @@ def barrier() -> None:
 
 
 @contextmanager
-def held_by_writer(context: AbstractContextManager[Any]) -> Iterator[None]:
+def held_by_rank0(context: AbstractContextManager[Any]) -> Iterator[None]:
     """A context, such as a lock, that the writer enters before any rank is within this one, and leaves with it."""
     with ExitStack() as stack:
-        from_writer(lambda: stack.enter_context(context) and None)
+        broadcast_from_rank0(lambda: stack.enter_context(context) and None)
         yield
 
 
@@ -183,12 +183,12 @@ def one_first() -> Iterator[None]:
         barrier()
 
 
-def mine(members: Sequence[T]) -> list[T]:
+def shard(members: Sequence[T]) -> list[T]:
     """This rank's share of a list that all ranks hold: every member is one rank's."""
-    return list(members[rank() % size() :: size()])
+    return list(members[rank() % world_size() :: world_size()])
 
 
-def merged(part: dict[str, Any]) -> dict[str, Any]:
+def gather_dicts(part: dict[str, Any]) -> dict[str, Any]:
     """The union of the ranks' dicts, on every rank; entries that are dicts themselves are united likewise."""
     parts = gather(part)
     if len(parts) == 1:
@@ -206,13 +206,13 @@ def all_reduce(tensor: torch.Tensor) -> None:
     Every rank sums up one piece and sends it to the others: it receives at most twice the tensor, however many there
     are.
     """
-    if size() == 1:
+    if world_size() == 1:
         return
-    length = -(-tensor.numel() // size())
-    pieces = torch.zeros(size() * length, dtype=tensor.dtype)
+    length = -(-tensor.numel() // world_size())
+    pieces = torch.zeros(world_size() * length, dtype=tensor.dtype)
     pieces[: tensor.numel()] = tensor.flatten()
     own = torch.empty_like(pieces)
-    with others_needed():
+    with rank_errors():
         dist.all_to_all_single(own, pieces)
         total = own[:length]
         for part in own.split(length)[1:]:
@@ -221,11 +221,11 @@ def all_reduce(tensor: torch.Tensor) -> None:
     tensor.copy_(pieces[: tensor.numel()].view_as(tensor))
 
 
-def rows_on_writer(own: torch.Tensor) -> torch.Tensor:
+def rows_on_rank0(own: torch.Tensor) -> torch.Tensor:
     """On the writer the ranks' rows one after the other; elsewhere `own`."""
     lengths = gather(len(own))
-    with others_needed():
-        if not is_writer():
+    with rank_errors():
+        if not is_rank0():
             dist.send(own.contiguous(), dst=0)
             return own
         rows = torch.empty(sum(lengths), *own.shape[1:], dtype=own.dtype)
@@ -241,7 +241,7 @@ S = TypeVar("S")
 
 
 @dataclass(frozen=True)
-class Outcome(Generic[T]):
+class Result(Generic[T]):
     """What a piece of work gave, or why it gave nothing."""
 
     given: T | LegatoError
@@ -253,17 +253,17 @@ class Outcome(Generic[T]):
         return self.given
 
 
-def in_turn(compute: Callable[[S], T], items: Sequence[S], *, together: bool) -> list[Outcome[T]]:
+def map_over_ranks(compute: Callable[[S], T], items: Sequence[S], *, together: bool) -> list[Result[T]]:
     """The outcome of each item, in their order. together: all ranks ask for the same items; every rank computes its
     share and gets all. Else this process computes them all by itself."""
 
-    def outcome(item: S) -> Outcome[T]:
+    def outcome(item: S) -> Result[T]:
         try:
-            return Outcome(compute(item))
+            return Result(compute(item))
         except LegatoError as error:
-            return Outcome(error)
+            return Result(error)
 
     if not together:
         return [outcome(item) for item in items]
-    ranks = gather([outcome(item) for item in mine(items)])
+    ranks = gather([outcome(item) for item in shard(items)])
     return [ranks[place % len(ranks)][place // len(ranks)] for place in range(len(items))]

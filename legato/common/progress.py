@@ -13,9 +13,9 @@ from legato.common import distributed
 _SECONDS_BETWEEN_LINES = 15.0
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """One line for the person who watches; of several ranks only the writer's is said."""
-    if distributed.is_writer():
+    if distributed.is_rank0():
         print(text, flush=True)
 
 
@@ -24,7 +24,7 @@ def progress_bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yields a function that takes the number of units done: a bar on a terminal, a plain line now and then
     otherwise."""
     console = Console(file=sys.stdout)
-    if console.is_terminal and distributed.is_writer():
+    if console.is_terminal and distributed.is_rank0():
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console) as progress:
             task = progress.add_task(name, total=total)
@@ -37,6 +37,6 @@ def progress_bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
         now = time.monotonic()
         if done >= total or now - last >= _SECONDS_BETWEEN_LINES:
             last = now
-            say(f"  {name}: {done}/{total} ({now - started:.0f} s)")
+            log(f"  {name}: {done}/{total} ({now - started:.0f} s)")
 
     yield plain

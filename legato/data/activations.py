@@ -132,7 +132,7 @@ class ActivationStream(ActivationSource):
         """See `ActivationSource`. Several ranks must go through it together: each computes one batch in turn, and gets
         those of the others."""
         numbers = iter(rows)
-        while turn := list(islice(numbers, distributed.size())):
+        while turn := list(islice(numbers, distributed.world_size())):
             own = turn[distributed.rank() :][:1]
             for batches in distributed.gather([self.compute(one)[0] for one in own]):
                 yield from batches

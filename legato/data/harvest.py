@@ -63,14 +63,14 @@ def harvest(
             raise UsageError(f"{path} holds other activations: choose another place")
     else:
         folder = cache_dir() / "activations" / stream.key()[:32] if path is None else Path(path)
-    with distributed.held_by_writer(_locked(folder)):
-        manifest = distributed.from_writer(lambda: _claim(stream, folder))
+    with distributed.held_by_rank0(_locked(folder)):
+        manifest = distributed.broadcast_from_rank0(lambda: _claim(stream, folder))
         stream.median_norm = manifest.provenance["median_norm"]
         _fill(stream, folder, replace(manifest, rank=distributed.rank()), batch_rows, progress)
         distributed.barrier()
-        distributed.from_writer(lambda: Manifest.united(folder))
+        distributed.broadcast_from_rank0(lambda: Manifest.united(folder))
         if is_url(path):
-            distributed.from_writer(lambda: put_store(folder, path))
+            distributed.broadcast_from_rank0(lambda: put_store(folder, path))
     return ActivationStore.open(folder, verify=False)
 
 
@@ -119,7 +119,7 @@ def _fill(
     may depend, are the same whoever computes the shard and whatever was there before.
     """
     lacking = [n for n, name in enumerate(manifest.shard_names) if name not in manifest.shards]
-    own, done = distributed.mine(lacking), 0
+    own, done = distributed.shard(lacking), 0
     n_lacking, n_own = (sum(len(manifest.rows_of(number)) for number in numbers) for numbers in (lacking, own))
     with StoreWriter(path, manifest) as writer:
         for number in own:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from legato.common.errors import LegatoError, UsageError
-from legato.common.progress import say
+from legato.common.progress import log
 
 if TYPE_CHECKING:
     import datasets
@@ -70,7 +70,7 @@ def _resumed(opened: "Callable[[], datasets.IterableDataset]", dataset: str) -> 
             if failures == len(STREAM_RETRY_SECONDS):
                 raise LegatoError(f"hub data set {dataset} stopped: {reason}") from error
             seconds = STREAM_RETRY_SECONDS[failures]
-            say(f"hub data set {dataset} stopped ({reason}): going on there in {seconds:g} s")
+            log(f"hub data set {dataset} stopped ({reason}): going on there in {seconds:g} s")
             time.sleep(seconds)
             failures += 1
 

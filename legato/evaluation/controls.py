@@ -20,8 +20,8 @@ from legato.data.activations import ActivationBatch
 from legato.sae.architectures import Hysteresis, Preactivations
 from legato.sae.autoencoder import SparseAutoencoder
 from legato.sae.codes import SparseCodes
-from legato.sae.protocol import Judged
-from legato.sae.segments import SequenceLayout
+from legato.sae.protocol import EvaluableSAE
+from legato.sae.segments import Segments
 
 
 class Smoother(Protocol):
@@ -84,7 +84,7 @@ class ChunkMean:
 class Smoothed:
     """A trained SAE whose codes are smoothed along each document's tokens before they are decoded."""
 
-    sae: Judged
+    sae: EvaluableSAE
     smoother: Smoother
 
     @property
@@ -109,7 +109,7 @@ class Smoothed:
 def smoothed(codes: SparseCodes, mask_BL: Tensor, doc_BL: Tensor, smoother: Smoother) -> SparseCodes:
     """The codes after smoothing, one row at a time so that no more than [L, F] is dense."""
     B, L, F = codes.shape
-    layout = SequenceLayout.of(mask_BL, doc_BL)
+    layout = Segments.of(mask_BL, doc_BL)
     ends = torch.searchsorted(codes.token_P, torch.arange(0, (B + 1) * L, L)).tolist()
     parts = []
     for row in range(B):
@@ -136,7 +136,7 @@ def with_hysteresis(
     for batch in batches:
         x_ND = batch.acts_BLD.flatten(0, 1).float() - sae.b_dec
         pre_NF = fixed_matmul(x_ND.to(dtype), W_enc_FD.to(dtype).T, bias_F.to(dtype))
-        layout = SequenceLayout.of(batch.mask_BL, batch.doc_BL)
+        layout = Segments.of(batch.mask_BL, batch.doc_BL)
         calibration.append(Preactivations(pre_NF, x_ND.numpy(), W_enc_FD.numpy(), bias_F.numpy(), layout))
     return replace(sae, **Hysteresis(k, release=release).frozen(calibration))
 
@@ -145,7 +145,7 @@ def with_hysteresis(
 class Control:
     """A row of the results that was not trained: what is judged, and what stands for it under "training"."""
 
-    judged: Judged
+    judged: EvaluableSAE
     training: dict[str, Any]
 
 
@@ -164,14 +164,14 @@ def post_hoc_controls(
     so that its L0 is k.
     """
 
-    def with_state(sae: SparseAutoencoder) -> tuple[Judged, dict[str, Any]]:
+    def with_state(sae: SparseAutoencoder) -> tuple[EvaluableSAE, dict[str, Any]]:
         if sae.architecture == "topk":
             held: SparseAutoencoder = replace(sae, architecture="hysteresis_topk", release=release)
         else:
             held = with_hysteresis(sae, calibration, k=k, release=release)
         return held, {"k": k, "release": release}
 
-    make: dict[str, Callable[[SparseAutoencoder], tuple[Judged, dict[str, Any]]]] = {
+    make: dict[str, Callable[[SparseAutoencoder], tuple[EvaluableSAE, dict[str, Any]]]] = {
         "ema": lambda sae: _smoothed_control(sae, MovingAverage()),
         "chunk_mean": lambda sae: _smoothed_control(sae, ChunkMean()),
         "hysteresis": with_state,
@@ -191,7 +191,9 @@ def post_hoc_controls(
     return controls
 
 
-def _smoothed_control(sae: SparseAutoencoder, smoother: MovingAverage | ChunkMean) -> tuple[Judged, dict[str, Any]]:
+def _smoothed_control(
+    sae: SparseAutoencoder, smoother: MovingAverage | ChunkMean
+) -> tuple[EvaluableSAE, dict[str, Any]]:
     return Smoothed(sae, smoother), asdict(smoother)
 
 

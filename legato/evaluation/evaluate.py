@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from legato.common import distributed
-from legato.common.distributed import Outcome, in_turn
+from legato.common.distributed import Result, map_over_ranks
 from legato.common.errors import LegatoError, UsageError
 from legato.data.activations import ActivationBatch, ActivationSource
 from legato.data.language_model import LanguageModel
@@ -28,11 +28,11 @@ from legato.evaluation.core.reconstruction import InputSums, reconstruction_metr
 from legato.evaluation.core.saebench import saebench_features, saebench_losses, saebench_metrics, weight_statistics
 from legato.evaluation.latents.table import code_features
 from legato.evaluation.position.attachment import position_matrix, position_metrics, position_profile
-from legato.evaluation.sae_sums import Decoded, Encoded, Judge, JudgedBatch, spliced
+from legato.evaluation.sae_sums import Decoded, Encoded, EvalBatch, SAESums, spliced
 from legato.evaluation.sums.accumulators import PairCounts, PairSums, Summed
-from legato.evaluation.sums.code_buffer import KeptCodes
+from legato.evaluation.sums.code_buffer import CodeBuffer
 from legato.evaluation.sums.lag_pairs import DEFAULT_LAGS, check_lags
-from legato.sae.protocol import Judged
+from legato.sae.protocol import EvaluableSAE
 
 _SINGLE = "the SAE"
 _SPLICED_AT_ONCE = 4  # rows, whoever computes them: the last bits of a forward pass depend on how many go through it
@@ -40,7 +40,7 @@ _SPLICED_AT_ONCE = 4  # rows, whoever computes them: the last bits of a forward 
 
 @torch.no_grad()
 def evaluate(
-    sae: Judged | Mapping[str, Judged],
+    sae: EvaluableSAE | Mapping[str, EvaluableSAE],
     activations: ActivationSource | Iterable[ActivationBatch],
     *,
     language_model: LanguageModel | None = None,
@@ -87,15 +87,15 @@ def evaluate(
         raise UsageError("to measure the language model's loss, say which layer the activations come from")
     lags = check_lags(tuple(lags))
     shared: _Shared | None = None
-    judges: dict[str, Judge] = {}
-    kept = {name: KeptCodes(kept_rows) for name in bank}
-    batches = (JudgedBatch.of(raw, lags, language_model) for raw in _batches(activations, rows_per_batch))
+    judges: dict[str, SAESums] = {}
+    kept = {name: CodeBuffer(kept_rows) for name in bank}
+    batches = (EvalBatch.of(raw, lags, language_model) for raw in _batches(activations, rows_per_batch))
     for batch, encoded in _encoded(bank, failures if failures is not None else {}, batches, together):
         raw = batch.raw
         if shared is None:
             _, length, width = raw.acts_BLD.shape
             shared = _Shared.zero(width, length, lags)
-            judges = {name: Judge.zero(one.W_enc.shape[1], length, lags) for name, one in bank.items()}
+            judges = {name: SAESums.zero(one.W_enc.shape[1], length, lags) for name, one in bank.items()}
         n_rows = min(ce_rows - int(shared.rows), len(raw.mask_BL))
         shared.add(batch)
         decoded = {}
@@ -106,7 +106,7 @@ def evaluate(
                 kept[name].add(decoded[name].codes, raw.mask_BL, raw.doc_BL)
         if language_model is not None and layer is not None and n_rows > 0:
             losses = partial(spliced, decoded, batch, language_model, layer=layer, site=site)
-            for part in in_turn(losses, torch.arange(n_rows).split(_SPLICED_AT_ONCE), together=together):
+            for part in map_over_ranks(losses, torch.arange(n_rows).split(_SPLICED_AT_ONCE), together=together):
                 part.get().add_to(judges)
             shared.ce_rows += n_rows
         progress(int(shared.rows))
@@ -116,22 +116,22 @@ def evaluate(
         raise LegatoError("no position is valid: every token is special, padding or an outlier")
     result = partial(_result, bank, judges, kept, shared, bootstrap)
     results = {}
-    for name, outcome in zip(list(judges), in_turn(result, list(judges), together=together), strict=True):
+    for name, outcome in zip(list(judges), map_over_ranks(result, list(judges), together=together), strict=True):
         with _failing(name, judges, failures):
             results[name] = outcome.get()
     return results if isinstance(sae, Mapping) else results[_SINGLE]
 
 
 def _encoded(
-    bank: Mapping[str, Judged], dropped: Container[str], batches: Iterator[JudgedBatch], together: bool
-) -> Iterator[tuple[JudgedBatch, dict[str, Outcome[Encoded]]]]:
+    bank: Mapping[str, EvaluableSAE], dropped: Container[str], batches: Iterator[EvalBatch], together: bool
+) -> Iterator[tuple[EvalBatch, dict[str, Result[Encoded]]]]:
     """Every batch with the codes of the SAEs that are not dropped by then. Ranks work on as many batches at a time as
     give each of them something to encode."""
-    at_once = math.ceil(distributed.size() / len(bank)) if together else 1
+    at_once = math.ceil(distributed.world_size() / len(bank)) if together else 1
     while some := list(islice(batches, at_once)):
         names = [name for name in bank if name not in dropped]
         tasks = [(name, batch) for batch in some for name in names]
-        codes = iter(in_turn(lambda task: Encoded.of(bank[task[0]], task[1]), tasks, together=together))
+        codes = iter(map_over_ranks(lambda task: Encoded.of(bank[task[0]], task[1]), tasks, together=together))
         for batch in some:
             yield batch, {name: next(codes) for name in names}
 
@@ -152,7 +152,7 @@ class _Shared(Summed):
             InputSums.zero(width), PairCounts.zero(n_positions, lags), PairSums.zero(width, n_positions, len(lags))
         )
 
-    def add(self, batch: JudgedBatch) -> None:
+    def add(self, batch: EvalBatch) -> None:
         if batch.raw.mask_BL.shape[1] != len(self.counts.tokens_L):
             raise LegatoError(
                 f"rows of {batch.raw.mask_BL.shape[1]} positions follow some of {len(self.counts.tokens_L)}"
@@ -164,9 +164,9 @@ class _Shared(Summed):
 
 
 def _result(
-    bank: Mapping[str, Judged],
-    judges: Mapping[str, Judge],
-    kept: Mapping[str, KeptCodes],
+    bank: Mapping[str, EvaluableSAE],
+    judges: Mapping[str, SAESums],
+    kept: Mapping[str, CodeBuffer],
     shared: _Shared,
     bootstrap: int,
     name: str,
@@ -218,7 +218,7 @@ def _batches(activations: ActivationSource | Iterable[ActivationBatch], rows: in
 
 
 @contextmanager
-def _failing(name: str, judges: dict[str, Judge], failures: dict[str, str] | None) -> Iterator[None]:
+def _failing(name: str, judges: dict[str, SAESums], failures: dict[str, str] | None) -> Iterator[None]:
     """Put the SAE's name in front of an error about it; with a record of failures, note it there and drop the SAE."""
     try:
         yield

@@ -30,7 +30,7 @@ from legato.evaluation.position import attachment as position
 from legato.evaluation.position.shift_test import Agreement
 from legato.evaluation.sums import accumulators
 from legato.evaluation.sums.accumulators import CodeSums
-from legato.evaluation.sums.lag_pairs import DEFAULT_LAGS, LatentOrder, PairLayout
+from legato.evaluation.sums.lag_pairs import DEFAULT_LAGS, LagPairs, pairs_by_latent
 from legato.sae.codes import SparseCodes
 
 __all__ = [
@@ -81,7 +81,7 @@ def autocorrelation(
 ) -> Correlations:
     """corr(f_t, f_{t+lag}) of the codes, centred globally, with both nulls in closed form."""
     sums = _sums(codes_BLF, mask_BL, doc_BL, lags)
-    return _correlations(consistency.persistence(sums.counts, sums.value))
+    return _correlations(consistency.lag_correlation(sums.counts, sums.value))
 
 
 def kappa(
@@ -89,7 +89,7 @@ def kappa(
 ) -> Correlations:
     """Autocorrelation of firing: (P(on_{t+lag} | on_t) - p) / (1 - p) for a stationary latent."""
     sums = _sums(codes_BLF, mask_BL, doc_BL, lags)
-    return _correlations(consistency.persistence(sums.counts, sums.firing))
+    return _correlations(consistency.lag_correlation(sums.counts, sums.firing))
 
 
 def half_life(
@@ -151,18 +151,18 @@ def mutual_information(codes_BLF: Tensor, mask_BL: Tensor) -> Tensor:
 def token_information(codes_BLF: Tensor, tokens_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
     """(mutual information of firing and the token's id in nats, Miller-Madow corrected [F]; share of the entropy of
     firing that the token tells beyond chance [F])."""
-    layout = PairLayout.of(mask_BL, None, (1,))
+    layout = LagPairs.of(mask_BL, None, (1,))
     counts = TokenCounts.zero(codes_BLF.shape[2])
-    counts.add(tokens_BL, layout, LatentOrder.of(_sparse(codes_BLF, mask_BL), layout))
+    counts.add(tokens_BL, layout, pairs_by_latent(_sparse(codes_BLF, mask_BL), layout))
     information = information_of(counts)
     return torch.from_numpy(information.miller_madow_F), torch.from_numpy(information.adjusted_F)
 
 
 def burstiness(codes_BLF: Tensor, mask_BL: Tensor, doc_BL: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(burstiness of the gaps between firings inside a document [F], that of firings shuffled there [F])."""
-    layout = PairLayout.of(mask_BL, doc_BL, (1,))
+    layout = LagPairs.of(mask_BL, doc_BL, (1,))
     sums = GapSums.zero(codes_BLF.shape[2])
-    sums.add(layout, LatentOrder.of(_sparse(codes_BLF, mask_BL), layout))
+    sums.add(layout, pairs_by_latent(_sparse(codes_BLF, mask_BL), layout))
     real_F, null_F = gap_burstiness(sums)
     return torch.from_numpy(real_F), torch.from_numpy(null_F)
 
@@ -175,8 +175,8 @@ def position_profile(codes_BLF: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor
 
 def position_matrix(codes_BLF: Tensor, mask_BL: Tensor, doc_BL: Tensor | None = None) -> Tensor:
     """Mean over latents of the correlation over rows of f_t and f_t', [L, L]."""
-    layout = PairLayout.of(mask_BL, doc_BL, (1,))
-    return torch.from_numpy(position.position_matrix(layout, LatentOrder.of(_sparse(codes_BLF, mask_BL), layout)))
+    layout = LagPairs.of(mask_BL, doc_BL, (1,))
+    return torch.from_numpy(position.position_matrix(layout, pairs_by_latent(_sparse(codes_BLF, mask_BL), layout)))
 
 
 def agreement(codes_BLF: Tensor, other_BLF: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,9 +211,9 @@ def _sums(
     lags: Sequence[int] = (1,),
     step_BL: Tensor | None = None,
 ) -> CodeSums:
-    layout = PairLayout.of(mask_BL, doc_BL, lags)
+    layout = LagPairs.of(mask_BL, doc_BL, lags)
     sums = CodeSums.zero(codes_BLF.shape[2], codes_BLF.shape[1], lags)
-    sums.add(layout, LatentOrder.of(_sparse(codes_BLF, mask_BL), layout), step_BL)
+    sums.add(layout, pairs_by_latent(_sparse(codes_BLF, mask_BL), layout), step_BL)
     return sums
 
 

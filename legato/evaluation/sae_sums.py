@@ -23,9 +23,9 @@ from legato.evaluation.core.splice import TokenLosses, splice_losses
 from legato.evaluation.latents.burstiness import GapSums
 from legato.evaluation.latents.tokens import TokenCounts
 from legato.evaluation.sums.accumulators import CodeSums, Summed
-from legato.evaluation.sums.lag_pairs import Floats, LatentOrder, PairLayout
+from legato.evaluation.sums.lag_pairs import Floats, LagPairs, pairs_by_latent
 from legato.sae.codes import SparseCodes
-from legato.sae.protocol import Judged
+from legato.sae.protocol import EvaluableSAE
 
 ABLATION = "zero ablation"
 
@@ -51,20 +51,20 @@ class BenchPositions:
 
 
 @dataclass(frozen=True)
-class JudgedBatch:
+class EvalBatch:
     """A batch of activations with what all SAEs need to know about it. step_BL: ||x_t - x_{t-1}||."""
 
     raw: ActivationBatch
-    layout: PairLayout
+    layout: LagPairs
     bench: BenchPositions
     step_BL: Tensor
 
     @classmethod
-    def of(cls, batch: ActivationBatch, lags: tuple[int, ...], language_model: LanguageModel | None) -> "JudgedBatch":
+    def of(cls, batch: ActivationBatch, lags: tuple[int, ...], language_model: LanguageModel | None) -> "EvalBatch":
         acts_BLD = batch.acts_BLD.float()
         step_BL = torch.zeros(acts_BLD.shape[:2])
         step_BL[:, 1:] = (acts_BLD[:, 1:] - acts_BLD[:, :-1]).norm(dim=-1)
-        layout = PairLayout.of(batch.mask_BL, batch.doc_BL, lags)
+        layout = LagPairs.of(batch.mask_BL, batch.doc_BL, lags)
         return cls(batch, layout, BenchPositions.of(batch, language_model), step_BL)
 
 
@@ -76,7 +76,7 @@ class Encoded:
     bench: SparseCodes | None
 
     @classmethod
-    def of(cls, sae: Judged, batch: JudgedBatch) -> "Encoded":
+    def of(cls, sae: EvaluableSAE, batch: EvalBatch) -> "Encoded":
         codes = _finite(sae.encode_sparse(batch.raw))
         if not len(batch.bench.rows):
             return cls(codes, None)
@@ -93,7 +93,7 @@ class Decoded:
     bench_out: Tensor | None
 
     @classmethod
-    def of(cls, sae: Judged, encoded: Encoded) -> "Decoded":
+    def of(cls, sae: EvaluableSAE, encoded: Encoded) -> "Decoded":
         bench_out = None if encoded.bench is None else sae.decode_sparse(encoded.bench)
         return cls(encoded.codes, sae.decode_sparse(encoded.codes), encoded.bench, bench_out)
 
@@ -116,7 +116,7 @@ def _finite(codes: SparseCodes) -> SparseCodes:
 
 
 @dataclass
-class Judge(Summed):
+class SAESums(Summed):
     """All sums about one SAE."""
 
     codes: CodeSums
@@ -128,7 +128,7 @@ class Judge(Summed):
     gaps: GapSums
 
     @classmethod
-    def zero(cls, n_latents: int, n_positions: int, lags: Iterable[int]) -> "Judge":
+    def zero(cls, n_latents: int, n_positions: int, lags: Iterable[int]) -> "SAESums":
         codes = CodeSums.zero(n_latents, n_positions, tuple(lags))
         return cls(
             codes,
@@ -140,8 +140,8 @@ class Judge(Summed):
             GapSums.zero(n_latents),
         )
 
-    def add(self, batch: JudgedBatch, decoded: Decoded) -> None:
-        order = LatentOrder.of(decoded.codes, batch.layout)
+    def add(self, batch: EvalBatch, decoded: Decoded) -> None:
+        order = pairs_by_latent(decoded.codes, batch.layout)
         self.codes.add(batch.layout, order, batch.step_BL)
         self.tokens.add(batch.raw.tokens_BL, batch.layout, order)
         self.gaps.add(batch.layout, order)
@@ -176,7 +176,7 @@ class SplicedRows:
     bench_loss_N: NDArray[Any]
     bench_N: NDArray[Any]
 
-    def add_to(self, judges: dict[str, Judge]) -> None:
+    def add_to(self, judges: dict[str, SAESums]) -> None:
         for name, judge in judges.items():
             judge.splice.add(self.clean, self.own[name], self.own[ABLATION], self.own_N, self.own_N)
             judge.bench_splice.add(self.clean, self.bench[name], self.own[ABLATION], self.bench_loss_N, self.bench_N)
@@ -184,7 +184,7 @@ class SplicedRows:
 
 def spliced(
     decoded: dict[str, Decoded],
-    batch: JudgedBatch,
+    batch: EvalBatch,
     language_model: LanguageModel,
     rows: Tensor,
     *,

@@ -16,13 +16,13 @@ from legato.sae.architectures import (
     TopK,
     WindowTopK,
 )
-from legato.training.config import ArmConfig
+from legato.training.config import SAEConfig
 from legato.training.losses import (
     Contrastive,
     FusedLasso,
     PositionPenalty,
     Slowness,
-    TemporalTerm,
+    TemporalLoss,
     TsaeContrastive,
     WindowGroupLasso,
     WindowVariance,
@@ -32,14 +32,14 @@ LEGATO_TERM = Slowness(window=4, coefficient=0.05)  # beside hysteresis on TopK:
 MATRYOSHKA = ((0.2, 0.2), (1.0, 0.8))  # share of the latents, weight: the groups of temporal-saes
 
 
-def arms(config: ExperimentConfig, d_in: int) -> list[ArmConfig]:
+def arms(config: ExperimentConfig, d_in: int) -> list[SAEConfig]:
     """The baseline first, then its sweep over k, the named arms with theirs and the window x coefficient grid.
 
     With several seeds every arm is there once a seed, `_seed<n>` at the end of its name from the second on.
     d_in: width of the activations, which the published T-SAE objective depends on.
     """
     d_sae = config.training.d_sae
-    bank = [ArmConfig("baseline", BatchTopK(config.training.k), d_sae)]
+    bank = [SAEConfig("baseline", BatchTopK(config.training.k), d_sae)]
     bank += [_at_k(bank[0], k) for k in config.arms.sweep_k]
     for name in config.arms.temporal:
         arm = _named(name, config, d_in)
@@ -67,7 +67,7 @@ def is_baseline(name: str) -> bool:
     return name.split("_seed")[0] == "baseline"
 
 
-def recipe(arm: ArmConfig) -> dict[str, Any]:
+def recipe(arm: SAEConfig) -> dict[str, Any]:
     """What is different about an arm, with every coefficient, as it is saved beside its results."""
     term = arm.terms[0] if arm.terms else None
     return {
@@ -86,22 +86,22 @@ def recipe(arm: ArmConfig) -> dict[str, Any]:
     }
 
 
-def _named(name: str, config: ExperimentConfig, d_in: int) -> ArmConfig:
+def _named(name: str, config: ExperimentConfig, d_in: int) -> SAEConfig:
     """The arm of a name in --temporal. `A+B` differs from the baseline in both and is called A_B."""
     parts = name.split("+")
     if parts == ["window_variance"]:
         return _window_variance(config.arms.window, _weight(config, 0.3), config)
-    arm = ArmConfig("_".join(parts), BatchTopK(config.training.k), config.training.d_sae)
+    arm = SAEConfig("_".join(parts), BatchTopK(config.training.k), config.training.d_sae)
     for part in parts:
         arm = replace(arm, **_difference(part, arm, config, d_in))
     return arm
 
 
-def _difference(part: str, arm: ArmConfig, config: ExperimentConfig, d_in: int) -> dict[str, Any]:
+def _difference(part: str, arm: SAEConfig, config: ExperimentConfig, d_in: int) -> dict[str, Any]:
     """The fields in which a named part changes an arm."""
     options, k = config.arms, config.training.k
 
-    def with_term(term: TemporalTerm) -> dict[str, Any]:
+    def with_term(term: TemporalLoss) -> dict[str, Any]:
         return {"terms": (*arm.terms, term)}
 
     if part == "legato":
@@ -135,7 +135,7 @@ def _difference(part: str, arm: ArmConfig, config: ExperimentConfig, d_in: int) 
     return with_term(_term(part, config))
 
 
-def _term(name: str, config: ExperimentConfig) -> TemporalTerm:
+def _term(name: str, config: ExperimentConfig) -> TemporalLoss:
     """A named temporal term under the run's options, with its own coefficient where they give none."""
     options, slow = config.arms, config.arms.slow_fraction
     if name == "contrastive":
@@ -155,7 +155,7 @@ def _weight(config: ExperimentConfig, default: float) -> float:
     return default if config.arms.coefficient is None else config.arms.coefficient
 
 
-def _at_k(arm: ArmConfig, k: int) -> ArmConfig:
+def _at_k(arm: SAEConfig, k: int) -> SAEConfig:
     """The same arm with another budget, a member of its sweep."""
     sparsity: Any = arm.sparsity
     if not hasattr(sparsity, "k"):
@@ -163,9 +163,9 @@ def _at_k(arm: ArmConfig, k: int) -> ArmConfig:
     return replace(arm, name=f"{arm.name}_k{k}", sparsity=replace(sparsity, k=k))
 
 
-def _window_variance(window: int, coefficient: float, config: ExperimentConfig) -> ArmConfig:
+def _window_variance(window: int, coefficient: float, config: ExperimentConfig) -> SAEConfig:
     term = WindowVariance(window, coefficient, slow_fraction=config.arms.slow_fraction)
-    return ArmConfig(grid_name(window, coefficient), BatchTopK(config.training.k), config.training.d_sae, (term,))
+    return SAEConfig(grid_name(window, coefficient), BatchTopK(config.training.k), config.training.d_sae, (term,))
 
 
 def _published_tsae(d_in: int) -> TsaeContrastive:

@@ -22,17 +22,17 @@ import numpy as np
 import torch
 
 from legato.common import distributed
-from legato.common.checksummed import DamagedError, check_sealed, read_sealed, sealing, write_sealed
+from legato.common.checksummed import DamagedError, file_hashes, read_sealed, verify_checksummed, write_checksummed
 from legato.common.command import Interrupted, Interrupts
 from legato.common.errors import UsageError
 from legato.common.files import sha256_file
 from legato.sae.partition import Sharded
 from legato.training.bank import BankState
-from legato.training.config import ArmConfig, TrainConfig
+from legato.training.config import SAEConfig, TrainConfig
 from legato.training.passes import divided
 from legato.training.step import Workspace
 from legato.training.trainer import SAETrainer
-from legato.training.trainer_state import read_member, write_member
+from legato.training.trainer_state import read_trainer_state, write_trainer_state
 
 KIND = "legato-checkpoint-2"
 DEFAULT_MINUTES = 5.0
@@ -86,7 +86,7 @@ class Checkpoint:
                 self.begin(activations)
             return self.progress
 
-        self.progress = distributed.from_writer(found)
+        self.progress = distributed.broadcast_from_rank0(found)
 
     def begin(self, activations: str) -> None:
         """For a new run, trained on the activations of that key."""
@@ -116,8 +116,8 @@ class Checkpoint:
         return True
 
     def write_progress(self) -> None:
-        if distributed.is_writer():
-            write_sealed(self.folder / "progress.json", vars(self.progress), kind=KIND)
+        if distributed.is_rank0():
+            write_checksummed(self.folder / "progress.json", vars(self.progress), kind=KIND)
 
     def finish_evaluation(self, failed: Mapping[str, str]) -> None:
         """The results are saved; the SAEs in `failed` (name: reason) could not be judged and are none any more."""
@@ -129,7 +129,7 @@ class Checkpoint:
         self.write_progress()
 
     def discard(self) -> None:
-        if distributed.is_writer():
+        if distributed.is_rank0():
             shutil.rmtree(self.folder, ignore_errors=True)
 
     # Training
@@ -154,28 +154,30 @@ class Checkpoint:
         Every rank writes its own members, the writer what names them all.
         """
         folder = self.folder / f"step_{bank.step:08d}"
-        distributed.from_writer(lambda: self._make_room(folder))
+        distributed.broadcast_from_rank0(lambda: self._make_room(folder))
         members = [*bank.trainers, *(trainer for trainer, _ in bank.failed)]
         state = folder / "state.json"
         try:
             files = [
                 file
                 for trainer in members
-                for file in write_member(folder / trainer.arm.name, trainer.tensors(), trainer.share, trainer.arm.d_sae)
+                for file in write_trainer_state(
+                    folder / trainer.arm.name, trainer.tensors(), trainer.partition, trainer.arm.d_sae
+                )
             ]
-            parts = distributed.merged(
+            parts = distributed.gather_dicts(
                 {
                     "failed": {trainer.arm.name: reason for trainer, reason in bank.failed},
                     "members": {trainer.arm.name: trainer.numbers() for trainer in members},
-                    "files": sealing(state, files),
+                    "files": file_hashes(state, files),
                 }
             )
-            if distributed.is_writer():
-                content = {"step": bank.step, "log_bytes": log_bytes, "sharded": isinstance(bank.share, Sharded)}
+            if distributed.is_rank0():
+                content = {"step": bank.step, "log_bytes": log_bytes, "sharded": isinstance(bank.partition, Sharded)}
                 content |= {key: parts[key] for key in ("failed", "members")}
-                write_sealed(state, content, kind=KIND, files=parts["files"])
+                write_checksummed(state, content, kind=KIND, files=parts["files"])
         except BaseException:
-            if distributed.is_writer():
+            if distributed.is_rank0():
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         self._last_saved = time.monotonic()
@@ -187,7 +189,7 @@ class Checkpoint:
         folder.mkdir(parents=True)
 
     def read_bank(
-        self, arms: Sequence[ArmConfig], config: TrainConfig, *, shard_latents: bool = False
+        self, arms: Sequence[SAEConfig], config: TrainConfig, *, shard_latents: bool = False
     ) -> SavedBank | None:
         """The newest saved step that is whole, of a bank of any of these arms; None where there is none. Each rank
         gets its share of the members, however many ranks there were when it was saved.
@@ -196,29 +198,29 @@ class Checkpoint:
         Saved steps that are damaged are named, and deleted; so are those of other arms, without a word.
         """
         by_name = {arm.name: arm for arm in arms}
-        folder = distributed.from_writer(lambda: self._newest_step(by_name))
+        folder = distributed.broadcast_from_rank0(lambda: self._newest_step(by_name))
         if folder is None:
             return None
         state = folder / "state.json"
-        content = check_sealed(state, kind=KIND, folders=())
+        content = verify_checksummed(state, kind=KIND, folders=())
         members = [name for name in by_name if name in content["members"]]
-        names, share = divided(members, sharded=shard_latents or content["sharded"])
-        check_sealed(state, kind=KIND, folders=names)
+        names, partition = divided(members, sharded=shard_latents or content["sharded"])
+        verify_checksummed(state, kind=KIND, folders=names)
         workspace = Workspace()
         trainers = {}
         for name in names:
             arm, numbers = by_name[name], content["members"][name]
-            tensors = read_member(folder / name, share, arm.d_sae)
-            trainers[name] = SAETrainer.restored(arm, config, workspace, tensors, numbers, share)
+            tensors = read_trainer_state(folder / name, partition, arm.d_sae)
+            trainers[name] = SAETrainer.restored(arm, config, workspace, tensors, numbers, partition)
         failed = [(trainers.pop(name), reason) for name, reason in content["failed"].items() if name in names]
         elsewhere = len(content["members"]) - len(content["failed"]) - len(trainers)
-        bank = BankState(list(trainers.values()), failed, content["step"], elsewhere, share)
+        bank = BankState(list(trainers.values()), failed, content["step"], elsewhere, partition)
         return SavedBank(bank, content["log_bytes"])
 
     def _newest_step(self, arms: Collection[str]) -> Path | None:
         for folder in self._steps():
             try:
-                content = check_sealed(folder / "state.json", kind=KIND)
+                content = verify_checksummed(folder / "state.json", kind=KIND)
             except (FileNotFoundError, DamagedError) as error:
                 if isinstance(error, DamagedError):
                     _warn(f"{error}: going on from the checkpoint before it")
@@ -231,7 +233,7 @@ class Checkpoint:
 
     def drop_steps(self) -> None:
         """For when the bank they belong to is trained."""
-        if distributed.is_writer():
+        if distributed.is_rank0():
             for folder in self._steps():
                 _delete_step(folder)
         self._last_saved = time.monotonic()
@@ -246,11 +248,11 @@ class Checkpoint:
 
         All ranks compute it together, to one result, which the writer keeps.
         """
-        found = distributed.from_writer(lambda: self._kept(name))
+        found = distributed.broadcast_from_rank0(lambda: self._kept(name))
         if found is not None:
             return found
         computed = compute()
-        return self._keep(name, computed, write=distributed.is_writer())
+        return self._keep(name, computed, write=distributed.is_rank0())
 
     def own_part(self, name: str, compute: Callable[[], Any]) -> Any:
         """As `part`, of one rank alone."""
@@ -272,7 +274,7 @@ class Checkpoint:
         content = json.loads(json.dumps(_flat(computed, arrays)))
         if write:
             tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
-            write_sealed(self._part_path(name), content, {name: tensors} if arrays else {}, kind=KIND)
+            write_checksummed(self._part_path(name), content, {name: tensors} if arrays else {}, kind=KIND)
         return _tree(content, arrays)  # as it will be read, to the byte order of the arrays
 
     def _part_path(self, name: str) -> Path:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from legato.common import distributed
 from legato.common.errors import LegatoError
-from legato.common.progress import progress_bar, say
+from legato.common.progress import log, progress_bar
 from legato.data.activations import position_shuffled
 from legato.data.language_model import LanguageModel
 from legato.data.tokens import TokenSet
 from legato.evaluation.controls import Control, post_hoc_controls
 from legato.evaluation.evaluate import evaluate
-from legato.evaluation.latents.examples import Other, Passages, write_strips, write_text
-from legato.evaluation.latents.logits import promoted_tokens
+from legato.evaluation.latents.examples import ExampleRecorder, OtherSAE, write_strips, write_text
+from legato.evaluation.latents.logits import top_and_bottom_logits
 from legato.evaluation.latents.table import write_features
 from legato.evaluation.position.shift_test import SHIFTS, offset_test
 from legato.evaluation.redundancy.pairs import redundancy
@@ -33,7 +33,7 @@ from legato.experiment.inputs import Activations
 from legato.interop.saebench_file import write_core_file
 from legato.results.run_dir import RunDir
 from legato.sae.autoencoder import SparseAutoencoder
-from legato.sae.protocol import Judged
+from legato.sae.protocol import EvaluableSAE
 
 T = TypeVar("T")
 CALIBRATION_BATCHES = 8
@@ -62,10 +62,10 @@ class Bank:
         if checkpoint is not None:
             checkpoint.finish_evaluation(failures)
         for name, reason in failures.items():
-            say(f"  dropped {reason}")
+            log(f"  dropped {reason}")
             self.failures[name] = reason
             arm = self.trained.pop(name, None)
-            if arm is not None and distributed.is_writer():
+            if arm is not None and distributed.is_rank0():
                 run.fail_sae(name, arm.training["training_steps"], reason)
 
 
@@ -85,9 +85,9 @@ def evaluate_arms(
     if checkpoint is not None and checkpoint.progress.evaluated:
         return
     part, own_part = (checkpoint.part, checkpoint.own_part) if checkpoint is not None else (_now, _now)
-    say(f"evaluation: {activations.held_out.n_valid:,} held-out tokens")
+    log(f"evaluation: {activations.held_out.n_valid:,} held-out tokens")
     controls = _controls(config, bank, activations)
-    judged: dict[str, Judged] = {name: arm.sae for name, arm in bank.trained.items()}
+    judged: dict[str, EvaluableSAE] = {name: arm.sae for name, arm in bank.trained.items()}
     judged |= {name: control.judged for name, control in controls.items()}
 
     def judge_all() -> dict[str, Any]:
@@ -106,7 +106,7 @@ def evaluate_arms(
                 failures=failures,
                 progress=progress,
             )
-        ranks = distributed.merged({"results": results, "failures": failures})
+        ranks = distributed.gather_dicts({"results": results, "failures": failures})
         return {
             "results": {name: ranks["results"][name] for name in judged if name in ranks["results"]},
             "failures": ranks["failures"],
@@ -126,7 +126,7 @@ def evaluate_arms(
         results[name]["features"]["offset_jaccard"] = offset["jaccard_F"]
     vocabulary_V = torch.unique(activations.train.first_tokens(VOCABULARY_ROWS))
     others = {
-        name: Other(bank.trained[name].sae.W_dec, results[name]["features"]["density"] > 0)
+        name: OtherSAE(bank.trained[name].sae.W_dec, results[name]["features"]["density"] > 0)
         for name in sorted(compared.keys() & bank.trained.keys())
     }
     redundant = {}
@@ -136,9 +136,9 @@ def evaluate_arms(
             f"redundancy_{name}",
             partial(_redundancy, name, bank.trained[name].sae, partners, activations, vocabulary_V, model, run),
         )
-    for name, section in distributed.merged(redundant).items():
+    for name, section in distributed.gather_dicts(redundant).items():
         results[name]["redundancy"] = section
-    if not distributed.is_writer():
+    if not distributed.is_rank0():
         return
     _add_specialisation({name: results[name] for name in compared if name in bank.trained}, model)
     metrics = {}
@@ -166,12 +166,12 @@ def evaluate_arms(
 
 def _own(members: Mapping[str, T]) -> dict[str, T]:
     """This rank's share."""
-    return {name: members[name] for name in distributed.mine(list(members))}
+    return {name: members[name] for name in distributed.shard(list(members))}
 
 
 def _divided(members: Mapping[str, T]) -> tuple[dict[str, T], bool]:
     """What this rank judges, and whether all ranks judge it together."""
-    together = len(members) < distributed.size()
+    together = len(members) < distributed.world_size()
     return dict(members) if together else _own(members), together
 
 
@@ -180,14 +180,14 @@ def _now(name: str, compute: Callable[[], Any]) -> Any:
     return compute()
 
 
-def _shuffled(compared: Mapping[str, Judged], activations: Activations) -> dict[str, dict[str, float]]:
+def _shuffled(compared: Mapping[str, EvaluableSAE], activations: Activations) -> dict[str, dict[str, float]]:
     """What is left of persistence when the order of the tokens is taken away, for those that still fire."""
     failures: dict[str, str] = {}
     batches = position_shuffled(activations.held_out.batches(CONTROL_ROWS, seed=None))
     own, together = _divided(compared)
     found = evaluate(own, batches, together=together, failures=failures) if own else {}
-    for reason in distributed.merged(failures).values():
-        say(f"  no shuffled control of {reason}")
+    for reason in distributed.gather_dicts(failures).values():
+        log(f"  no shuffled control of {reason}")
     shuffled = {
         name: {
             "l0": result["core"]["l0"],
@@ -196,20 +196,20 @@ def _shuffled(compared: Mapping[str, Judged], activations: Activations) -> dict[
         }
         for name, result in found.items()
     }
-    return distributed.merged(shuffled)
+    return distributed.gather_dicts(shuffled)
 
 
 def _redundancy(
     name: str,
     sae: SparseAutoencoder,
-    partners: Mapping[str, Other],
+    partners: Mapping[str, OtherSAE],
     activations: Activations,
     vocabulary_V: Tensor,
     model: LanguageModel,
     run: RunDir,
 ) -> dict[str, Any]:
     """The section of metrics.json; the tables, and the passages that are found on the way, are written."""
-    passages = Passages()
+    passages = ExampleRecorder()
     codes = passages.listen(coded(sae, activations.held_out.batches(CONTROL_ROWS, seed=None)))
     redundant = redundancy(codes, sae.W_dec, decode=partial(_token_strings, model))
     write_redundancy(run.redundancy, name, redundant)
@@ -230,9 +230,9 @@ def _partners(name: str, names: Iterable[str]) -> list[str]:
 
 def _save_passages(
     name: str,
-    passages: Passages,
+    passages: ExampleRecorder,
     W_dec: Tensor,
-    others: Mapping[str, Other],
+    others: Mapping[str, OtherSAE],
     vocabulary_V: Tensor,
     model: LanguageModel,
     run: RunDir,
@@ -240,14 +240,14 @@ def _save_passages(
     """What the report's feature browser shows of an arm."""
     decode = partial(_token_strings, model)
     text, order = passages.gathered()
-    if distributed.is_writer() and not run.shown_text.is_file():
+    if distributed.is_rank0() and not run.shown_text.is_file():
         write_text(run.shown_text, text, decode)
-    promoted = promoted_tokens(model, W_dec, vocabulary_V, decode)
-    write_strips(run.strips / f"{name}.parquet", order, text, W_dec, others=others, promoted=promoted)
+    logits = top_and_bottom_logits(model, W_dec, vocabulary_V, decode)
+    write_strips(run.strips / f"{name}.parquet", order, text, W_dec, others=others, logits=logits)
 
 
 def _offsets(
-    compared: Mapping[str, Judged], activations: Activations, model: LanguageModel, site: str
+    compared: Mapping[str, EvaluableSAE], activations: Activations, model: LanguageModel, site: str
 ) -> dict[str, dict[str, Any]]:
     """The offset test on the first held-out rows, with the shifts that the model's context has room for."""
     shifts = [shift for shift in SHIFTS if shift <= model.max_context // 2]
@@ -257,7 +257,7 @@ def _offsets(
     if not shifts or not bool(first.mask_BL.any()):
         return {}
     found = own and offset_test(own, model, tokens, layer=activations.layer, site=site, shifts=shifts, rows=OFFSET_ROWS)
-    return distributed.merged({name: vars(result) for name, result in found.items()})
+    return distributed.gather_dicts({name: vars(result) for name, result in found.items()})
 
 
 def _add_specialisation(results: Mapping[str, dict[str, Any]], model: LanguageModel) -> None:

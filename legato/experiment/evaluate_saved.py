@@ -16,7 +16,7 @@ from typing import Any
 from legato.common import distributed
 from legato.common.command import Interrupts
 from legato.common.errors import LegatoError, UsageError
-from legato.common.progress import progress_bar, say
+from legato.common.progress import log, progress_bar
 from legato.data.documents import load_documents, split_held_out
 from legato.data.harvest import harvest
 from legato.data.language_model import LanguageModel
@@ -32,16 +32,16 @@ from legato.report.text.arm_table import results_table
 from legato.report.text.notes import write_notes
 from legato.results.ablation_table import write_ablation
 from legato.results.final_info import write_final_info
-from legato.results.integrity import seal
+from legato.results.integrity import write_checksums
 from legato.results.matched.compare import write_matched
 from legato.results.run_dir import RunDir
 from legato.results.saved_run import SavedRun, arms_of
 from legato.sae.autoencoder import SparseAutoencoder
-from legato.sae.provenance import Origin, origin_of
+from legato.sae.provenance import Provenance, origin_of
 
 
 @dataclass(frozen=True)
-class JudgeConfig:
+class EvaluateConfig:
     """What is judged on what.
 
     saes: where each SAE lies, by name. held_out: the share of the documents that is judged on, as experiment.py holds
@@ -74,14 +74,14 @@ class JudgeConfig:
         return ExperimentConfig(model=self.model, data=self.data, arms=arms, evaluation=self.evaluation)
 
 
-def judge(config: JudgeConfig, saes: Mapping[str, SparseAutoencoder], out: str | Path) -> RunDir:
+def evaluate_saved(config: EvaluateConfig, saes: Mapping[str, SparseAutoencoder], out: str | Path) -> RunDir:
     """Judge SAEs on one layer and site of a model and write the folder; ranks do it together, and the writer writes.
 
     saes: as opened from config.saes. Parts that an earlier attempt finished in the folder are not done again. Raises
     UsageError where the SAEs do not fit the model or the folder is taken, and LegatoError where one of them cannot be
     judged: the folder then holds the others.
     """
-    run = distributed.from_writer(lambda: RunDir.claim(out, config))
+    run = distributed.broadcast_from_rank0(lambda: RunDir.claim(out, config))
     run.settle_machine(config.model.dtype)
     experiment = config.as_experiment()
     model = load_model(experiment)
@@ -90,17 +90,17 @@ def judge(config: JudgeConfig, saes: Mapping[str, SparseAutoencoder], out: str |
         check_width(saes, model)
         return read_rows(config, model)
 
-    activations = harvest_rows(config, model, distributed.from_writer(fitting_rows))
-    with distributed.held_by_writer(run.locked(config)):
+    activations = harvest_rows(config, model, distributed.broadcast_from_rank0(fitting_rows))
+    with distributed.held_by_rank0(run.locked(config)):
         checkpoint = Checkpoint(run.checkpoint, minutes=DEFAULT_MINUTES, interrupts=Interrupts())
         checkpoint.start(activations.key, lambda: run.begin(config, activations.provenance))
         bank = _bank(config, saes, run, checkpoint)
         evaluate_arms(experiment, bank, activations, model, run, checkpoint)
-        if not distributed.is_writer():
+        if not distributed.is_rank0():
             return run
         for build in (write_ablation, write_matched, write_figures, write_notes, write_report, write_final_info):
             build(run.root)
-        seal(run.root)
+        write_checksums(run.root)
         checkpoint.discard()
     if bank.failures:
         reasons = "; ".join(bank.failures.values())
@@ -108,16 +108,16 @@ def judge(config: JudgeConfig, saes: Mapping[str, SparseAutoencoder], out: str |
     return run
 
 
-def _bank(config: JudgeConfig, saes: Mapping[str, SparseAutoencoder], run: RunDir, checkpoint: Checkpoint) -> Bank:
+def _bank(config: EvaluateConfig, saes: Mapping[str, SparseAutoencoder], run: RunDir, checkpoint: Checkpoint) -> Bank:
     """The SAEs, with a copy of each in the run, but for those that an earlier attempt could not judge."""
     failed = checkpoint.progress.failed
     bank = Bank({}, {name: failure["reason"] for name, failure in failed.items()})
     for (name, sae), recipe in zip(saes.items(), recipes(config.saes, saes), strict=True):
         if name in failed:
-            if distributed.is_writer():  # where that attempt was cut off before it moved it
+            if distributed.is_rank0():  # where that attempt was cut off before it moved it
                 run.fail_sae(name, **failed[name])
             continue
-        if distributed.is_writer():
+        if distributed.is_rank0():
             sae.save(run.sae(name))
         steps = (sae.details.get("training") or {}).get("steps")
         training = {"training_steps": steps, "source": config.saes[name], "recipe": recipe}
@@ -137,7 +137,7 @@ def check_width(saes: Mapping[str, SparseAutoencoder], model: LanguageModel) -> 
             )
 
 
-def read_rows(config: JudgeConfig, model: LanguageModel) -> TokenSet:
+def read_rows(config: EvaluateConfig, model: LanguageModel) -> TokenSet:
     """The rows to judge on: of all documents, or of those that a run with the same share held out."""
     data, evaluation = config.data, config.evaluation
     wanted = evaluation.eval_rows * data.context_length
@@ -146,11 +146,11 @@ def read_rows(config: JudgeConfig, model: LanguageModel) -> TokenSet:
     documents = list(found) if config.held_out is None else split_held_out(found, config.held_out)[1]
     tokens = tokenise(documents, model.tokenizer, context_length=data.context_length, max_tokens=wanted)
     which = "all of it" if config.held_out is None else f"the {config.held_out:.0%} that training holds out"
-    say(f"text: {data.dataset}, {which}: {tokens.n_valid:,} tokens in {len(tokens):,} contexts")
+    log(f"text: {data.dataset}, {which}: {tokens.n_valid:,} tokens in {len(tokens):,} contexts")
     return tokens
 
 
-def harvest_rows(config: JudgeConfig, model: LanguageModel, tokens: TokenSet) -> Activations:
+def harvest_rows(config: EvaluateConfig, model: LanguageModel, tokens: TokenSet) -> Activations:
     layer, site = config.model.layer, config.model.site
     assert layer is not None
     with progress_bar("harvest", len(tokens)) as progress:
@@ -227,19 +227,19 @@ def add_place_arguments(parser: argparse.ArgumentParser, *, rows: int) -> None:
     )
 
 
-@distributed.joined()
+@distributed.process_group()
 def main(options: argparse.Namespace) -> None:
-    saes, config = distributed.writer_first(lambda: opened(options))
+    saes, config = distributed.rank0_first(lambda: opened(options))
     out = options.out or Path(f"judged_{next(iter(saes))}")
     try:
-        run = judge(config, saes, out)
+        run = evaluate_saved(config, saes, out)
     finally:
-        if distributed.is_writer() and (out / "notes.txt").is_file():
+        if distributed.is_rank0() and (out / "notes.txt").is_file():
             print(f"\n{results_table(SavedRun.open(out))}")
-    say(f"\nresults: {run.root}/  report: {run.root / 'report.html'}")
+    log(f"\nresults: {run.root}/  report: {run.root / 'report.html'}")
 
 
-def opened(options: argparse.Namespace) -> tuple[dict[str, SparseAutoencoder], JudgeConfig]:
+def opened(options: argparse.Namespace) -> tuple[dict[str, SparseAutoencoder], EvaluateConfig]:
     """The SAEs that were asked for, and where they are judged: as asked, else as the SAEs say."""
     sources = named(options.saes)
     saes = {name: SparseAutoencoder.load(source) for name, source in sources.items()}
@@ -259,7 +259,7 @@ def opened(options: argparse.Namespace) -> tuple[dict[str, SparseAutoencoder], J
     context_length = options.context_length
     if context_length is None:
         context_length = _first(origins, "context_length") or DataConfig().context_length
-    config = JudgeConfig(
+    config = EvaluateConfig(
         sources,
         ModelConfig(model, layer, site, options.dtype),
         DataConfig(dataset, options.text_column, context_length),
@@ -319,5 +319,5 @@ def _shown(value: Any) -> str:
     return f"layer {value[0]} ({value[1]})" if isinstance(value, tuple) else str(value)
 
 
-def _first(origins: Mapping[str, Origin], key: str) -> Any:
+def _first(origins: Mapping[str, Provenance], key: str) -> Any:
     return next((value for origin in origins.values() if (value := getattr(origin, key)) is not None), None)

@@ -5,7 +5,7 @@ from typing import Any
 
 from legato.common import distributed
 from legato.common.errors import UsageError
-from legato.common.progress import progress_bar, say
+from legato.common.progress import log, progress_bar
 from legato.data.activations import ActivationStream
 from legato.data.documents import load_documents, split_held_out
 from legato.data.harvest import harvest
@@ -54,7 +54,7 @@ def load_model(config: ExperimentConfig) -> LanguageModel:
         )
     model.module_path(layer_of(config, model), config.model.site)
     arms(config, model.d_model)  # tells early of arms that cannot be made
-    say(f"model: {model.name}, {model.n_layers} layers, width {model.d_model}, {model.dtype}")
+    log(f"model: {model.name}, {model.n_layers} layers, width {model.d_model}, {model.dtype}")
     return model
 
 
@@ -75,7 +75,7 @@ def read_text(config: ExperimentConfig, model: LanguageModel) -> Text:
         tokenise(train, model.tokenizer, context_length=data.context_length, max_tokens=data.corpus_tokens),
         tokenise(held_out, model.tokenizer, context_length=data.context_length, max_tokens=held_out_tokens),
     )
-    say(
+    log(
         f"text: {data.dataset}, {text.train.n_valid:,} tokens in {len(text.train):,} contexts to train on, "
         f"{text.held_out.n_valid:,} in {len(text.held_out):,} held out"
     )
@@ -104,7 +104,7 @@ def harvest_activations(config: ExperimentConfig, model: LanguageModel, text: Te
         n_valid, n_outliers = text.train.n_valid, 0
     held_out = stored("harvest held-out", text.held_out)
     n_outliers += held_out.n_outliers
-    say(
+    log(
         f"activations: {model.module_path(layer, site)}, {n_valid:,} valid positions, {n_outliers} outliers masked"
         + ("" if config.data.store else " on the held-out side; those to train on are computed as training goes")
     )

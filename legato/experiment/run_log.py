@@ -85,7 +85,7 @@ class SharedLog:
 
     def __init__(self, log: Callable[[], RunLog], arms: Sequence[str]) -> None:
         """log: opens it, on the writer only."""
-        self._log = log() if distributed.is_writer() else None
+        self._log = log() if distributed.is_rank0() else None
         self._place = {name: place for place, name in enumerate(arms)}
         self._records: list[Mapping[str, Any]] = []
 

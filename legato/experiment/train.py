@@ -11,7 +11,7 @@ from typing import Any
 from legato.common import distributed
 from legato.common.errors import LegatoError
 from legato.common.hardware import fast_matmul_dtype
-from legato.common.progress import progress_bar, say
+from legato.common.progress import log, progress_bar
 from legato.data.activations import Normaliser
 from legato.experiment.arms import arms, recipe
 from legato.experiment.checkpoint import Checkpoint, Progress, SavedBank, checksums, cut
@@ -22,7 +22,7 @@ from legato.experiment.run_log import RunLog, SharedLog, WandbLog
 from legato.results.run_dir import RunDir, environment
 from legato.sae.autoencoder import SparseAutoencoder
 from legato.training.bank import BankResult, BankState, NoMemberLeftError, train_on
-from legato.training.config import ArmConfig, TrainConfig
+from legato.training.config import SAEConfig, TrainConfig
 from legato.training.passes import divided, planned
 from legato.training.step import TrainBatch
 from legato.training.trainer import SAETrainer
@@ -47,17 +47,17 @@ def train_arms(
     every member.
     """
     wanted = arms(config, activations.train.d_in)
-    checkpoint.progress = distributed.from_writer(lambda: _progress_found(run, checkpoint))
+    checkpoint.progress = distributed.broadcast_from_rank0(lambda: _progress_found(run, checkpoint))
     trained = {name: _opened(run, name, record) for name, record in checkpoint.progress.trained.items()}
     missing = [arm for arm in wanted if arm.name not in trained and arm.name not in checkpoint.progress.failed]
     if missing:
         stage = _Stage.of(config, activations)
         saved = checkpoint.read_bank(missing, stage.train_config, shard_latents=shard_latents)
-        going_on = distributed.merged(dict.fromkeys(saved.bank.in_training, None)) if saved else {}
-        if distributed.is_writer():
+        going_on = distributed.gather_dicts(dict.fromkeys(saved.bank.in_training, None)) if saved else {}
+        if distributed.is_rank0():
             _cut_logs(run, missing, going_on, saved.log_bytes if saved else checkpoint.progress.log_bytes)
         for state in _passes(missing, saved, stage, config, shard_latents):
-            tracker = WandbLog(wandb, run.root) if wandb and distributed.is_writer() else None
+            tracker = WandbLog(wandb, run.root) if wandb and distributed.is_rank0() else None
             trained |= _train_pass(state, stage, run, checkpoint, tracker)
     failures = {name: failure["reason"] for name, failure in checkpoint.progress.failed.items()}
     if not trained:
@@ -101,7 +101,7 @@ def _progress_found(run: RunDir, checkpoint: Checkpoint) -> Progress:
     for name, record in list(progress.trained.items()):
         folder = run.sae(name)
         if not folder.is_dir() or checksums(folder) != record["files"]:
-            say(f"{folder} is missing or damaged: it is trained again")
+            log(f"{folder} is missing or damaged: it is trained again")
             del progress.trained[name]
     for name, failure in progress.failed.items():  # where the earlier attempt was cut off before it moved it
         run.fail_sae(name, failure["steps"], failure["reason"])
@@ -112,7 +112,7 @@ def _opened(run: RunDir, name: str, record: Mapping[str, Any]) -> TrainedArm:
     return TrainedArm(SparseAutoencoder.load(run.sae(name)), record["training"])
 
 
-def _cut_logs(run: RunDir, missing: Sequence[ArmConfig], going_on: Collection[str], log_bytes: int) -> None:
+def _cut_logs(run: RunDir, missing: Sequence[SAEConfig], going_on: Collection[str], log_bytes: int) -> None:
     """Take out of the logs what is trained again."""
     cut(run.log, log_bytes)
     anew = [arm.name for arm in missing if arm.name not in going_on]
@@ -122,7 +122,7 @@ def _cut_logs(run: RunDir, missing: Sequence[ArmConfig], going_on: Collection[st
 
 
 def _passes(
-    missing: Sequence[ArmConfig],
+    missing: Sequence[SAEConfig],
     saved: SavedBank | None,
     stage: _Stage,
     config: ExperimentConfig,
@@ -130,21 +130,23 @@ def _passes(
 ) -> Iterator[BankState]:
     """Banks to train, this rank's part of each, one after the other: the saved one first."""
     source, training = stage.activations.train, config.training
-    started = distributed.merged(dict.fromkeys(saved.bank.names, None)) if saved else {}
+    started = distributed.gather_dicts(dict.fromkeys(saved.bank.names, None)) if saved else {}
     new = [arm for arm in missing if arm.name not in started]
-    passes = distributed.from_writer(
+    passes = distributed.broadcast_from_rank0(
         lambda: planned(new, source.d_in, training.batch_rows * source.context_length, shard_latents)
     )
-    say(
+    log(
         f"training: {len(missing)} SAEs of {training.d_sae:,} latents in {len(passes) + bool(saved)} pass(es), "
         f"{stage.train_config.steps} steps of {stage.tokens_per_step:,.0f} tokens"
     )
     if saved:
-        say(f"going on with {len(started)} of them after step {saved.bank.step}")
+        log(f"going on with {len(started)} of them after step {saved.bank.step}")
         yield saved.bank
     for members, sharded in passes:
-        own, share = divided(members, sharded=sharded)
-        yield BankState.new(own, stage.train_config, source.d_in, elsewhere=len(members) - len(own), share=share)
+        own, partition = divided(members, sharded=sharded)
+        yield BankState.new(
+            own, stage.train_config, source.d_in, elsewhere=len(members) - len(own), partition=partition
+        )
 
 
 def _train_pass(
@@ -159,15 +161,15 @@ def _train_pass(
     order = [arm.name for arm in arms(stage.config, stage.activations.train.d_in)]
     with (
         interrupts.held_back(),
-        SharedLog(lambda: RunLog(run.log, run.tensorboard, steps_done=state.step, also=tracker), order) as log,
+        SharedLog(lambda: RunLog(run.log, run.tensorboard, steps_done=state.step, also=tracker), order) as run_log,
         progress_bar("train", steps) as progress,
     ):
 
         def after_step(bank: BankState) -> None:
             progress(bank.step)
             if (bank.step - 1) % stage.train_config.log_every == 0:
-                log.flush()
-            checkpoint.after_step(bank, log.sync)
+                run_log.flush()
+            checkpoint.after_step(bank, run_log.sync)
 
         try:
             result = train_on(
@@ -175,7 +177,7 @@ def _train_pass(
                 batches,
                 stage.normaliser,
                 stage.train_config,
-                log=log if state.is_kept_here else lambda record: None,
+                log=run_log if state.is_kept_here else lambda record: None,
                 after_step=after_step,
             )
         except NoMemberLeftError as error:  # of this pass; the others may be well
@@ -186,7 +188,7 @@ def _train_pass(
             parameters = trainer.whole_parameters()
             if state.is_kept_here:
                 run.write_failure(trainer.arm.name, dict(parameters.items()), trainer.steps_done, reason)
-        ranks = distributed.merged(
+        ranks = distributed.gather_dicts(
             {
                 "trained": {
                     name: {"training": arm.training, "files": checksums(run.sae(name))} for name, arm in own.items()
@@ -195,9 +197,9 @@ def _train_pass(
             }
         )
         for failure in ranks["failed"].values():
-            say(f"  dropped {failure['reason']}")
+            log(f"  dropped {failure['reason']}")
         done = checkpoint.progress
-        done.log_bytes = log.sync()
+        done.log_bytes = run_log.sync()
         done.failed |= ranks["failed"]
         done.trained |= ranks["trained"]
         checkpoint.write_progress()

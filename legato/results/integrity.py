@@ -75,7 +75,7 @@ class Checksums:
         return f"is damaged or was changed after the run: restore it, or delete {FILENAME} to read it as it is"
 
 
-def seal(root: Path) -> None:
+def write_checksums(root: Path) -> None:
     """Vouch for every file of a run as it is now."""
     names = list(_files(root))
     Checksums(root, _hashed(root, names)).write()
@@ -118,7 +118,7 @@ def rebuilding(root: Path, places: Sequence[str] = DERIVED) -> Iterator[None]:
 
 
 @contextmanager
-def made_sense_of(roots: Sequence[Path]) -> Iterator[None]:
+def blame_unverified_files(roots: Sequence[Path]) -> Iterator[None]:
     """Within it the content of runs is relied on: where nothing vouches for one of them, an error is its files' fault,
     and becomes a LegatoError; where all are sealed it is Legato's own, and passes."""
     try:

@@ -106,8 +106,8 @@ class RunDir:
         """Where an earlier attempt left a run to go on with, compute as it did; and all ranks alike. dtype: of the
         matmuls, bfloat16 or float32, where the user names it; auto: what is faster on this machine."""
         settle_matmul_dtype(dtype)
-        if self.is_unfinished or distributed.size() > 1:
-            settle_matmul_dtype(distributed.from_writer(self._settled))
+        if self.is_unfinished or distributed.world_size() > 1:
+            settle_matmul_dtype(distributed.broadcast_from_rank0(self._settled))
 
     def _settled(self) -> str:
         """The matmul's dtype; says where this machine is not the one that the run began on."""

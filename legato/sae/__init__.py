@@ -14,7 +14,7 @@ kernels/        Everything in numba that encoding and training need.
 
 from legato.sae.autoencoder import SparseAutoencoder
 from legato.sae.codes import SparseCodes
-from legato.sae.protocol import Judged
-from legato.sae.segments import SequenceLayout
+from legato.sae.protocol import EvaluableSAE
+from legato.sae.segments import Segments
 
-__all__ = ["Judged", "SequenceLayout", "SparseAutoencoder", "SparseCodes"]
+__all__ = ["EvaluableSAE", "Segments", "SparseAutoencoder", "SparseCodes"]

@@ -32,10 +32,10 @@ from legato.sae.formats.detect import read_sae
 from legato.sae.formats.dictionary_learning import write_dictionary_learning
 from legato.sae.formats.hub_download import local_copy
 from legato.sae.formats.saelens import write_saelens_folder
-from legato.sae.formats.weights import NUMBERS, WEIGHT_SHAPES, StoredSAE, checked_details, without_input_bias
+from legato.sae.formats.weights import NUMBERS, WEIGHT_SHAPES, SAEWeights, checked_details, without_input_bias
 from legato.sae.kernels import pairs as kernels
-from legato.sae.kernels.leak import carry
-from legato.sae.segments import SequenceLayout
+from legato.sae.kernels.leak import leak_forward
+from legato.sae.segments import Segments
 
 # What each architecture has besides the weights.
 _FIELDS: dict[str, tuple[str, ...]] = {
@@ -80,7 +80,7 @@ class Nominator:
     def _low_W_enc_FD(self) -> Tensor:
         return self.W_enc_FD.to(fast_matmul_dtype())
 
-    def codes(self, acts_BLD: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor]:
+    def codes(self, acts_BLD: Tensor, layout: Segments) -> tuple[Tensor, Tensor, Tensor]:
         """(token_P, latent_P, code_P) of the active pairs."""
         x_ND = acts_BLD.flatten(0, 1) - self.b_dec
         low_W_enc_FD = self._low_W_enc_FD
@@ -108,7 +108,7 @@ class Nominator:
         if self.leak_F is not None and self.tail is not None:
             selected = kernels.keep(len(x_ND), token_P, latent_P, value_P, on_P)
             order = kernels.by_latent(selected, len(threshold_F))
-            codes = carry(order, self.leak_F.numpy(), self.tail, layout).pairs(len(x_ND))
+            codes = leak_forward(order, self.leak_F.numpy(), self.tail, layout).pairs(len(x_ND))
             return _tensors(codes.token_P, codes.latent_P, codes.value_P)
         return _tensors(token_P[on_P], latent_P[on_P], value_P[on_P])
 
@@ -215,7 +215,7 @@ class SparseAutoencoder:
             rows = slice(start, start + rows_at_once)
             acts_BLD, mask_BL, doc_BL = batch.acts_BLD[rows].float(), batch.mask_BL[rows], batch.doc_BL[rows]
             if nominator is not None:
-                token_P, latent_P, value_P = nominator.codes(acts_BLD, SequenceLayout.of(mask_BL, doc_BL))
+                token_P, latent_P, value_P = nominator.codes(acts_BLD, Segments.of(mask_BL, doc_BL))
             else:
                 token_P, latent_P, value_P = _positive(self.encode(acts_BLD, mask_BL, doc_BL).flatten(0, 1))
             parts.append((token_P + start * L, latent_P, value_P * norm_F[latent_P]))
@@ -341,10 +341,10 @@ class SparseAutoencoder:
             legato=details,
         )
 
-    def stored(self) -> StoredSAE:
+    def stored(self) -> SAEWeights:
         """What a file holds of it, under the names of SAELens' tensors."""
         renamed = {"b_mag": "b_enc"}
-        return StoredSAE(
+        return SAEWeights(
             architecture=self.architecture,
             weights={name: getattr(self, renamed.get(name, name)) for name in WEIGHT_SHAPES[self.architecture]},
             apply_b_dec_to_input=False,

@@ -2,9 +2,9 @@
 
 Every rank sees the whole batch and makes the same choice of active pairs. Of the rest there are two divisions:
 
-`Together`: every rank holds all weights. The tokens are divided for what is done per token (the encoder's matmul, exact
-values, the decoder), the latents for what is done per latent (gradients, the optimiser). Each pair, token and latent is
-so computed by one rank in the order in which one process would, and nothing that is exchanged is a partial sum: the
+`Replicated`: every rank holds all weights. The tokens are divided for what is done per token (the encoder's matmul,
+exact values, the decoder), the latents for what is done per latent (gradients, the optimiser). Each pair, token and latent
+is so computed by one rank in the order in which one process would, and nothing that is exchanged is a partial sum: the
 bits are those of one process.
 
 `Sharded`: every rank holds the weights, moments and gradients of a block of latents, for SAEs that do not fit whole.
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Share:
+class Partition:
     """What rank `rank` of the `size` that train an SAE does and holds of it. Of one alone, as here: everything."""
 
     rank: int = 0
@@ -46,7 +46,7 @@ class Share:
         """The tokens whose pre-activations are computed here."""
         return slice(0, n_tokens)
 
-    def held(self, n_latents: int) -> slice:
+    def local(self, n_latents: int) -> slice:
         """The latents whose weights are here."""
         return slice(0, n_latents)
 
@@ -56,7 +56,7 @@ class Share:
 
     def rows(self, n_latents: int) -> slice:
         """`latents`, counted from the first one held."""
-        own, first = self.latents(n_latents), self.held(n_latents).start
+        own, first = self.latents(n_latents), self.local(n_latents).start
         return slice(own.start - first, own.stop - first)
 
     def pairs(self, *columns: Array) -> tuple[Array, ...]:
@@ -103,10 +103,10 @@ class Share:
         return tensor_H
 
 
-WHOLE = Share()
+SINGLE = Partition()
 
 
-class _Several(Share, ABC):
+class _Several(Partition, ABC):
     @abstractmethod
     def owner(self, token_P: Array, latent_P: Array, shape: tuple[int, int]) -> Array:
         """The rank that has the data of each pair."""
@@ -116,17 +116,17 @@ class _Several(Share, ABC):
     ) -> Array:
         owner_P = self.owner(token_P, latent_P, shape).astype(np.int16)
         own = owner_P == self.rank
-        first = latent_P.dtype.type(self.held(shape[1]).start)
-        by_rank = united(compute(token_P[own], latent_P[own] - first))
+        first = latent_P.dtype.type(self.local(shape[1]).start)
+        by_rank = gather_concat(compute(token_P[own], latent_P[own] - first))
         result = np.empty_like(by_rank)
         result[np.argsort(owner_P, kind="stable")] = by_rank
         return result
 
     def total(self, own_R: Array) -> float:
-        return float(united(own_R).sum())
+        return float(gather_concat(own_R).sum())
 
 
-class Together(_Several):
+class Replicated(_Several):
     """All weights on every rank, to the last bit as by one."""
 
     def _part(self, count: int) -> slice:
@@ -141,10 +141,10 @@ class Together(_Several):
         return self._part(n_latents)
 
     def of_tokens(self, own: Array) -> Array:
-        return united(own)
+        return gather_concat(own)
 
     def pairs(self, *columns: Array) -> tuple[Array, ...]:
-        return tuple(united(column) for column in columns)
+        return tuple(gather_concat(column) for column in columns)
 
     def owner(self, token_P: Array, latent_P: Array, shape: tuple[int, int]) -> Array:
         block = rows_a_block(shape[0])
@@ -158,28 +158,28 @@ class Together(_Several):
         own = slice(ptr_N[0], ptr_N[-1])
         pairs = Pairs(ptr_N - ptr_N[0], pairs.token_P[own], pairs.latent_P[own], pairs.value_P[own])
         pull_GND, squared_GN = gradients.decode(pairs, groups, W_dec_HD, b_dec_D, x_ND[part], valid_N[part])
-        pull_NGD, squared_NG = united(pull_GND.swapaxes(0, 1)), united(squared_GN.T)
+        pull_NGD, squared_NG = gather_concat(pull_GND.swapaxes(0, 1)), gather_concat(squared_GN.T)
         return np.ascontiguousarray(pull_NGD.swapaxes(0, 1)), np.ascontiguousarray(squared_NG.T)
 
     def unite_rows(self, tensor_H: Tensor) -> None:
-        tensor_H.copy_(torch.from_numpy(united(tensor_H[self._part(len(tensor_H))].numpy())))
+        tensor_H.copy_(torch.from_numpy(gather_concat(tensor_H[self._part(len(tensor_H))].numpy())))
 
 
 class Sharded(_Several):
     """A block of latents on every rank, ceil(F / size) on each but the last, as torch.distributed.tensor's Shard(0)
     divides them."""
 
-    def held(self, n_latents: int) -> slice:
+    def local(self, n_latents: int) -> slice:
         block = block_of(n_latents, self.size)
         if block * (self.size - 1) >= n_latents:
             raise UsageError(f"{n_latents} latents cannot be divided over {self.size} ranks: start fewer of them")
         return slice(block * self.rank, min(block * (self.rank + 1), n_latents))
 
     def latents(self, n_latents: int) -> slice:
-        return self.held(n_latents)
+        return self.local(n_latents)
 
     def pairs(self, *columns: Array) -> tuple[Array, ...]:
-        by_rank = [united(column) for column in columns]
+        by_rank = [gather_concat(column) for column in columns]
         order = np.argsort(by_rank[0], kind="stable")
         return tuple(column[order] for column in by_rank)
 
@@ -187,19 +187,19 @@ class Sharded(_Several):
         return latent_P // block_of(shape[1], self.size)
 
     def of_latents(self, own: Array) -> Array:
-        return united(own)
+        return gather_concat(own)
 
     def row_floors(self, floors: Callable[[int], Array], k: int) -> Array:
         """Where one rank alone has k values above its floor, there are k above it; and where every rank has k / size
         above the lowest of their floors. The second is the tighter one but where the ranks' latents differ much."""
-        both_RN = united(np.stack([floors(k), floors(-(-k // self.size))])).reshape(self.size, 2, -1)
+        both_RN = gather_concat(np.stack([floors(k), floors(-(-k // self.size))])).reshape(self.size, 2, -1)
         return np.maximum(both_RN[:, 0].max(0), both_RN[:, 1].min(0))
 
     def decode(
         self, pairs: Pairs, groups: Groups, W_dec_HD: Array, b_dec_D: Array, x_ND: Array, valid_N: Array
     ) -> tuple[Array, Array]:
         ends_G = groups.ends_G
-        held = self.held(int(ends_G[-1]))
+        held = self.local(int(ends_G[-1]))
         W_dec, tokens = torch.from_numpy(W_dec_HD), np.arange(len(x_ND))
         of_group_GND = torch.empty(len(ends_G), *x_ND.shape, dtype=W_dec.dtype)
         for g, (first, end) in enumerate(zip([0, *ends_G], ends_G, strict=False)):
@@ -220,7 +220,7 @@ class Sharded(_Several):
         return pull_GND, np.square(residual_GND).sum(-1)
 
     def whole(self, tensor_H: Tensor) -> Tensor:
-        return distributed.rows_on_writer(tensor_H)
+        return distributed.rows_on_rank0(tensor_H)
 
 
 def block_of(n_latents: int, size: int) -> int:
@@ -228,7 +228,7 @@ def block_of(n_latents: int, size: int) -> int:
     return -(-n_latents // size)
 
 
-def united(own: Array) -> Array:
+def gather_concat(own: Array) -> Array:
     """The ranks' arrays one after the other along the first axis, on every rank."""
     own = np.ascontiguousarray(own)
     blobs = distributed.gather_bytes(torch.from_numpy(own.reshape(-1).view(np.uint8)))

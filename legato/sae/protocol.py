@@ -19,7 +19,7 @@ class Weights(Protocol):
     def W_dec(self) -> Tensor: ...
 
 
-class Judged(Weights, Protocol):
+class EvaluableSAE(Weights, Protocol):
     """What evaluation needs of an SAE: its weights, and raw activations in and out."""
 
     def encode_sparse(self, batch: ActivationBatch) -> SparseCodes: ...

@@ -7,7 +7,7 @@ from legato.sae.formats.hook_names import layer_and_site
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """None where the SAE does not say. hook_name: where it reads, in the words of the tool that saved it."""
 
     model: str | None = None
@@ -26,11 +26,11 @@ class Origin:
         return None if self.hook_name is None else layer_and_site(self.hook_name)
 
 
-def origin_of(sae: SparseAutoencoder) -> Origin:
+def origin_of(sae: SparseAutoencoder) -> Provenance:
     """From the SAE's details: legato.json, or what the format it came in records."""
     details = sae.details
     context = details.get("context_length")
-    return Origin(
+    return Provenance(
         model=details.get("model"),
         layer=details.get("layer"),
         site=details.get("site"),

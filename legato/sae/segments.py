@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class SequenceLayout:
+class Segments:
     """The runs of consecutive valid tokens of one document inside one row; windows and lags never leave a run.
 
     start_N, end_N: int32, the run [start, end) of flat tokens that token n lies in; start = end = -1 on invalid tokens.
@@ -27,7 +27,7 @@ class SequenceLayout:
     length: int
 
     @classmethod
-    def of(cls, mask_BL: Tensor, doc_BL: Tensor) -> "SequenceLayout":
+    def of(cls, mask_BL: Tensor, doc_BL: Tensor) -> "Segments":
         B, L = mask_BL.shape
         valid_N = mask_BL.reshape(-1).numpy()
         doc_N = doc_BL.reshape(-1).numpy().astype(np.int32)

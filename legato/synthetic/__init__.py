@@ -12,10 +12,10 @@ To test an idea of your own, give `study` any sparsity or temporal term as an ar
 
     from legato.sae.architectures import BatchTopK
     from legato.synthetic import FAMILIES, BedConfig, StudyConfig, study
-    from legato.training.config import ArmConfig
+    from legato.training.config import SAEConfig
 
     bed = BedConfig(families=((FAMILIES["persistent"], 256),), noise=0.35)
-    arms = [ArmConfig("baseline", BatchTopK(6), 256), ArmConfig("mine", MySparsity(6), 256)]
+    arms = [SAEConfig("baseline", BatchTopK(6), 256), SAEConfig("mine", MySparsity(6), 256)]
     results = study(bed, arms, StudyConfig(seeds=(0, 1, 2)))
     results["arms"]["mine"]["advantage"]["decoder"]["persistent"]   # MCC over the baseline's, with its 95 % interval
 

@@ -9,7 +9,7 @@ from typing import Any
 from legato.common.errors import UsageError
 from legato.common.files import write_atomically
 from legato.common.hardware import keep_freed_memory
-from legato.common.progress import progress_bar, say
+from legato.common.progress import log, progress_bar
 from legato.experiment.arms import arms as recipe_arms
 from legato.experiment.config import ExperimentConfig
 from legato.results.run_dir import environment
@@ -17,7 +17,7 @@ from legato.synthetic.bed import BedConfig
 from legato.synthetic.report import draw, tables
 from legato.synthetic.sources import FAMILIES, Family
 from legato.synthetic.study import BASELINE, StudyConfig, study
-from legato.training.config import ArmConfig
+from legato.training.config import SAEConfig
 
 SHUFFLED = ":shuffled"
 SWEEP_ROWS = {"rows": 768, "held_out_rows": 128}
@@ -128,8 +128,8 @@ def main(args: argparse.Namespace) -> None:
     text = tables(results)
     write_atomically(out_dir / "synthetic.txt", text.encode())
     draw(results, out_dir / "synthetic.png")
-    say(text)
-    say(f"results: {out_dir}/")
+    log(text)
+    log(f"results: {out_dir}/")
 
 
 def read_sources(text: str) -> tuple[tuple[Family, int], ...]:
@@ -145,7 +145,7 @@ def read_sources(text: str) -> tuple[tuple[Family, int], ...]:
     return tuple(found)
 
 
-def read_arms(text: str, d_sae: int, k: int | None, bed: BedConfig, release: float) -> list[ArmConfig]:
+def read_arms(text: str, d_sae: int, k: int | None, bed: BedConfig, release: float) -> list[SAEConfig]:
     """The baseline and the arms of --arms, made by the recipes of experiment.py. Raises UsageError."""
     names = [name.strip() for name in text.split(",") if name.strip() and name.strip() != BASELINE]
     plain = list(dict.fromkeys(name.removesuffix(SHUFFLED) for name in names))
@@ -158,7 +158,7 @@ def read_arms(text: str, d_sae: int, k: int | None, bed: BedConfig, release: flo
     }
     baseline, *made = recipe_arms(ExperimentConfig.from_options("demo", options), bed.d_in)
     by_name = dict(zip(plain, made, strict=True))
-    chosen: list[ArmConfig] = [baseline]
+    chosen: list[SAEConfig] = [baseline]
     for name in dict.fromkeys(names):
         arm = by_name[name.removesuffix(SHUFFLED)]
         if name.endswith(SHUFFLED):

@@ -14,7 +14,7 @@ from torch import Tensor
 from legato.evaluation.consistency.persistence import consistency_features
 from legato.evaluation.position.attachment import position_features
 from legato.evaluation.sums.accumulators import CodeSums, firing_rate
-from legato.evaluation.sums.lag_pairs import DEFAULT_LAGS, LatentOrder, PairLayout
+from legato.evaluation.sums.lag_pairs import DEFAULT_LAGS, LagPairs, pairs_by_latent
 from legato.sae.codes import SparseCodes
 from legato.synthetic.bed import Rows
 
@@ -51,9 +51,9 @@ def metric_columns(codes: SparseCodes, rows: Rows) -> dict[str, Floats]:
     share in T-SAE's S over the rows in which it fires.
     """
     mask_BL = rows.mask_RL
-    layout = PairLayout.of(mask_BL, rows.doc_RL, DEFAULT_LAGS)
+    layout = LagPairs.of(mask_BL, rows.doc_RL, DEFAULT_LAGS)
     sums = CodeSums.zero(codes.shape[2], codes.shape[1], DEFAULT_LAGS)
-    sums.add(layout, LatentOrder.of(codes, layout), _steps(rows.acts_RLD))
+    sums.add(layout, pairs_by_latent(codes, layout), _steps(rows.acts_RLD))
     rate_F = firing_rate(sums)
     columns = {**consistency_features(sums), **position_features(sums)}
     with np.errstate(invalid="ignore", divide="ignore"):

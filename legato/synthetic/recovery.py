@@ -15,8 +15,8 @@ from torch import Tensor
 
 from legato.sae.codes import SparseCodes
 from legato.sae.kernels import held_top
-from legato.sae.protocol import Judged
-from legato.sae.segments import SequenceLayout
+from legato.sae.protocol import EvaluableSAE
+from legato.sae.segments import Segments
 from legato.synthetic.bed import Bed, Rows
 
 Floats = NDArray[np.float64]
@@ -74,7 +74,7 @@ def _matrix(codes: SparseCodes) -> csc_array:
     return csc_array((codes.value_P.double().numpy(), at), shape=(B * L, F)).tocsr()
 
 
-def encode(sae: Judged, rows: Rows) -> SparseCodes:
+def encode(sae: EvaluableSAE, rows: Rows) -> SparseCodes:
     """The SAE's codes of all rows of one side, rescaled by decoder norms."""
     parts: list[SparseCodes] = []
     for start in range(0, rows.n_rows, _ROWS_AT_ONCE):
@@ -98,7 +98,7 @@ def found_by_true_directions(bed: Bed, k: int, release: float) -> dict[str, floa
     """How hard the bed is, whatever is trained on it: with the true directions as encoder and k pairs on per token on
     average, the share of planted firings that are on. single_token: above one threshold. held: with hysteresis."""
     batch = bed.held_out.take(slice(0, ORACLE_ROWS))
-    layout = SequenceLayout.of(batch.mask_BL, batch.doc_BL)
+    layout = Segments.of(batch.mask_BL, batch.doc_BL)
     pre_NF = (batch.acts_BLD @ bed.directions_FD.T).flatten(0, 1) * torch.from_numpy(layout.valid_N)[:, None]
     planted_NF = bed.held_out.first_codes(len(batch.acts_BLD)).dense().flatten(0, 1) > 0
     token_P, source_P = (place.int().numpy() for place in (pre_NF > 0).nonzero(as_tuple=True))

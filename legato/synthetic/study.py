@@ -17,7 +17,7 @@ from legato.common.hardware import fast_matmul_dtype
 from legato.data.activations import Normaliser
 from legato.evaluation import metrics
 from legato.experiment.arms import recipe
-from legato.sae.protocol import Judged
+from legato.sae.protocol import EvaluableSAE
 from legato.synthetic.bed import Bed, BedConfig
 from legato.synthetic.ranking import metric_columns, rank_correlations
 from legato.synthetic.recovery import (
@@ -30,7 +30,7 @@ from legato.synthetic.recovery import (
     found_by_true_directions,
 )
 from legato.training.bank import train_bank
-from legato.training.config import ArmConfig, TrainConfig
+from legato.training.config import SAEConfig, TrainConfig
 from legato.training.step import TrainBatch
 
 Floats = NDArray[np.float64]
@@ -76,7 +76,7 @@ class Judgement:
     core: Mapping[str, float | None]
 
     @classmethod
-    def of(cls, sae: Judged, bed: Bed) -> "Judgement":
+    def of(cls, sae: EvaluableSAE, bed: Bed) -> "Judgement":
         """Raises LegatoError where the SAE has another width than the bed."""
         if sae.W_dec.shape[1] != bed.config.d_in:
             raise LegatoError(f"the SAE has width {sae.W_dec.shape[1]}, the bed {bed.config.d_in}: train it on the bed")
@@ -93,7 +93,7 @@ class Judgement:
         return cls(Match.best(decoder_cosine(bed.directions_FD, sae.W_dec)), code, columns, core)
 
 
-def train_on(bed: Bed, arms: Sequence[ArmConfig], config: StudyConfig) -> dict[str, Judged]:
+def train_on(bed: Bed, arms: Sequence[SAEConfig], config: StudyConfig) -> dict[str, EvaluableSAE]:
     """The arms, trained on the bed in one bank, by name. Raises LegatoError where one of them fails."""
     normaliser = Normaliser.fit(bed.train)
     dtype = fast_matmul_dtype()
@@ -111,7 +111,7 @@ def train_on(bed: Bed, arms: Sequence[ArmConfig], config: StudyConfig) -> dict[s
 
 def study(
     bed_config: BedConfig,
-    arms: Sequence[ArmConfig],
+    arms: Sequence[SAEConfig],
     config: StudyConfig,
     *,
     release: float = 0.5,

@@ -11,6 +11,6 @@ losses/           Temporal consistency terms: what makes a latent hold across th
 """
 
 from legato.training.bank import train_bank
-from legato.training.config import ArmConfig, TrainConfig
+from legato.training.config import SAEConfig, TrainConfig
 
-__all__ = ["ArmConfig", "TrainConfig", "train_bank"]
+__all__ = ["SAEConfig", "TrainConfig", "train_bank"]

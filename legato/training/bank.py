@@ -10,8 +10,8 @@ from typing import Any
 from legato.common.errors import LegatoError
 from legato.common.hardware import fast_matmul_dtype
 from legato.data.activations import ActivationBatch, Normaliser, position_shuffled
-from legato.sae.partition import WHOLE, Share
-from legato.training.config import ArmConfig, TrainConfig
+from legato.sae.partition import SINGLE, Partition
+from legato.training.config import SAEConfig, TrainConfig
 from legato.training.step import TrainBatch, Workspace
 from legato.training.trainer import SAETrainer
 
@@ -29,27 +29,33 @@ class BankState:
     """A bank between two steps: the members in training, those that failed and why, and the steps it has done.
 
     Of a bank that is spread over several ranks: this rank's members; elsewhere: how many are in training on others.
-    share: of ranks that train every member together, this one's part; its members are then all there are.
+    partition: of ranks that train every member together, this one's part; its members are then all there are.
     """
 
     trainers: list[SAETrainer]
     failed: list[tuple[SAETrainer, str]] = field(default_factory=list)
     step: int = 0
     elsewhere: int = 0
-    share: Share = WHOLE
+    partition: Partition = SINGLE
 
     @classmethod
     def new(
-        cls, arms: Sequence[ArmConfig], config: TrainConfig, d_in: int, *, elsewhere: int = 0, share: Share = WHOLE
+        cls,
+        arms: Sequence[SAEConfig],
+        config: TrainConfig,
+        d_in: int,
+        *,
+        elsewhere: int = 0,
+        partition: Partition = SINGLE,
     ) -> "BankState":
         workspace = Workspace()
-        trainers = [SAETrainer(arm, config, d_in, workspace, share) for arm in arms]
-        return cls(trainers, elsewhere=elsewhere, share=share)
+        trainers = [SAETrainer(arm, config, d_in, workspace, partition) for arm in arms]
+        return cls(trainers, elsewhere=elsewhere, partition=partition)
 
     @property
     def is_kept_here(self) -> bool:
         """Whether this rank writes and tells of its members: of ranks that have the same ones, the first does."""
-        return self.share.rank == 0
+        return self.partition.rank == 0
 
     @property
     def names(self) -> list[str]:
@@ -74,7 +80,7 @@ class NoMemberLeftError(LegatoError):
 
 
 def train_bank(
-    arms: Sequence[ArmConfig],
+    arms: Sequence[SAEConfig],
     batches: Iterable[ActivationBatch],
     normaliser: Normaliser,
     config: TrainConfig,

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from legato.common.errors import LegatoError
-from legato.sae.architectures import ReLU, Sparsity
+from legato.sae.architectures import Architecture, ReLU
 from legato.sae.groups import leading_count
 from legato.sae.kernels import pairs as kernels
-from legato.training.losses import TemporalTerm, WindowGroupLasso
+from legato.training.losses import TemporalLoss, WindowGroupLasso
 
 
 @dataclass(frozen=True)
-class ArmConfig:
+class SAEConfig:
     """One SAE of the bank: its sparsity, its temporal terms (none: a baseline), its width and its seed.
 
     term_warmup: share of the training steps over which the terms' coefficients grow linearly from 0.
@@ -24,9 +24,9 @@ class ArmConfig:
     """
 
     name: str
-    sparsity: Sparsity
+    sparsity: Architecture
     d_sae: int
-    terms: tuple[TemporalTerm, ...] = ()
+    terms: tuple[TemporalLoss, ...] = ()
     term_warmup: float = 0.1
     seed: int = 0
     groups: tuple[tuple[float, float], ...] = ((1.0, 1.0),)

@@ -8,31 +8,31 @@ import torch
 from legato.common import distributed
 from legato.common.errors import LegatoError, UsageError
 from legato.common.hardware import fast_matmul_dtype
-from legato.common.progress import say
-from legato.sae.partition import WHOLE, Sharded, Share, T, Together, block_of
-from legato.training.config import ArmConfig
+from legato.common.progress import log
+from legato.sae.partition import SINGLE, Partition, Replicated, Sharded, T, block_of
+from legato.training.config import SAEConfig
 
 
 def check_shards(n_latents: int) -> None:
     """Raises UsageError where an SAE's latents cannot be divided over the ranks there are."""
-    if distributed.size() == 1:
+    if distributed.world_size() == 1:
         raise UsageError("--shard_latents divides SAEs over processes: start them with torchrun --nproc_per_node=2")
-    Sharded(distributed.rank(), distributed.size()).held(n_latents)
+    Sharded(distributed.rank(), distributed.world_size()).local(n_latents)
 
 
-def divided(members: Sequence[T], *, sharded: bool = False) -> tuple[list[T], Share]:
+def divided(members: Sequence[T], *, sharded: bool = False) -> tuple[list[T], Partition]:
     """How the ranks divide a bank: this rank's members, and its share of each one's steps. Where there are enough, each
     rank has members of its own, which costs nothing; else all ranks train every member together. sharded: each holds
     a part of every member, where there are several ranks."""
-    rank, size = distributed.rank(), distributed.size()
+    rank, size = distributed.rank(), distributed.world_size()
     if sharded and size > 1:
         return list(members), Sharded(rank, size)
     if len(members) >= size:
-        return distributed.mine(members), WHOLE
-    return list(members), Together(rank, size)
+        return distributed.shard(members), SINGLE
+    return list(members), Replicated(rank, size)
 
 
-def bank_bytes(arms: Sequence[ArmConfig], d_in: int, tokens_per_batch: int, shards: int = 1) -> list[int]:
+def bank_bytes(arms: Sequence[SAEConfig], d_in: int, tokens_per_batch: int, shards: int = 1) -> list[int]:
     """Memory that training each arm takes: weights and Adam's moments in float32, the encoder once more in the matmul's
     dtype, and its part of the shared buffers if it is the widest (pre-activations, gradients). shards: ranks that its
     latents are divided over; it is then what one of them needs."""
@@ -47,17 +47,17 @@ MEMORY_SHARE = 0.6  # of what is free, for training; the rest is left to the sto
 
 
 def planned(
-    bank: Sequence[ArmConfig], d_in: int, tokens_per_batch: int, shard_latents: bool
-) -> list[tuple[list[ArmConfig], bool]]:
+    bank: Sequence[SAEConfig], d_in: int, tokens_per_batch: int, shard_latents: bool
+) -> list[tuple[list[SAEConfig], bool]]:
     """Passes, and whether the latents of their members are divided over the ranks: those of SAEs that do not fit
     otherwise, or of all. Raises LegatoError where one does not fit either way."""
-    ranks, here = distributed.size(), distributed.local_size()
+    ranks, here = distributed.world_size(), distributed.local_size()
     limit = MEMORY_SHARE * psutil.virtual_memory().available
 
-    def copies(members: Sequence[ArmConfig]) -> int:
+    def copies(members: Sequence[SAEConfig]) -> int:
         return 1 if len(members) >= ranks else here
 
-    def too_wide(members: Sequence[ArmConfig]) -> list[ArmConfig]:
+    def too_wide(members: Sequence[SAEConfig]) -> list[SAEConfig]:
         whole = {arm: bank_bytes([arm], d_in, tokens_per_batch)[0] for arm in members}
         return [arm for arm, need in whole.items() if ranks > 1 and copies(members) * need > limit]
 
@@ -72,8 +72,8 @@ def planned(
 
 
 def split_to_fit(
-    bank: Sequence[ArmConfig], d_in: int, tokens_per_batch: int, *, copies: int = 1, shards: int = 1
-) -> list[list[ArmConfig]]:
+    bank: Sequence[SAEConfig], d_in: int, tokens_per_batch: int, *, copies: int = 1, shards: int = 1
+) -> list[list[SAEConfig]]:
     """The bank in as few passes as fit into 60 % of the free memory; says what it needs. copies: ranks on this machine
     that hold all of it, or its part where the latents are divided over `shards` ranks."""
     if not bank:
@@ -81,8 +81,8 @@ def split_to_fit(
     free = psutil.virtual_memory().available
     needs = [copies * need for need in bank_bytes(bank, d_in, tokens_per_batch, shards)]
     divided_over = f", its latents divided over {shards} ranks" if shards > 1 else ""
-    say(f"memory: the bank needs {sum(needs) / 2**30:.1f} GiB{divided_over}, {free / 2**30:.1f} GiB are free")
-    passes: list[list[ArmConfig]] = [[]]
+    log(f"memory: the bank needs {sum(needs) / 2**30:.1f} GiB{divided_over}, {free / 2**30:.1f} GiB are free")
+    passes: list[list[SAEConfig]] = [[]]
     used = 0
     for arm, need in zip(bank, needs, strict=True):
         if need > MEMORY_SHARE * free:

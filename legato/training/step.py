@@ -20,11 +20,11 @@ from legato.data.activations import ActivationBatch, Normaliser
 from legato.sae.architectures import Preactivations
 from legato.sae.architectures.base import Decoding
 from legato.sae.kernels import pairs as kernels
-from legato.sae.kernels.pairs import LatentOrder
-from legato.sae.partition import WHOLE, Share
-from legato.sae.segments import SequenceLayout
-from legato.training.config import ArmConfig, TrainConfig
-from legato.training.losses import TemporalTerm
+from legato.sae.kernels.pairs import PairsByLatent
+from legato.sae.partition import SINGLE, Partition
+from legato.sae.segments import Segments
+from legato.training.config import SAEConfig, TrainConfig
+from legato.training.losses import TemporalLoss
 
 Array = NDArray[Any]
 
@@ -42,7 +42,7 @@ class TrainBatch:
 
     x_ND: Tensor
     low_ND: Tensor
-    layout: SequenceLayout
+    layout: Segments
     n_valid: int
     mean_power: float
     act_norm: float
@@ -67,7 +67,7 @@ class TrainBatch:
             )
         mean_D = x_ND.sum(0) / n_valid
         mean_power = float(total / n_valid - mean_D.square().sum())
-        layout = SequenceLayout.of(batch.mask_BL, batch.doc_BL)
+        layout = Segments.of(batch.mask_BL, batch.doc_BL)
         act_norm = float(norm_N.sqrt().sum() / n_valid)
         return cls(x_ND, x_ND.to(dtype), layout, n_valid, mean_power, act_norm)
 
@@ -84,9 +84,9 @@ class Parameters:
     own: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def initial(cls, d_in: int, d_sae: int, seed: int, share: Share = WHOLE) -> "Parameters":
+    def initial(cls, d_in: int, d_sae: int, seed: int, partition: Partition = SINGLE) -> "Parameters":
         """Random unit decoder rows, the encoder their transpose, biases zero (the normalised data's mean)."""
-        generator, held = torch.Generator().manual_seed(seed), share.held(d_sae)
+        generator, held = torch.Generator().manual_seed(seed), partition.local(d_sae)
         W_dec_HD = torch.empty(held.stop - held.start, d_in)
         for first in range(0, max(1, d_sae - _ROWS_DRAWN + 1), _ROWS_DRAWN):
             end = first + _ROWS_DRAWN if first + 2 * _ROWS_DRAWN <= d_sae else d_sae
@@ -114,16 +114,16 @@ class Parameters:
         return Parameters(**changed, own=own)
 
     def preactivations(
-        self, low_W_enc_HD: Tensor, batch: TrainBatch, out_NH: Tensor, share: Share = WHOLE
+        self, low_W_enc_HD: Tensor, batch: TrainBatch, out_NH: Tensor, partition: Partition = SINGLE
     ) -> Preactivations:
         """The encoder's dense output on this rank's share of a batch, in the dtype of low_W_enc_HD, written to
         out_NH."""
-        part = share.tokens(len(out_NH))
+        part = partition.tokens(len(out_NH))
         bias_H, block = self.b_enc_F.to(out_NH.dtype), rows_a_block(len(out_NH))
         fixed_matmul(batch.low_ND[part], low_W_enc_HD.T, bias_H, block=block, out_NM=out_NH[part])
         own = {name: tensor.numpy() for name, tensor in self.own.items()}
-        b_enc_F = share.of_latents(self.b_enc_F.numpy())
-        return Preactivations(out_NH, batch.x_ND.numpy(), self.W_enc_FD.numpy(), b_enc_F, batch.layout, own, share)
+        b_enc_F = partition.of_latents(self.b_enc_F.numpy())
+        return Preactivations(out_NH, batch.x_ND.numpy(), self.W_enc_FD.numpy(), b_enc_F, batch.layout, own, partition)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class StepResult:
     loss_terms: dict[str, float]
     gradients: Parameters
     grad_norm: float
-    order: LatentOrder
+    order: PairsByLatent
     memory: float
     fvu: float
 
@@ -164,8 +164,8 @@ def forward_backward(
     parameters: Parameters,
     low_W_enc_HD: Tensor,
     batch: TrainBatch,
-    arm: ArmConfig,
-    terms: Sequence[tuple[TemporalTerm, float]],
+    arm: SAEConfig,
+    terms: Sequence[tuple[TemporalLoss, float]],
     *,
     workspace: Workspace,
     memory: float = 0.0,
@@ -173,7 +173,7 @@ def forward_backward(
     progress: float = 1.0,
     dead_F: Tensor | None = None,
     config: TrainConfig,
-    share: Share = WHOLE,
+    partition: Partition = SINGLE,
 ) -> StepResult:
     """One exact pass. Loss = mean over valid tokens of ||x - xhat||^2 / D (a weighted sum over nested groups)  +
     sparsity penalty  +  sum of coefficient * temporal term  +  auxiliary loss. With the normaliser's unit power the
@@ -181,17 +181,19 @@ def forward_backward(
 
     terms: (term of the arm, coefficient now). memory: what the sparsity carried over from the last step, 0 at the
     start. dead_F: bool, latents that the auxiliary loss revives (None: none). A frozen decoder's gradient is zero.
-    share: of several ranks that do this step together, with the same arguments otherwise, this one's.
+    partition: of several ranks that do this step together, with the same arguments otherwise, this one's.
     """
     x_ND = batch.x_ND
     N, D = x_ND.shape
     F, H = arm.d_sae, len(parameters.W_enc_FD)
     W_dec_HD, b_dec_D = parameters.W_dec_FD.numpy(), parameters.b_dec_D.numpy()
     pre_NH = workspace.get("pre", (N, H), batch.low_ND.dtype)
-    forward = arm.sparsity.forward(parameters.preactivations(low_W_enc_HD, batch, pre_NH, share), memory, progress)
+    forward = arm.sparsity.forward(parameters.preactivations(low_W_enc_HD, batch, pre_NH, partition), memory, progress)
     order = kernels.by_latent(forward.pairs, F)
     groups = arm.nested()
-    pull_GND, squared_GN = share.decode(forward.pairs, groups, W_dec_HD, b_dec_D, x_ND.numpy(), batch.layout.valid_N)
+    pull_GND, squared_GN = partition.decode(
+        forward.pairs, groups, W_dec_HD, b_dec_D, x_ND.numpy(), batch.layout.valid_N
+    )
     mean_squared_G = squared_GN.sum(1, dtype=np.float64) / batch.n_valid
     loss_terms = {"reconstruction": float(groups.weights_G @ mean_squared_G) / D}
 
@@ -211,7 +213,9 @@ def forward_backward(
     seeded_F = np.zeros(F, np.bool_)
     if dead_F is not None and bool(dead_F.any()):
         residual_ND = torch.from_numpy(pull_GND[-1]) / groups.weights_G[-1]
-        loss_terms["auxiliary"] = _revive(parameters, gradients, batch, residual_ND, dead_F, seeded_F, config, share)
+        loss_terms["auxiliary"] = _revive(
+            parameters, gradients, batch, residual_ND, dead_F, seeded_F, config, partition
+        )
     scale = 2 / (D * batch.n_valid)
     own_terms, squared_H = forward.backward(
         Decoding(
@@ -227,14 +231,14 @@ def forward_backward(
             slope_Q=slope_Q,
             gradients={name: tensor.numpy() for name, tensor in gradients.items()},
             seeded_F=seeded_F,
-            share=share,
+            partition=partition,
         )
     )
     torch.sum(torch.from_numpy(pull_GND[0]), dim=0, out=gradients.b_dec_D).mul_(scale)
     if arm.freeze_decoder:
-        squared_H = squared_H - gradients.W_dec_FD[share.rows(F)].double().square().sum(1).numpy()
+        squared_H = squared_H - gradients.W_dec_FD[partition.rows(F)].double().square().sum(1).numpy()
         gradients.W_dec_FD.zero_()
-    squared = share.total(squared_H)
+    squared = partition.total(squared_H)
     squared += sum(float(tensor.square().sum()) for tensor in (gradients.b_dec_D, *gradients.own.values()))
     return StepResult(
         loss_terms=loss_terms | own_terms,
@@ -265,17 +269,17 @@ def _revive(
     dead_F: Tensor,
     seeded_F: Array,
     config: TrainConfig,
-    share: Share,
+    partition: Partition,
 ) -> float:
     """Writes the auxiliary loss's gradient for the dead latents and marks them; returns the loss. At most 8 aux_k
     dead latents, the first ones, whose weights all ranks send each other."""
     dead = dead_F.nonzero().flatten()[: 8 * config.aux_k]
-    held = share.held(len(dead_F))
+    held = partition.local(len(dead_F))
     here = (dead >= held.start) & (dead < held.stop)
     own = dead[here] - held.start
 
     def leaf(tensor_H: Tensor) -> Tensor:
-        return torch.from_numpy(share.of_latents(tensor_H[own].numpy())).requires_grad_()
+        return torch.from_numpy(partition.of_latents(tensor_H[own].numpy())).requires_grad_()
 
     rows = torch.from_numpy(np.flatnonzero(batch.layout.valid_N))
     rows = rows[:: max(1, len(rows) // config.aux_tokens)]

@@ -19,9 +19,9 @@ from legato.data.activations import Normaliser
 from legato.sae.architectures import Preactivations
 from legato.sae.autoencoder import SparseAutoencoder
 from legato.sae.kernels import gradients
-from legato.sae.kernels.pairs import LatentOrder
-from legato.sae.partition import WHOLE, Share
-from legato.training.config import ArmConfig, TrainConfig
+from legato.sae.kernels.pairs import PairsByLatent
+from legato.sae.partition import SINGLE, Partition
+from legato.training.config import SAEConfig, TrainConfig
 from legato.training.losses import collapse, group_diagnostics
 from legato.training.step import PER_LATENT, Parameters, StepResult, TrainBatch, Workspace, forward_backward
 
@@ -34,7 +34,7 @@ OF_ALL_STEPS = 0.05
 
 
 @dataclass
-class StepGuard:
+class DivergenceGuard:
     """Leaves out a step whose loss or gradient is not finite, or whose gradient norm is EXPLODED times the running mean
     of the good steps'; gives up after IN_A_ROW such steps in a row or OF_ALL_STEPS of the run's.
 
@@ -79,17 +79,17 @@ _NUMBERS = ("steps_done", "tokens_seen", "seconds", "memory", "final_loss")
 class SAETrainer:
     """One SAE of the bank with its optimiser state. Nothing it does depends on the other members.
 
-    share: of several ranks that train it together, all calling the same methods, this one's part of each step. Of the
-    moments of W_enc, b_enc and W_dec a rank has only its own latents, until `tensors` brings them together.
+    partition: of several ranks that train it together, all calling the same methods, this one's part of each step. Of
+    the moments of W_enc, b_enc and W_dec a rank has only its own latents, until `tensors` brings them together.
     """
 
     def __init__(
-        self, arm: ArmConfig, config: TrainConfig, d_in: int, workspace: Workspace, share: Share = WHOLE
+        self, arm: SAEConfig, config: TrainConfig, d_in: int, workspace: Workspace, partition: Partition = SINGLE
     ) -> None:
         self.arm = arm
-        self.share = share
+        self.partition = partition
         self.config = config
-        self.parameters = Parameters.initial(d_in, arm.d_sae, arm.seed, share)
+        self.parameters = Parameters.initial(d_in, arm.d_sae, arm.seed, partition)
         self.first_moment = self.parameters.map(torch.zeros_like)
         self.second_moment = self.parameters.map(torch.zeros_like)
         self.dtype = fast_matmul_dtype()
@@ -100,26 +100,26 @@ class SAETrainer:
         self.seconds = 0.0
         self.memory = 0.0
         self.final_loss = float("nan")
-        self.guard = StepGuard(arm.name, config.steps)
+        self.guard = DivergenceGuard(arm.name, config.steps)
         self._at_start: dict[str, float] = {}
         self._workspace = workspace
 
     @classmethod
     def restored(
         cls,
-        arm: ArmConfig,
+        arm: SAEConfig,
         config: TrainConfig,
         workspace: Workspace,
         tensors: Mapping[str, Tensor],
         numbers: Mapping[str, Any],
-        share: Share = WHOLE,
+        partition: Partition = SINGLE,
     ) -> "SAETrainer":
         """The trainer whose `tensors()` and `numbers()` these are: what it does next is the same to the last bit."""
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
             parts.setdefault(part, {})[rest] = tensor
-        trainer = cls(arm, config, parts["parameters"]["b_dec_D"].numel(), workspace, share)
+        trainer = cls(arm, config, parts["parameters"]["b_dec_D"].numel(), workspace, partition)
         trainer.parameters = Parameters.of(parts["parameters"])
         trainer.first_moment = Parameters.of(parts["first_moment"])
         trainer.second_moment = Parameters.of(parts["second_moment"])
@@ -127,7 +127,7 @@ class SAETrainer:
         trainer.silent_tokens_F = tensors["silent_tokens_F"]
         for name in _NUMBERS:
             setattr(trainer, name, numbers[name])
-        trainer.guard = StepGuard(**numbers["guard"])
+        trainer.guard = DivergenceGuard(**numbers["guard"])
         trainer._at_start = dict(numbers["at_start"])
         return trainer
 
@@ -136,7 +136,7 @@ class SAETrainer:
         parts = {"parameters": self.parameters, "first_moment": self.first_moment, "second_moment": self.second_moment}
         for moment in (self.first_moment, self.second_moment):
             for name in PER_LATENT:
-                self.share.unite_rows(getattr(moment, name))
+                self.partition.unite_rows(getattr(moment, name))
         named = {f"{part}.{name}": tensor for part, each in parts.items() for name, tensor in each.items()}
         return {**named, "silent_tokens_F": self.silent_tokens_F}
 
@@ -171,7 +171,7 @@ class SAETrainer:
             progress=step / config.steps,
             dead_F=dead_F,
             config=config,
-            share=self.share,
+            partition=self.partition,
         )
         record = {"arm": self.arm.name, "step": step + 1}
         if fault := self.guard.fault(result.loss, result.grad_norm):
@@ -206,11 +206,11 @@ class SAETrainer:
             **diagnostics,
         }
 
-    def _diagnose(self, order: LatentOrder, n_valid: int) -> dict[str, float]:
+    def _diagnose(self, order: PairsByLatent, n_valid: int) -> dict[str, float]:
         """State of the group that the temporal terms look at. Raises LegatoError where it has collapsed since the end
         of the warm-up."""
-        share = min([1.0, *(term.slow_fraction for term in self.arm.terms)])
-        found = group_diagnostics(order, n_valid, share, self.dead_F.numpy())
+        partition = min([1.0, *(term.slow_fraction for term in self.arm.terms)])
+        found = group_diagnostics(order, n_valid, partition, self.dead_F.numpy())
         if self.steps_done >= self.config.warmup * self.config.steps and self.arm.terms:
             self._at_start = self._at_start or found
             start = self._at_start
@@ -228,12 +228,12 @@ class SAETrainer:
             if name == "W_dec_FD" and self.arm.freeze_decoder:
                 continue
             tensors = [tensor for _, tensor in entries]
-            own = self.share.rows(self.arm.d_sae) if name in PER_LATENT else slice(None)
+            own = self.partition.rows(self.arm.d_sae) if name in PER_LATENT else slice(None)
             rows = [np.atleast_2d(tensor[own].numpy()) for tensor in tensors]
             rate = lr * self.arm.sparsity.own_rate if name in self.parameters.own else lr
             gradients.adam(*rows, clip=clip, lr=rate, step=self.steps_done + 1, unit_rows=name == "W_dec_FD")
             if name in PER_LATENT:
-                self.share.unite_rows(tensors[0])
+                self.partition.unite_rows(tensors[0])
         self.low_W_enc_HD.copy_(self.parameters.W_enc_FD)
 
     def finish(self, normaliser: Normaliser, calibration: Sequence[TrainBatch]) -> SparseAutoencoder:
@@ -249,7 +249,7 @@ class SAETrainer:
             raise LegatoError(f"{self.arm.name}: 0 training steps were taken: there is nothing to save; raise --tokens")
         fields = self.arm.sparsity.frozen([self._preactivations(batch) for batch in calibration])
         p = self.whole_parameters()
-        if self.share.rank > 0:
+        if self.partition.rank > 0:
             return None
         sae = SparseAutoencoder(
             W_enc=p.W_enc_FD.T.contiguous(), b_enc=p.b_enc_F, W_dec=p.W_dec_FD.clone(), b_dec=p.b_dec_D, **fields
@@ -259,13 +259,14 @@ class SAETrainer:
     def whole_parameters(self) -> Parameters:
         """On the first of the ranks that train it together, all of which call this: those of all latents."""
         whole = {
-            name: self.share.whole(tensor) if name in PER_LATENT else tensor for name, tensor in self.parameters.items()
+            name: self.partition.whole(tensor) if name in PER_LATENT else tensor
+            for name, tensor in self.parameters.items()
         }
         return Parameters.of(whole)
 
     def _preactivations(self, batch: TrainBatch) -> Preactivations:
         out_NH = torch.empty(len(batch.low_ND), len(self.low_W_enc_HD), dtype=self.dtype)
-        return self.parameters.preactivations(self.low_W_enc_HD, batch, out_NH, self.share)
+        return self.parameters.preactivations(self.low_W_enc_HD, batch, out_NH, self.partition)
 
     def _add_own_parameters(self, batch: TrainBatch) -> None:
         if self.arm.sparsity.own_parameters:

@@ -15,19 +15,21 @@ from torch import Tensor
 
 from legato.common import distributed
 from legato.common.files import sync_to_disk
-from legato.sae.partition import Sharded, Share
+from legato.sae.partition import Partition, Sharded
 from legato.training.step import PER_LATENT
 
 
-def write_member(folder: Path, tensors: Mapping[str, Tensor], share: Share, n_latents: int) -> list[Path]:
+def write_trainer_state(
+    folder: Path, tensors: Mapping[str, Tensor], partition: Partition, n_latents: int
+) -> list[Path]:
     """Write what `SAETrainer.tensors` gives; the files that this rank wrote.
 
     All ranks that have a share call it. Raises OSError and SafetensorError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(share, Sharded):
-        return _write_blocks(folder, tensors, share, n_latents)
-    if share.rank > 0:
+    if isinstance(partition, Sharded):
+        return _write_blocks(folder, tensors, partition, n_latents)
+    if partition.rank > 0:
         return []
     path = folder / "whole.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
@@ -35,7 +37,7 @@ def write_member(folder: Path, tensors: Mapping[str, Tensor], share: Share, n_la
     return [path]
 
 
-def _write_blocks(folder: Path, tensors: Mapping[str, Tensor], share: Sharded, n_latents: int) -> list[Path]:
+def _write_blocks(folder: Path, tensors: Mapping[str, Tensor], partition: Sharded, n_latents: int) -> list[Path]:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
@@ -43,25 +45,25 @@ def _write_blocks(folder: Path, tensors: Mapping[str, Tensor], share: Sharded, n
     files = {name: number for number, name in enumerate(blocks, start=1)}  # a file each: one at a time is in memory
     writer = HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
     try:
-        with distributed.others_needed():
+        with distributed.rank_errors():
             dcp.save(blocks, storage_writer=writer)
     except dcp.CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from error
-    return sorted(folder.glob(f"shard-{share.rank + 1:05d}-*.safetensors"))
+    return sorted(folder.glob(f"shard-{partition.rank + 1:05d}-*.safetensors"))
 
 
-def read_member(folder: Path, share: Share, n_latents: int) -> dict[str, Tensor]:
-    """What `write_member` was given, or this rank's share of it; the files are known to be sound."""
+def read_trainer_state(folder: Path, partition: Partition, n_latents: int) -> dict[str, Tensor]:
+    """What `write_trainer_state` was given, or this rank's share of it; the files are known to be sound."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    reader, held = HuggingFaceStorageReader(str(folder)), share.held(n_latents)
+    reader, held = HuggingFaceStorageReader(str(folder)), partition.local(n_latents)
     tensors: dict[str, Tensor] = {}
     into: dict[str, Tensor] = {}
     for name, stored in sorted(reader.read_metadata().state_dict_metadata.items()):
         assert isinstance(stored, TensorStorageMetadata), name
-        in_blocks = isinstance(share, Sharded) and _divided(name)
+        in_blocks = isinstance(partition, Sharded) and _divided(name)
         size = (held.stop - held.start, *stored.size[1:]) if in_blocks else stored.size
         tensors[name] = torch.empty(size, dtype=stored.properties.dtype)
         into[name] = _block(tensors[name], n_latents) if in_blocks else tensors[name]
@@ -81,5 +83,5 @@ def _block(rows: Tensor, n_latents: int) -> Tensor:
     from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
     whole = torch.empty(n_latents, *rows.shape[1:], device="meta")
-    mesh = init_device_mesh("cpu", (distributed.size(),))
+    mesh = init_device_mesh("cpu", (distributed.world_size(),))
     return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from legato.evaluation.sums.accumulators import ROUNDING
-from legato.evaluation.sums.code_buffer import KeptCodes
+from legato.evaluation.sums.code_buffer import CodeBuffer
 from legato.evaluation.sums.lag_pairs import Floats
 
 STATISTICS = ("ac_excess_within", "ac_excess_cross", "kappa_excess_within", "kappa_excess_cross")
@@ -25,7 +25,7 @@ _GROUPS = 64  # fixed number of partial sums, so the result does not depend on t
 
 
 def bootstrap_documents(
-    kept: KeptCodes,
+    kept: CodeBuffer,
     *,
     lag: int = 1,
     replicates: int = 200,
@@ -50,7 +50,7 @@ def bootstrap_documents(
 
 
 def document_means(
-    kept: KeptCodes, *, lag: int = 1, populations: Mapping[str, NDArray[np.bool_]] = MappingProxyType({})
+    kept: CodeBuffer, *, lag: int = 1, populations: Mapping[str, NDArray[np.bool_]] = MappingProxyType({})
 ) -> dict[str, float]:
     """The statistics of bootstrap_documents with every document drawn once."""
     document_N = np.zeros(kept.doc_BL.numel(), np.intp)
@@ -76,7 +76,7 @@ def intervals(
 
 
 def _weighted_means(
-    kept: KeptCodes,
+    kept: CodeBuffer,
     lag: int,
     weight_MR: Floats,
     document_N: NDArray[np.intp],
@@ -96,9 +96,9 @@ def _weighted_means(
     left_N = layout.left_N > 0
     np.add.at(pairs_LR, position_N[left_N], weight_MR[document_N[left_N]])
     total_QXR, count_QXR = _means(
-        order.start_F,
-        order.token_P,
-        order.value_P,
+        order.ptr_F,
+        order.token_Q,
+        order.value_Q,
         member_FQ,
         lag,
         layout.stretch_N,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from legato.evaluation.consistency.bootstrap import STATISTICS, bootstrap_documents, document_means, intervals
 from legato.evaluation.consistency.persistence import consistency_features, mean, rate_bins
 from legato.evaluation.sums.accumulators import CodeSums, firing_rate
-from legato.evaluation.sums.code_buffer import KeptCodes
+from legato.evaluation.sums.code_buffer import CodeBuffer
 from legato.evaluation.sums.lag_pairs import Floats
 from legato.sae.groups import leading_count
 
@@ -25,7 +25,7 @@ def bin_key(edges: Sequence[float]) -> str:
     return f"{edges[0]:g}-{edges[1]:g}"
 
 
-def latent_groups(objective: Mapping[str, Any]) -> dict[str, slice]:
+def dictionary_parts(objective: Mapping[str, Any]) -> dict[str, slice]:
     """The parts of the dictionary that an objective (`legato.experiment.arms.recipe`) treats differently: nested
     groups, the slow fraction of a term. Empty for an ordinary SAE."""
     width = objective.get("d_sae")
@@ -38,11 +38,11 @@ def latent_groups(objective: Mapping[str, Any]) -> dict[str, slice]:
     return parts if len(parts) > 1 else {}
 
 
-def populations(rate_F: Floats, objective: Mapping[str, Any]) -> Masks:
-    """Latents by `<bin>`, `<group>` and `<group>/<bin>`, keys of `bin_key` and `latent_groups`."""
+def latent_groups(rate_F: Floats, objective: Mapping[str, Any]) -> Masks:
+    """Latents by `<bin>`, `<group>` and `<group>/<bin>`, keys of `bin_key` and `dictionary_parts`."""
     bins = {bin_key(edges): in_bin_F for edges, in_bin_F in rate_bins(rate_F)}
     found = dict(bins)
-    for name, latents in latent_groups(objective).items():
+    for name, latents in dictionary_parts(objective).items():
         in_group_F = np.zeros(rate_F.size, bool)
         in_group_F[latents] = True
         found[name] = in_group_F & (rate_F > 0)
@@ -51,7 +51,7 @@ def populations(rate_F: Floats, objective: Mapping[str, Any]) -> Masks:
 
 
 def add_intervals(
-    consistency: dict[str, Any], kept: KeptCodes, sums: CodeSums, objective: Mapping[str, Any], *, replicates: int
+    consistency: dict[str, Any], kept: CodeBuffer, sums: CodeSums, objective: Mapping[str, Any], *, replicates: int
 ) -> dict[str, Floats]:
     """Put 95 % intervals over documents into a section of metrics.json: "interval95" for all latents and in each row of
     "by_rate_bin", and "by_group", the means and intervals of each group of the objective.
@@ -59,7 +59,7 @@ def add_intervals(
     Returns the replicates [R] of each mean excess at lag 1 by `<measure>` for all latents, `<population>/<measure>` for
     the others.
     """
-    chosen = populations(firing_rate(sums), objective)
+    chosen = latent_groups(firing_rate(sums), objective)
     drawn = bootstrap_documents(kept, lag=LAG, replicates=replicates, populations=chosen)
     found = intervals(drawn, document_means(kept, lag=LAG, populations=chosen))
     measures = [name.replace("_", f"{LAG}_", 1) for name in STATISTICS]
@@ -70,7 +70,7 @@ def add_intervals(
     consistency["interval95"] = {**of(""), "rows": kept.n_rows, "replicates": replicates}
     for row in consistency["by_rate_bin"]:
         row["interval95"] = of(f"{bin_key(row['bin'])}/")
-    if groups := latent_groups(objective):
+    if groups := dictionary_parts(objective):
         columns = consistency_features(sums)
         consistency["by_group"] = [
             {

@@ -46,7 +46,7 @@ class Persistence:
         return self.real_FK - self.cross_null_FK
 
 
-def persistence(counts: PairCounts, sums: PairSums) -> Persistence:
+def lag_correlation(counts: PairCounts, sums: PairSums) -> Persistence:
     """corr(f_t, f_{t+lag}) over valid pairs, centred with the global mean and divided by the global variance.
 
     On the on/off indicator this is kappa: where the left ends of the pairs fire at the global rate p it equals
@@ -155,7 +155,7 @@ def document_eta2(sums: CodeSums) -> Floats:
 
 def consistency_features(sums: CodeSums) -> dict[str, np.ndarray]:
     """Per-latent columns; NaN where a quantity is undefined for the latent (it never fires, or never stops)."""
-    ac, kappa = persistence(sums.counts, sums.value), persistence(sums.counts, sums.firing)
+    ac, kappa = lag_correlation(sums.counts, sums.value), lag_correlation(sums.counts, sums.firing)
     columns: dict[str, np.ndarray] = {}
     for name, measured in (("ac", ac), ("kappa", kappa)):
         for k, lag in enumerate(measured.lags):
@@ -214,7 +214,7 @@ def consistency_metrics(sums: CodeSums) -> dict[str, Any]:
 
 def raw_stream_metrics(counts: PairCounts, sums: PairSums) -> dict[str, Any]:
     """Autocorrelation and nulls of the raw stream, mean over dimensions: what the codes are to be judged against."""
-    ac = persistence(counts, sums)
+    ac = lag_correlation(counts, sums)
     every_D = np.ones(sums.total_F.size, bool)
     series = {
         "mean": ac.real_FK,

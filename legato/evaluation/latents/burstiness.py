@@ -9,7 +9,8 @@ import numba
 import numpy as np
 
 from legato.evaluation.sums.accumulators import Summed
-from legato.evaluation.sums.lag_pairs import Floats, LatentOrder, PairLayout
+from legato.evaluation.sums.lag_pairs import Floats, LagPairs
+from legato.sae.kernels.pairs import PairsByLatent
 
 
 @dataclass
@@ -32,11 +33,11 @@ class GapSums(Summed):
     def zero(cls, n_latents: int) -> "GapSums":
         return cls(*(np.zeros(n_latents) for _ in range(5)))
 
-    def add(self, layout: PairLayout, order: LatentOrder) -> None:
+    def add(self, layout: LagPairs, order: PairsByLatent) -> None:
         rank_N = np.cumsum(layout.stretch_N >= 0)  # a position that is not valid takes no time
         _add_gaps(
-            order.start_F,
-            order.token_P,
+            order.ptr_F,
+            order.token_Q,
             layout.stretch_N,
             rank_N,
             layout.size_S,

@@ -39,10 +39,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from legato.common.errors import LegatoError
-from legato.evaluation.latents.logits import Promoted
-from legato.evaluation.latents.neighbours import fire_together, nearest_directions
-from legato.evaluation.sums.code_buffer import CodedBatch, KeptCodes
-from legato.evaluation.sums.lag_pairs import LatentOrder
+from legato.evaluation.latents.logits import TopLogits
+from legato.evaluation.latents.neighbours import coactivation, nearest_directions
+from legato.evaluation.sums.code_buffer import CodeBuffer, CodedBatch
+from legato.sae.kernels.pairs import PairsByLatent
 
 MAX_TOKENS = 65_536
 WINDOW = 32  # tokens of a passage
@@ -51,24 +51,24 @@ HISTOGRAM_BINS = 16
 SIMILAR = 5
 
 
-class Passages:
+class ExampleRecorder:
     """The text shown and one SAE's codes on it, gathered while the codes pass on their way to something else."""
 
     def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
         self._max_tokens = max_tokens
-        self._kept: KeptCodes | None = None
+        self._kept: CodeBuffer | None = None
         self._tokens: list[Tensor] = []
 
     def listen(self, batches: Iterable[CodedBatch]) -> Iterator[CodedBatch]:
         """The batches unchanged; memory: 12 bytes an active pair of the contexts that are kept."""
         for batch in batches:
             if self._kept is None:
-                self._kept = KeptCodes(max(1, self._max_tokens // batch.mask_BL.shape[1]))
+                self._kept = CodeBuffer(max(1, self._max_tokens // batch.mask_BL.shape[1]))
             self._tokens.append(batch.tokens_BL[: self._kept.max_rows - self._kept.n_rows].cpu())
             self._kept.add(batch.codes, batch.mask_BL, batch.doc_BL)
             yield batch
 
-    def gathered(self) -> tuple["ShownText", LatentOrder]:
+    def gathered(self) -> tuple["ShownText", PairsByLatent]:
         """The text and the codes by latent. Raises LegatoError where no batch has passed."""
         if self._kept is None:
             raise LegatoError("no codes have passed: there are no passages to save")
@@ -88,7 +88,7 @@ class ShownText:
 
 
 @dataclass(frozen=True)
-class Other:
+class OtherSAE:
     """Another arm to find each latent's nearest latent in. alive_F: those that fire."""
 
     W_dec: Tensor
@@ -113,12 +113,12 @@ def write_text(path: str | Path, text: ShownText, decode: Callable[[Sequence[int
 
 def write_strips(
     path: str | Path,
-    order: LatentOrder,
+    order: PairsByLatent,
     text: ShownText,
     W_dec: Tensor,
     *,
-    others: Mapping[str, Other] | None = None,
-    promoted: Promoted | None = None,
+    others: Mapping[str, OtherSAE] | None = None,
+    logits: TopLogits | None = None,
     seed: int = 0,
 ) -> None:
     """Write <arm>.parquet; the columns are those above, without promoted tokens where none are given.
@@ -126,18 +126,18 @@ def write_strips(
     order: the SAE's codes on the text. W_dec: [F, D]. seed: of the random passages.
     Cost: O(P log P) and O(F^2 D) for the directions.
     """
-    count_F = np.diff(order.start_F)
+    count_F = np.diff(order.ptr_F)
     alive_F = count_F > 0
     centres = choose_passages(order, text.tokens_BL.shape[1], seed)
     largest_F, values_P = quantised(order)
     similar, cosine = nearest_directions(W_dec, alive_F, None, k=SIMILAR)
-    together, jaccard = fire_together(order, text.tokens_BL.size, k=SIMILAR)
+    together, jaccard = coactivation(order, text.tokens_BL.size, k=SIMILAR)
     columns: dict[str, Any] = {
         "latent": pa.array(np.arange(count_F.size), pa.int32()),
         "firings": pa.array(count_F, pa.int32()),
         "max_activation": pa.array(largest_F, pa.float32(), mask=~alive_F),
-        "tokens": _lists(order.start_F, order.token_P),
-        "values": _lists(order.start_F, values_P),
+        "tokens": _lists(order.ptr_F, order.token_Q),
+        "values": _lists(order.ptr_F, values_P),
         **{name: _without_gaps(centre_FK, centre_FK >= 0) for name, centre_FK in centres.items()},
         "histogram": _without_gaps(histograms(order, largest_F), alive_F[:, None]),
         "similar": _without_gaps(similar, similar >= 0),
@@ -145,10 +145,10 @@ def write_strips(
         "together": _without_gaps(together, together >= 0),
         "together_jaccard": _without_gaps(jaccard, together >= 0),
     }
-    if promoted is not None:
+    if logits is not None:
         for name, pieces, z_FK in (
-            ("promoted", promoted.promoted, promoted.promoted_z_FK),
-            ("suppressed", promoted.suppressed, promoted.suppressed_z_FK),
+            ("promoted", logits.top, logits.top_z_FK),
+            ("suppressed", logits.bottom, logits.bottom_z_FK),
         ):
             shown = np.broadcast_to(alive_F[:, None], z_FK.shape)
             chosen = np.array([_storable(piece) for row in pieces for piece in row], object).reshape(z_FK.shape)
@@ -162,34 +162,34 @@ def write_strips(
     pq.write_table(pa.table(columns), path, compression="zstd")
 
 
-def quantised(order: LatentOrder) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+def quantised(order: PairsByLatent) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """Largest activation of each latent, 0 where it never fires, and activations in 255ths of it, at least 1."""
-    count_F = np.diff(order.start_F)
+    count_F = np.diff(order.ptr_F)
     largest_F = np.zeros(count_F.size, np.float32)
     fires_F = count_F > 0
-    largest_F[fires_F] = np.maximum.reduceat(order.value_P, order.start_F[:-1][fires_F]) if fires_F.any() else 0
-    share_P = order.value_P / np.repeat(largest_F, count_F)
+    largest_F[fires_F] = np.maximum.reduceat(order.value_Q, order.ptr_F[:-1][fires_F]) if fires_F.any() else 0
+    share_P = order.value_Q / np.repeat(largest_F, count_F)
     return largest_F, np.maximum(np.rint(255 * share_P), 1).astype(np.uint8)
 
 
-def histograms(order: LatentOrder, largest_F: NDArray[np.float32]) -> NDArray[np.int32]:
+def histograms(order: PairsByLatent, largest_F: NDArray[np.float32]) -> NDArray[np.int32]:
     """Firings in equal bins of activation from 0 to each latent's largest, [F, HISTOGRAM_BINS]."""
-    latent_P = np.repeat(np.arange(largest_F.size), np.diff(order.start_F))
-    bin_P = (HISTOGRAM_BINS * order.value_P / largest_F[latent_P]).astype(np.int64).clip(max=HISTOGRAM_BINS - 1)
+    latent_P = np.repeat(np.arange(largest_F.size), np.diff(order.ptr_F))
+    bin_P = (HISTOGRAM_BINS * order.value_Q / largest_F[latent_P]).astype(np.int64).clip(max=HISTOGRAM_BINS - 1)
     counts = np.bincount(latent_P * HISTOGRAM_BINS + bin_P, minlength=largest_F.size * HISTOGRAM_BINS)
     return counts.reshape(-1, HISTOGRAM_BINS).astype(np.int32)
 
 
-def choose_passages(order: LatentOrder, context_length: int, seed: int = 0) -> dict[str, NDArray[np.int32]]:
+def choose_passages(order: PairsByLatent, context_length: int, seed: int = 0) -> dict[str, NDArray[np.int32]]:
     """Centres of the passages to show, {top, quantile, random: [F, K]}, -1 where a latent has no more."""
     sizes = {"top": TOP, "quantile": len(QUANTILES), "random": RANDOM}
     F = order.n_latents
     chosen = {name: np.full((F, size), -1, np.int32) for name, size in sizes.items()}
     draws_FR = np.random.default_rng(seed).random((F, 4 * RANDOM))
     _choose(
-        order.start_F,
-        order.token_P,
-        order.value_P,
+        order.ptr_F,
+        order.token_Q,
+        order.value_Q,
         context_length,
         np.array(QUANTILES),
         draws_FR,

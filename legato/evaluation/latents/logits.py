@@ -25,19 +25,19 @@ ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
-class Promoted:
+class TopLogits:
     """Per latent the strings of the tokens, most extreme first, and their standardised logits, [F, K]."""
 
-    promoted: list[list[str]]
-    promoted_z_FK: NDArray[np.float32]
-    suppressed: list[list[str]]
-    suppressed_z_FK: NDArray[np.float32]
+    top: list[list[str]]
+    top_z_FK: NDArray[np.float32]
+    bottom: list[list[str]]
+    bottom_z_FK: NDArray[np.float32]
 
 
 @torch.no_grad()
-def promoted_tokens(
+def top_and_bottom_logits(
     model: LanguageModel, W_dec: Tensor, vocabulary_V: Tensor, decode: Callable[[Sequence[int]], list[str]]
-) -> Promoted:
+) -> TopLogits:
     """W_dec: [F, D], rows in the model's residual stream. vocabulary_V: distinct token ids.
 
     Memory: O(V D + ROWS_AT_ONCE V).
@@ -57,7 +57,7 @@ def promoted_tokens(
     (raised, raised_z), (lowered, lowered_z) = (
         [torch.cat(part).cpu().numpy() for part in zip(*found, strict=True)] for found in (highest, lowest)
     )
-    return Promoted(piece_V[raised].tolist(), raised_z, piece_V[lowered].tolist(), lowered_z)
+    return TopLogits(piece_V[raised].tolist(), raised_z, piece_V[lowered].tolist(), lowered_z)
 
 
 def _final_norm(model: LanguageModel, directions_FD: Tensor) -> Tensor:

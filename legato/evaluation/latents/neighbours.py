@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from legato.evaluation.sums.lag_pairs import LatentOrder
+from legato.sae.kernels.pairs import PairsByLatent
 
 ROWS_AT_ONCE = 512
 FEWEST_TOGETHER = 3
@@ -54,17 +54,17 @@ def nearest_directions(
     return index_FK, cosine_FK
 
 
-def fire_together(order: LatentOrder, n_positions: int, *, k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+def coactivation(order: PairsByLatent, n_positions: int, *, k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """The latents that share most positions with a latent: Jaccard index of the two sets of positions, [F, k] each.
 
     Pairs that share fewer than FEWEST_TOGETHER positions are left out (-1 and 0). Cost: the sum over positions of L0^2;
     where that is more than MOST_STEPS, only every s-th position is counted, s the least that keeps to it.
     """
-    steps = float((np.bincount(order.token_P, minlength=n_positions).astype(np.float64) ** 2).sum())
+    steps = float((np.bincount(order.token_Q, minlength=n_positions).astype(np.float64) ** 2).sum())
     stride = max(1, int(np.ceil(steps / MOST_STEPS)))
-    latent_P = np.repeat(np.arange(order.n_latents, dtype=np.int32), np.diff(order.start_F))
-    counted_P = order.token_P % stride == 0
-    token_P, latent_P = order.token_P[counted_P], latent_P[counted_P]
+    latent_P = np.repeat(np.arange(order.n_latents, dtype=np.int32), np.diff(order.ptr_F))
+    counted_P = order.token_Q % stride == 0
+    token_P, latent_P = order.token_Q[counted_P], latent_P[counted_P]
     by_token = np.argsort(token_P, kind="stable")
     start_N = np.concatenate([[0], np.cumsum(np.bincount(token_P, minlength=n_positions))])
     start_F = np.concatenate([[0], np.cumsum(np.bincount(latent_P, minlength=order.n_latents))])

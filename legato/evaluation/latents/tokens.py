@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from legato.evaluation.sums.accumulators import Summed
-from legato.evaluation.sums.lag_pairs import Floats, Ints, LatentOrder, PairLayout
+from legato.evaluation.sums.lag_pairs import Floats, Ints, LagPairs
+from legato.sae.kernels.pairs import PairsByLatent
 
 TOP_TOKENS = 3
 _TOKEN_BITS = 32
@@ -38,14 +39,14 @@ class TokenCounts(Summed):
     def zero(cls, n_latents: int) -> "TokenCounts":
         return cls(n_latents)
 
-    def add(self, tokens_BL: Tensor, layout: PairLayout, order: LatentOrder) -> None:
+    def add(self, tokens_BL: Tensor, layout: LagPairs, order: PairsByLatent) -> None:
         """tokens_BL: token ids, read at valid positions only."""
         if order.n_latents != self.n_latents or tuple(tokens_BL.shape) != layout.shape:
             raise ValueError("these tokens or codes have another shape than the accumulator or the mask")
         tokens_N = tokens_BL.detach().cpu().numpy().astype(np.int64).ravel()
         self.tokens_V = _longer_sum(self.tokens_V, np.bincount(tokens_N[layout.stretch_N >= 0]))
-        latent_P = np.repeat(np.arange(self.n_latents, dtype=np.int64), np.diff(order.start_F))
-        self._pending.append(latent_P << _TOKEN_BITS | tokens_N[order.token_P])
+        latent_P = np.repeat(np.arange(self.n_latents, dtype=np.int64), np.diff(order.ptr_F))
+        self._pending.append(latent_P << _TOKEN_BITS | tokens_N[order.token_Q])
         self._n_pending += latent_P.size
         if self._n_pending >= max(_PENDING, self.key_P.size):  # so that merging costs O(log) a firing
             self._flush()

@@ -10,7 +10,8 @@ import numpy as np
 
 from legato.evaluation.consistency.persistence import mean
 from legato.evaluation.sums.accumulators import CodeSums, share_between_groups
-from legato.evaluation.sums.lag_pairs import Floats, LatentOrder, PairLayout
+from legato.evaluation.sums.lag_pairs import Floats, LagPairs
+from legato.sae.kernels.pairs import PairsByLatent
 
 Z95 = 1.959963984540054
 FIRST_POSITIONS = 2  # shown apart: models treat the first tokens of a context in their own way
@@ -109,7 +110,7 @@ def position_metrics(sums: CodeSums) -> dict[str, Any]:
     }
 
 
-def position_matrix(layout: PairLayout, order: LatentOrder) -> Floats:
+def position_matrix(layout: LagPairs, order: PairsByLatent) -> Floats:
     """M[t, t'] = mean over latents of corr over rows of (f_t, f_t'), [L, L].
 
     Rows count where t and t' are both valid and of one document. A latent counts where it varies at t and at t' over
@@ -118,7 +119,7 @@ def position_matrix(layout: PairLayout, order: LatentOrder) -> Floats:
     B, L = layout.shape
     stretch_BL = layout.stretch_N.reshape(B, L)
     rows_LL = _paired_rows(stretch_BL)
-    sum_LL, latents_LL = _matrix_sums(order.start_F, order.token_P, order.value_P, stretch_BL, rows_LL)
+    sum_LL, latents_LL = _matrix_sums(order.ptr_F, order.token_Q, order.value_Q, stretch_BL, rows_LL)
     with np.errstate(invalid="ignore"):
         return sum_LL / np.where(latents_LL > 0, latents_LL, np.nan)
 

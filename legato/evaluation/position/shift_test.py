@@ -21,9 +21,9 @@ from legato.common.errors import LegatoError, UsageError
 from legato.data.activations import OUTLIER_FACTOR, ActivationBatch
 from legato.data.language_model import LanguageModel
 from legato.data.tokens import TokenSet
-from legato.evaluation.sums.lag_pairs import Floats, PairLayout
+from legato.evaluation.sums.lag_pairs import Floats, LagPairs
 from legato.sae.codes import SparseCodes
-from legato.sae.protocol import Judged
+from legato.sae.protocol import EvaluableSAE
 
 SHIFTS = (1, 8, 32)
 MODES = ("position_ids", "prefix")
@@ -136,7 +136,7 @@ def _movement(own: ActivationBatch, other: ActivationBatch) -> dict[str, float |
 
 def _other_token(batch: ActivationBatch, seed: int = 0) -> NDArray[np.int64]:
     """For each flat token another valid token of its document in its row, each drawn once; -1 where there is none."""
-    stretch_N = PairLayout.of(batch.mask_BL, batch.doc_BL, (1,)).stretch_N
+    stretch_N = LagPairs.of(batch.mask_BL, batch.doc_BL, (1,)).stretch_N
     rng = np.random.default_rng(seed)
     other_N = np.full(stretch_N.size, -1, np.int64)
     valid = np.flatnonzero(stretch_N >= 0)
@@ -160,7 +160,7 @@ def _mean(values: Floats) -> float | None:
 
 @torch.no_grad()
 def offset_test(
-    saes: Mapping[str, Judged],
+    saes: Mapping[str, EvaluableSAE],
     model: LanguageModel,
     tokens: TokenSet,
     *,

@@ -20,7 +20,8 @@ from legato.evaluation.redundancy.sums import (
     profile_overlap,
     split_z,
 )
-from legato.evaluation.sums.lag_pairs import Floats, Ints, LatentOrder, PairLayout
+from legato.evaluation.sums.lag_pairs import Floats, Ints, LagPairs
+from legato.sae.kernels.pairs import PairsByLatent
 
 DUPLICATE, POSITION_SPLIT, LEAD_LAG, ANTIPODAL = CLASSES = ("duplicate", "position_split", "lead_lag", "antipodal")
 MIN_STRETCHES = 16
@@ -75,8 +76,8 @@ class PairEvidence:
     def of(
         cls,
         sums: LatentSums,
-        layout: PairLayout,
-        order: LatentOrder,
+        layout: LagPairs,
+        order: PairsByLatent,
         directions_FD: Floats,
         similarity: float,
         correlation: float,
@@ -119,15 +120,15 @@ def similar_pairs(directions_FD: Floats, alive_F: NDArray[np.bool_], cosine: flo
 
 
 def lagged_pairs(
-    sums: LatentSums, layout: PairLayout, order: LatentOrder, chosen_F: NDArray[np.bool_], floor: float
+    sums: LatentSums, layout: LagPairs, order: PairsByLatent, chosen_F: NDArray[np.bool_], floor: float
 ) -> tuple[Ints, Ints, Floats]:
     """(a, b, excess) of the ordered pairs of chosen latents whose excess reaches `floor` at a lag of 1..W, with the
     largest such excess."""
     inverse_F = np.divide(1.0, sums.deviation_F, out=np.zeros(chosen_F.size), where=chosen_F)
     left_FV, right_FV = sums.ends()
     return kernels.lagged_pairs(
-        (order.start_F, order.token_P, order.value_P),
-        kernels.sort_by_token(order.start_F, order.token_P, order.value_P, layout.stretch_N.size),
+        (order.ptr_F, order.token_Q, order.value_Q),
+        kernels.sort_by_token(order.ptr_F, order.token_Q, order.value_Q, layout.stretch_N.size),
         layout.stretch_N,
         inverse_F,
         floor,

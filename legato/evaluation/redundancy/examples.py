@@ -13,7 +13,8 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from legato.evaluation.redundancy.sums import Candidates, CandidateSums, Correlations, LatentSums
-from legato.evaluation.sums.lag_pairs import Floats, Ints, LatentOrder, PairLayout
+from legato.evaluation.sums.lag_pairs import Floats, Ints, LagPairs
+from legato.sae.kernels.pairs import PairsByLatent
 
 CONTEXTS = 3
 BEFORE, AFTER = 8, 3
@@ -28,8 +29,8 @@ class Contexts:
 
     def __init__(
         self,
-        layout: PairLayout,
-        order: LatentOrder,
+        layout: LagPairs,
+        order: PairsByLatent,
         tokens_BL: Ints,
         doc_BL: Tensor,
         decode: Callable[[Sequence[int]], list[str]],
@@ -55,8 +56,8 @@ class Contexts:
         return [self._text(a, b, token, token) for token in (*top_a[:1], *top_b[:1], *top_a[1:2])]
 
     def _firing(self, latent: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        part = slice(self._order.start_F[latent], self._order.start_F[latent + 1])
-        return self._order.token_P[part], self._order.value_P[part]
+        part = slice(self._order.ptr_F[latent], self._order.ptr_F[latent + 1])
+        return self._order.token_Q[part], self._order.value_Q[part]
 
     def _strongest(self, tokens: NDArray[Any], strength: NDArray[Any]) -> list[int]:
         """The strongest token of each stretch, strongest first."""
@@ -75,7 +76,7 @@ class Contexts:
         return f"{first - start}: " + "".join(shown).replace("\n", "↵")
 
 
-def heat_map(latents: Ints, sums: LatentSums, layout: PairLayout, order: LatentOrder) -> dict[str, NDArray[Any]]:
+def heat_map(latents: Ints, sums: LatentSums, layout: LagPairs, order: PairsByLatent) -> dict[str, NDArray[Any]]:
     """Lagged correlation of the given latents with each other, neighbours alike.
 
     "latents" [H], "lags" [K], "c" and "excess" [K, H, H] float32: element [k, i, j] is C_ij(lags[k]). Ordered by

@@ -43,7 +43,7 @@ from legato.evaluation.redundancy.classes import (
 )
 from legato.evaluation.redundancy.examples import Contexts, heat_map
 from legato.evaluation.redundancy.sums import LatentSums
-from legato.evaluation.sums.code_buffer import CodedBatch, KeptCodes
+from legato.evaluation.sums.code_buffer import CodeBuffer, CodedBatch
 from legato.evaluation.sums.lag_pairs import Floats, Ints
 
 EXAMPLES = 200  # strongest pairs of each class whose contexts are written out
@@ -108,8 +108,8 @@ def redundancy(
     return Redundancy(metrics, pairs, heat_map(_most_redundant(pairs), sums, layout, order))
 
 
-def _keep(batches: Iterable[CodedBatch], rows: int) -> tuple[KeptCodes, NDArray[np.int64]]:
-    kept, tokens = KeptCodes(rows), []
+def _keep(batches: Iterable[CodedBatch], rows: int) -> tuple[CodeBuffer, NDArray[np.int64]]:
+    kept, tokens = CodeBuffer(rows), []
     for batch in batches:
         tokens.append(batch.tokens_BL[: rows - kept.n_rows].cpu().numpy().astype(np.int64))
         kept.add(batch.codes, batch.mask_BL, batch.doc_BL)

@@ -16,7 +16,8 @@ import numpy as np
 
 from legato.evaluation.redundancy import kernels
 from legato.evaluation.sums.accumulators import ROUNDING, Summed
-from legato.evaluation.sums.lag_pairs import Floats, Ints, LatentOrder, PairLayout
+from legato.evaluation.sums.lag_pairs import Floats, Ints, LagPairs
+from legato.sae.kernels.pairs import PairsByLatent
 
 POSITION_BINS = 16  # equal ones; below the first edge, bins double in width, since early positions differ most
 
@@ -54,7 +55,7 @@ class LatentSums(Summed):
             stretches_F=np.zeros(F),
         )
 
-    def add(self, layout: PairLayout, order: LatentOrder, first_row: int = 0) -> None:
+    def add(self, layout: LagPairs, order: PairsByLatent, first_row: int = 0) -> None:
         """Add a batch whose layout has the lags 1..W; first_row: rows before it, which tells even rows from odd."""
         assert len(layout.lags) == self.window
         self.tokens_L += layout.tokens_L
@@ -62,7 +63,7 @@ class LatentSums(Summed):
         self.n_stretches += layout.size_S.size
         sums = (self.at_FL, self.firing_GFL, self.square_F, self.left_FV, self.right_FV, self.stretches_F)
         kernels.add_latents(
-            order.start_F, order.token_P, order.value_P, layout.stretch_N, layout.shape[1], first_row, sums
+            order.ptr_F, order.token_Q, order.value_Q, layout.stretch_N, layout.shape[1], first_row, sums
         )
 
     @property
@@ -128,11 +129,11 @@ class CandidateSums(Summed):
         size = (len(candidates), 2 * window + 1)
         return cls(candidates, np.zeros(size), np.zeros(size))
 
-    def add(self, layout: PairLayout, order: LatentOrder) -> None:
+    def add(self, layout: LagPairs, order: PairsByLatent) -> None:
         kernels.add_candidates(
             self.candidates.a_C,
             self.candidates.b_C,
-            (order.start_F, order.token_P, order.value_P, layout.stretch_N),
+            (order.ptr_F, order.token_Q, order.value_Q, layout.stretch_N),
             self.product_CK,
             self.square_CK,
         )
@@ -208,7 +209,7 @@ def profile_overlap(firing_GFZ: Floats, candidates: Candidates) -> Floats:
     return np.minimum(share_FZ[candidates.a_C], share_FZ[candidates.b_C]).sum(1)
 
 
-def split_z(firing_GFZ: Floats, candidates: Candidates, layout: PairLayout, order: LatentOrder) -> Floats:
+def split_z(firing_GFZ: Floats, candidates: Candidates, layout: LagPairs, order: PairsByLatent) -> Floats:
     """Test that two latents fire at different positions, [C]; N(0, 1) or narrower where their profiles are equal.
 
     Each fold of rows is scored by the difference of the two profiles in the other fold, so that what is tested was not
@@ -226,7 +227,7 @@ def split_z(firing_GFZ: Floats, candidates: Candidates, layout: PairLayout, orde
     square_GC = kernels.squared_differences(
         candidates.a_C,
         candidates.b_C,
-        (order.start_F, order.token_P, layout.stretch_N),
+        (order.ptr_F, order.token_Q, layout.stretch_N),
         position_bins(layout.shape[1]),
         np.ascontiguousarray(score_GCZ - centre_GC[..., None]),
         np.stack([n_aGC, n_bGC]),

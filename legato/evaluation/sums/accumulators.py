@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from legato.evaluation.sums.lag_pairs import DEFAULT_LAGS, Floats, LatentOrder, PairLayout, check_lags
+from legato.evaluation.sums.lag_pairs import DEFAULT_LAGS, Floats, LagPairs, check_lags
+from legato.sae.kernels.pairs import PairsByLatent
 
 
 class Summed:
@@ -47,7 +48,7 @@ class PairCounts(Summed):
         lags = check_lags(lags)
         return cls(lags, np.zeros(n_positions), np.zeros((len(lags), n_positions)))
 
-    def add(self, layout: PairLayout) -> None:
+    def add(self, layout: LagPairs) -> None:
         assert layout.lags == self.lags
         self.tokens_L += layout.tokens_L
         self.pairs_KL += layout.pairs_KL
@@ -88,7 +89,7 @@ class PairSums(Summed):
     def _arrays(self) -> tuple[Floats, ...]:
         return tuple(getattr(self, f.name) for f in fields(self))
 
-    def add_dense(self, acts_BLD: Tensor, layout: PairLayout) -> None:
+    def add_dense(self, acts_BLD: Tensor, layout: LagPairs) -> None:
         """Add a dense signal (the raw stream), series = dimensions. Float64 throughout: means may dwarf variances."""
         B, L = layout.shape
         x_BLD = acts_BLD.detach().cpu().double().numpy()
@@ -171,7 +172,7 @@ class CodeSums(Summed):
     def n_latents(self) -> int:
         return self.runs_F.size
 
-    def add(self, layout: PairLayout, order: LatentOrder, step_BL: Tensor | None = None) -> None:
+    def add(self, layout: LagPairs, order: PairsByLatent, step_BL: Tensor | None = None) -> None:
         """Add one batch.
 
         step_BL: ||x_t - x_{t-1}|| of the raw activations, needed for smoothness only; column 0 is not read.
@@ -182,7 +183,7 @@ class CodeSums(Summed):
         self.counts.add(layout)
         self.n_rows += layout.valid_rows()
         self.n_stretches += layout.size_S.size
-        l0_BL = np.bincount(order.token_P, minlength=layout.stretch_N.size).reshape(layout.shape).astype(np.float64)
+        l0_BL = np.bincount(order.token_Q, minlength=layout.stretch_N.size).reshape(layout.shape).astype(np.float64)
         self.l0_L += l0_BL.sum(0)
         self.l0_square_L += (l0_BL**2).sum(0)
         if step_BL is None:
@@ -191,11 +192,11 @@ class CodeSums(Summed):
             self.n_rows_with_steps += layout.valid_rows()
             step_N = step_BL.detach().cpu().double().numpy().ravel()
             inverse_step_N = np.divide(1.0, step_N, out=np.zeros_like(step_N), where=step_N > 0)
-        distinct_B = _distinct_latents(order.start_F, order.token_P, layout.shape[0], layout.shape[1])
+        distinct_B = _distinct_latents(order.ptr_F, order.token_Q, layout.shape[0], layout.shape[1])
         _add_latents(
-            order.start_F,
-            order.token_P,
-            order.value_P,
+            order.ptr_F,
+            order.token_Q,
+            order.value_Q,
             (
                 np.asarray(layout.lags, np.int64),
                 layout.stretch_N,

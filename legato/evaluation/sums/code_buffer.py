@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from legato.data.activations import ActivationBatch
-from legato.evaluation.sums.lag_pairs import LatentOrder, PairLayout
+from legato.evaluation.sums.lag_pairs import LagPairs, pairs_by_latent
 from legato.sae.codes import SparseCodes
+from legato.sae.kernels.pairs import PairsByLatent
 
 
-class KeptCodes:
+class CodeBuffer:
     """The first `max_rows` rows of codes, mask and documents; 12 bytes an active pair."""
 
     def __init__(self, max_rows: int) -> None:
@@ -42,13 +43,13 @@ class KeptCodes:
         self._docs.append(doc_BL[:take].cpu())
         self.n_rows += take
 
-    def layout(self, lags: tuple[int, ...] = (1,)) -> PairLayout:
-        return PairLayout.of(torch.cat(self._masks), torch.cat(self._docs), lags)
+    def layout(self, lags: tuple[int, ...] = (1,)) -> LagPairs:
+        return LagPairs.of(torch.cat(self._masks), torch.cat(self._docs), lags)
 
-    def order(self, layout: PairLayout) -> LatentOrder:
+    def order(self, layout: LagPairs) -> PairsByLatent:
         token_P, latent_P, value_P = (np.concatenate(part) for part in zip(*self._pairs, strict=True))
         shape = (*layout.shape, self.n_latents)
-        return LatentOrder.of(
+        return pairs_by_latent(
             SparseCodes(torch.from_numpy(token_P), torch.from_numpy(latent_P), torch.from_numpy(value_P), shape), layout
         )
 

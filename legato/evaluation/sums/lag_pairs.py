@@ -16,6 +16,7 @@ from torch import Tensor
 
 from legato.common.errors import UsageError
 from legato.sae.codes import SparseCodes
+from legato.sae.kernels.pairs import PairsByLatent, sort_by_latent
 
 DEFAULT_LAGS = (1, 2, 4, 8, 16, 32, 64)
 MAX_LAGS = 64  # one bit per lag in a 64-bit word
@@ -33,7 +34,7 @@ def check_lags(lags: Sequence[int]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class PairLayout:
+class LagPairs:
     """Where the valid positions and pairs of one batch lie; shared by everything that is measured on the batch.
 
     A pair (t, t + lag) is valid if both ends are valid and of the same document in the same row.
@@ -53,7 +54,7 @@ class PairLayout:
     pairs_KL: Ints
 
     @classmethod
-    def of(cls, mask_BL: Tensor, doc_BL: Tensor | None = None, lags: Sequence[int] = DEFAULT_LAGS) -> "PairLayout":
+    def of(cls, mask_BL: Tensor, doc_BL: Tensor | None = None, lags: Sequence[int] = DEFAULT_LAGS) -> "LagPairs":
         """mask_BL: True where a position is valid.  doc_BL: document numbers; None: every row is one document.
 
         Raises UsageError for lags that are not 1 to 64 increasing positive integers, ValueError for other shapes.
@@ -115,49 +116,16 @@ def _lay_out(mask, doc, lags):  # type: ignore[no-untyped-def]
     return stretch, left, right, size, pairs_SK, pairs_KL
 
 
-@dataclass(frozen=True)
-class LatentOrder:
-    """The active pairs of a batch grouped by latent, by token within a latent: pairs start_F[i] .. start_F[i + 1]."""
+def pairs_by_latent(codes: SparseCodes, layout: LagPairs) -> PairsByLatent:
+    """Sort the active pairs of a batch by latent, by token within a latent, in O(P + F).
 
-    start_F: Ints
-    token_P: NDArray[np.int32]
-    value_P: NDArray[np.float32]
-
-    @classmethod
-    def of(cls, codes: SparseCodes, layout: PairLayout) -> "LatentOrder":
-        """Counting sort, O(P + F). Pairs at positions that are not valid are dropped. ValueError for another [B, L]."""
-        if codes.shape[:2] != layout.shape:
-            raise ValueError(f"codes are {codes.shape[:2]} rows x positions, the mask is {layout.shape}")
-        return cls(
-            *_sort_by_latent(
-                codes.token_P.detach().cpu().numpy(),
-                codes.latent_P.detach().cpu().numpy(),
-                codes.value_P.detach().float().cpu().numpy(),
-                layout.stretch_N,
-                codes.shape[2],
-            )
-        )
-
-    @property
-    def n_latents(self) -> int:
-        return self.start_F.size - 1
-
-
-@numba.njit(cache=True)
-def _sort_by_latent(token_P, latent_P, value_P, stretch_N, n_latents):  # type: ignore[no-untyped-def]
-    start = np.zeros(n_latents + 1, np.int64)
-    for j in range(token_P.size):
-        if stretch_N[token_P[j]] >= 0:
-            start[latent_P[j] + 1] += 1
-    for i in range(n_latents):
-        start[i + 1] += start[i]
-    place = start[:-1].copy()
-    token = np.empty(start[-1], np.int32)
-    value = np.empty(start[-1], np.float32)
-    for j in range(token_P.size):
-        if stretch_N[token_P[j]] >= 0:
-            at = place[latent_P[j]]
-            place[latent_P[j]] = at + 1
-            token[at] = token_P[j]
-            value[at] = value_P[j]
-    return start, token, value
+    Pairs at positions that are not valid are dropped. ValueError if the codes are of another [B, L] than the layout.
+    """
+    if codes.shape[:2] != layout.shape:
+        raise ValueError(f"codes are {codes.shape[:2]} rows x positions, the mask is {layout.shape}")
+    token_P, latent_P = codes.token_P.detach().cpu().numpy(), codes.latent_P.detach().cpu().numpy()
+    value_P = codes.value_P.detach().float().cpu().numpy()
+    valid_P = layout.stretch_N[token_P] >= 0
+    if not valid_P.all():
+        token_P, latent_P, value_P = token_P[valid_P], latent_P[valid_P], value_P[valid_P]
+    return sort_by_latent(token_P.astype(np.int32, copy=False), latent_P, value_P, codes.shape[2])

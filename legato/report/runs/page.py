@@ -18,7 +18,7 @@ from legato.report.text.matched_tables import Table, legend, tables
 from legato.report.text.notes import described
 from legato.report.text.verdict import headline
 from legato.results.matched.comparability import barriers, places, pooled, settings
-from legato.results.matched.compare import compare_runs
+from legato.results.matched.compare import match_methods
 from legato.results.saved_run import SavedRun, joined
 
 _SECTIONS = (
@@ -143,7 +143,7 @@ def _matched(group: Mapping[str, SavedRun]) -> MatchedGroup:
     found = list(group.values())
     if not any(run.baseline for run in found):
         return MatchedGroup(title, [], [], "it has no baseline to compare with")
-    matched = compare_runs(found)
+    matched = match_methods(found)
     if not matched["methods"]:
         return MatchedGroup(title, [], [], "it holds nothing but the baseline")
     return MatchedGroup(title, tables(matched), legend(matched))

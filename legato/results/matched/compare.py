@@ -55,7 +55,7 @@ class Match:
     baseline: Point
 
 
-def compare_runs(runs: Sequence[SavedRun]) -> dict[str, Any]:
+def match_methods(runs: Sequence[SavedRun]) -> dict[str, Any]:
     """The matched comparison of all methods in one or several runs, as it is saved in matched.json.
 
     Members of a window x coefficient ablation take no part. Raises UsageError where the runs were not made in the same
@@ -84,7 +84,7 @@ def write_matched(run_dir: str | Path) -> Path | None:
     if run.baseline is None or all(arm.method == run.baseline.method for arm in run.arms):
         return None
     path = RunDir(run_dir).matched
-    write_json(path, compare_runs([run]))
+    write_json(path, match_methods([run]))
     return path
 
 
@@ -106,7 +106,7 @@ def _as_trained(method: Method) -> dict[str, Any]:
 
 def _compared(method: Method, baseline: Method) -> dict[str, Any]:
     compared: dict[str, Any] = {place: _at(method, baseline, axis) for place, axis in _AXES.items()}
-    compared["verdict"] = _verdict(compared["at_l0"]) if compared["at_l0"]["matched"] else None
+    compared["verdict"] = targets_met(compared["at_l0"]) if compared["at_l0"]["matched"] else None
     return compared
 
 
@@ -194,7 +194,7 @@ def _population(matches: Mapping[int, Match], name: str) -> dict[str, Any]:
     return {**of(name, ALL), "by_rate_bin": [row for row in rows if MEASURES[0] in row]}
 
 
-def _verdict(at_l0: Mapping[str, Any]) -> list[dict[str, Any]]:
+def targets_met(at_l0: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Target by target, whether the method reaches what the best is meant to reach at the baseline's L0.
 
     value: a ratio to the baseline, a share, or for costs the change relative to the baseline. met: None where it was

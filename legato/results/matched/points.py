@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from legato.common.errors import UsageError
-from legato.evaluation.consistency.groups import bin_key, latent_groups
+from legato.evaluation.consistency.groups import bin_key, dictionary_parts
 from legato.evaluation.consistency.persistence import RATE_BINS, rate_bins
 from legato.evaluation.sums.accumulators import DENSE_RATE
 from legato.evaluation.sums.lag_pairs import Floats
@@ -162,7 +162,7 @@ def _replicates(arrays: Mapping[str, Floats]) -> dict[str, Floats]:
 
 def groups_of(arm: Arm) -> dict[str, slice]:
     """The parts of the dictionary that the arm's objective treats differently; empty for an ordinary SAE."""
-    return latent_groups((arm.metrics.get("training") or {}).get("recipe") or {})
+    return dictionary_parts((arm.metrics.get("training") or {}).get("recipe") or {})
 
 
 def _group_values(run: SavedRun, arm: Arm, name: str, latents: slice) -> dict[str, float]:

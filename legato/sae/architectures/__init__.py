@@ -14,7 +14,7 @@ topk.py             TopK: a budget for each token.
 window_topk.py      The budget is spent on stretches: a latent is chosen for a whole window of tokens.
 """
 
-from legato.sae.architectures.base import Sparsity
+from legato.sae.architectures.base import Architecture
 from legato.sae.architectures.batchtopk import BatchTopK
 from legato.sae.architectures.gated import Gated
 from legato.sae.architectures.hysteresis import Hysteresis
@@ -27,6 +27,7 @@ from legato.sae.architectures.topk import TopK
 from legato.sae.architectures.window_topk import WindowTopK
 
 __all__ = [
+    "Architecture",
     "BatchTopK",
     "Gated",
     "Hysteresis",
@@ -35,7 +36,6 @@ __all__ = [
     "Persistent",
     "Preactivations",
     "ReLU",
-    "Sparsity",
     "TopK",
     "WindowTopK",
 ]

@@ -16,9 +16,9 @@ from torch import Tensor
 from legato.sae.architectures.preactivations import Preactivations
 from legato.sae.kernels import gradients as pair_kernels
 from legato.sae.kernels import pairs as kernels
-from legato.sae.kernels.pairs import Groups, LatentOrder, Pairs
-from legato.sae.partition import WHOLE, Share
-from legato.sae.segments import SequenceLayout
+from legato.sae.kernels.pairs import Groups, Pairs, PairsByLatent
+from legato.sae.partition import SINGLE, Partition
+from legato.sae.segments import Segments
 
 Array = NDArray[Any]
 
@@ -51,29 +51,29 @@ class Decoding:
     x_ND: Array
     W_dec_HD: Array
     b_dec_D: Array
-    layout: SequenceLayout
+    layout: Segments
     n_valid: int
     groups: Groups
     pull_GND: Array
     scale: float
-    order: LatentOrder
+    order: PairsByLatent
     slope_Q: Array
     gradients: Mapping[str, Array]
     seeded_F: Array
-    share: Share = WHOLE
+    partition: Partition = SINGLE
 
     def code_gradient(self, token_P: Array, latent_P: Array, pull_GND: Array | None = None) -> Array:
         """Derivative of the reconstruction loss by the codes of any pairs, whether they are active or not."""
         pull = self.pull_GND if pull_GND is None else pull_GND
         F = len(self.seeded_F)
-        groups = self.groups._replace(ends_G=self.groups.ends_G - self.share.held(F).start)
+        groups = self.groups._replace(ends_G=self.groups.ends_G - self.partition.local(F).start)
         compute = partial(pair_kernels.code_gradients, pull, groups, self.scale, self.W_dec_HD)
-        return self.share.of_pairs(compute, token_P, latent_P, (len(self.x_ND), F))
+        return self.partition.of_pairs(compute, token_P, latent_P, (len(self.x_ND), F))
 
     def _own(self) -> tuple[slice, slice, Array]:
         """This rank's latents, their rows, and where the groups end counted from the first of them."""
-        own = self.share.latents(len(self.seeded_F))
-        return own, self.share.rows(len(self.seeded_F)), self.groups.ends_G - own.start
+        own = self.partition.latents(len(self.seeded_F))
+        return own, self.partition.rows(len(self.seeded_F)), self.groups.ends_G - own.start
 
     def through_codes(self, slope_Q: Array) -> Array:
         """Fill in W_enc, b_enc and W_dec where every active code is its pre-activation; slope_Q: derivative of all but
@@ -112,7 +112,7 @@ class Decoding:
         )
 
 
-def _only(order: LatentOrder, own: slice) -> LatentOrder:
+def _only(order: PairsByLatent, own: slice) -> PairsByLatent:
     """The latents of a slice; their pairs lie where they did."""
     return order._replace(ptr_F=order.ptr_F[own.start : own.stop + 1])
 
@@ -137,7 +137,7 @@ class Forward(ABC):
 class Selected(Forward):
     """Codes that are the pre-activations of selected pairs."""
 
-    sparsity: "Sparsity"
+    sparsity: "Architecture"
 
     def backward(self, decoding: Decoding) -> tuple[dict[str, float], Array]:
         value, slope = self.sparsity.penalty(self.pairs, decoding.n_valid, decoding.x_ND.shape[1])
@@ -145,7 +145,7 @@ class Selected(Forward):
         return {"sparsity": value} if slope else {}, squared
 
 
-class Sparsity(ABC):
+class Architecture(ABC):
     """Which latents of a token are active and what their codes are, in training and afterwards.
 
     architecture: what it is at inference (see SparseAutoencoder). own_parameters: names of what it learns per latent

@@ -6,14 +6,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from legato.sae.architectures.base import Sparsity
+from legato.sae.architectures.base import Architecture
 from legato.sae.architectures.preactivations import FLOOR_SHARE, Preactivations, budget_threshold, quantile_floor
 from legato.sae.kernels import pairs as kernels
 from legato.sae.kernels.pairs import Pairs
 
 
 @dataclass(frozen=True)
-class BatchTopK(Sparsity):
+class BatchTopK(Architecture):
     """The k * (valid tokens) largest positive pre-activations of a batch (Bussmann et al. 2024, arXiv 2412.06410)."""
 
     k: int

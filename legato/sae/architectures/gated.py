@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from legato.sae.architectures.base import OPENING, Decoding, Forward, Sparsity, opening
+from legato.sae.architectures.base import OPENING, Architecture, Decoding, Forward, opening
 from legato.sae.architectures.preactivations import Preactivations, budget_threshold
 from legato.sae.kernels import gradients as pair_kernels
 from legato.sae.kernels import pairs as kernels
@@ -23,7 +23,7 @@ _INTEGRAL, _PROPORTIONAL = 0.05, 2.0
 
 
 @dataclass(frozen=True)
-class Gated(Sparsity):
+class Gated(Architecture):
     """Gate and magnitude share their weights up to a factor per latent (Rajamanoharan et al. 2024, arXiv 2404.16014):
     gate = <x, W_enc> + b_gate, code = [gate > 0] * relu(exp(r_mag) * <x, W_enc> + b_enc).
 
@@ -81,7 +81,7 @@ class _Gates(Forward):
     def backward(self, decoding: Decoding) -> tuple[dict[str, float], Array]:
         d, gates, latent_P = decoding, self.gates, self.pairs.latent_P
         F, D = len(self.b_enc_F), len(d.b_dec_D)
-        pull_GND, squared_GN = d.share.decode(gates, d.groups, d.W_dec_HD, d.b_dec_D, d.x_ND, d.layout.valid_N)
+        pull_GND, squared_GN = d.partition.decode(gates, d.groups, d.W_dec_HD, d.b_dec_D, d.x_ND, d.layout.valid_N)
         slope = self.l1 / (D * d.n_valid)
         gate_J = d.code_gradient(gates.token_P, gates.latent_P, pull_GND) + d.x_ND.dtype.type(slope)
         code_P = np.empty_like(d.slope_Q)

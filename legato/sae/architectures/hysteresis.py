@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from legato.sae.architectures.base import Sparsity
+from legato.sae.architectures.base import Architecture
 from legato.sae.architectures.preactivations import FLOOR_SHARE, Preactivations, budget_threshold, quantile_floor
 from legato.sae.kernels import pairs as kernels
 from legato.sae.kernels.pairs import Pairs
@@ -26,7 +26,7 @@ ROUGH_SHARE = 0.98
 
 
 @dataclass(frozen=True)
-class Hysteresis(Sparsity):
+class Hysteresis(Architecture):
     """A Schmitt trigger along the sequence: a latent switches on where its pre-activation reaches a threshold, and
     stays on, token after token of one document, while it stays above `release` times that threshold.
 

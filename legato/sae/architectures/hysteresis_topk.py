@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from legato.sae.architectures.base import Sparsity
+from legato.sae.architectures.base import Architecture
 from legato.sae.architectures.hysteresis import ROUGH_SHARE, check_release, release_at
 from legato.sae.architectures.preactivations import Preactivations
 from legato.sae.kernels import pairs as kernels
@@ -20,7 +20,7 @@ from legato.sae.segments import runs
 
 
 @dataclass(frozen=True)
-class HysteresisTopK(Sparsity):
+class HysteresisTopK(Architecture):
     """The k largest pre-activations of each token, where those of latents that were on at the token before, of the
     same document, count 1 / release times.
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from legato.sae.architectures.base import OPENING, Decoding, Forward, Sparsity, opening
+from legato.sae.architectures.base import OPENING, Architecture, Decoding, Forward, opening
 from legato.sae.architectures.preactivations import Preactivations, budget_threshold
 from legato.sae.kernels import gradients as pair_kernels
 from legato.sae.kernels import pairs as kernels
@@ -19,7 +19,7 @@ from legato.sae.kernels.pairs import Array, Pairs
 
 
 @dataclass(frozen=True)
-class JumpReLU(Sparsity):
+class JumpReLU(Architecture):
     """A latent is active above its own threshold (Rajamanoharan et al. 2024, arXiv 2407.14435).
 
     The thresholds learn, as logarithms, from the reconstruction and from the penalty strength * (L0 / k - 1)^2, which

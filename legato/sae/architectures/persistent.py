@@ -11,20 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from legato.sae.architectures.base import Decoding, Forward, Sparsity
+from legato.sae.architectures.base import Architecture, Decoding, Forward
 from legato.sae.architectures.batchtopk import batch_top
 from legato.sae.architectures.preactivations import Preactivations, budget_threshold
 from legato.sae.kernels import gradients as pair_kernels
 from legato.sae.kernels import pairs as kernels
-from legato.sae.kernels.leak import Carried, carry, carry_back
-from legato.sae.kernels.pairs import Array, LatentOrder, Pairs
+from legato.sae.kernels.leak import Carried, leak_backward, leak_forward
+from legato.sae.kernels.pairs import Array, Pairs, PairsByLatent
 from legato.sae.segments import runs
 
 _ROUNDS = 4  # of budget and share settling on each other
 
 
 @dataclass(frozen=True)
-class Persistent(Sparsity):
+class Persistent(Architecture):
     """h_t = l h_{t-1} + (1 - l) a_t along the tokens of one document, and h is the code that is decoded; a is
     BatchTopK's code, the leak l of each latent is learned (arXiv 2607.17117).
 
@@ -53,7 +53,7 @@ class Persistent(Sparsity):
         selected, _ = batch_top(pre, self.k * float(np.exp(memory)), 0.0)
         leak_F = _leak(pre.own["leak_logit_F"])
         order = kernels.by_latent(selected, len(leak_F))
-        carried = carry(order, leak_F, self.tail, pre.layout)
+        carried = leak_forward(order, leak_F, self.tail, pre.layout)
         share = max(len(order.value_Q), 1) / max(len(carried.value_H), 1)
         return _Leaky(carried.pairs(pre.shape[0]), float(np.log(share)), selected, order, carried, leak_F)
 
@@ -82,14 +82,14 @@ def _leak(logit_F: Array) -> Array:
 @dataclass(frozen=True)
 class _Leaky(Forward):
     selected: Pairs
-    selected_order: LatentOrder
+    selected_order: PairsByLatent
     carried: Carried
     leak_F: Array
 
     def backward(self, decoding: Decoding) -> tuple[dict[str, float], Array]:
         carried, F = self.carried, len(self.leak_F)
         by_code_H = decoding.slope_Q + decoding.code_gradient(carried.token_H, carried.latent_H)
-        by_selected_Q, by_leak_F = carry_back(carried, by_code_H, self.selected_order, self.leak_F)
+        by_selected_Q, by_leak_F = leak_backward(carried, by_code_H, self.selected_order, self.leak_F)
         decoding.gradients["leak_logit_F"][:] = by_leak_F * self.leak_F * (1 - self.leak_F)
         by_selected_P = np.empty_like(by_selected_Q)
         by_selected_P[self.selected_order.source_Q] = by_selected_Q
@@ -98,8 +98,8 @@ class _Leaky(Forward):
 
 
 def leaked(inputs: Tensor, leak: Tensor, tail: float, mask: Tensor | None = None, doc: Tensor | None = None) -> Tensor:
-    """Codes h[..., L, F] of inputs a[..., L, F], leak (F): as `carry`, dense. mask, doc: [..., L]; the state ends where
-    a document does and at masked tokens."""
+    """Codes h[..., L, F] of inputs a[..., L, F], leak (F): as `leak_forward`, dense. mask, doc: [..., L]; the state
+    ends where a document does and at masked tokens."""
     valid, opens = runs(inputs, mask, doc)
     state = peak = torch.zeros_like(inputs[..., 0, :])
     codes = []

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from legato.sae.kernels import held_top
 from legato.sae.kernels import pairs as kernels
-from legato.sae.partition import WHOLE, Share
-from legato.sae.segments import SequenceLayout
+from legato.sae.partition import SINGLE, Partition
+from legato.sae.segments import Segments
 
 Array = NDArray[Any]
 
@@ -39,9 +39,9 @@ class Preactivations(NamedTuple):
     x_ND: Array
     W_enc_HD: Array
     b_enc_F: Array
-    layout: SequenceLayout
+    layout: Segments
     own: Mapping[str, Array] = MappingProxyType({})
-    share: Share = WHOLE
+    partition: Partition = SINGLE
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -59,7 +59,7 @@ class Preactivations(NamedTuple):
     def nominated(self, floor_N: Array, expected: int) -> tuple[Array, Array]:
         """(token_P, latent_P) of the pairs whose pre_NH lies above the floor (in `ordered` units)."""
         token_P, latent_P = self._own_pairs(kernels.scan, self.ordered, floor_N[self._tokens], expected)
-        token_P, latent_P = self.share.pairs(token_P, latent_P + latent_P.dtype.type(self._held.start))
+        token_P, latent_P = self.partition.pairs(token_P, latent_P + latent_P.dtype.type(self._held.start))
         return token_P, latent_P
 
     def above(self, threshold_F: Array, expected: int) -> tuple[Array, Array, Array]:
@@ -83,7 +83,7 @@ class Preactivations(NamedTuple):
         return self._with_exact(*self._own_pairs(kernels.scan_above, ordered_NH, bits_H.numpy(), expected))
 
     def exact(self, token_P: Array, latent_P: Array) -> Array:
-        return self.share.of_pairs(self._exact, token_P, latent_P, self.shape)
+        return self.partition.of_pairs(self._exact, token_P, latent_P, self.shape)
 
     def _exact(self, token_P: Array, latent_P: Array) -> Array:
         """Latents here and in `_own_pairs` count from the first one held."""
@@ -91,23 +91,23 @@ class Preactivations(NamedTuple):
 
     @property
     def _tokens(self) -> slice:
-        return self.share.tokens(len(self.x_ND))
+        return self.partition.tokens(len(self.x_ND))
 
     @property
     def _held(self) -> slice:
-        return self.share.held(len(self.b_enc_F))
+        return self.partition.local(len(self.b_enc_F))
 
     def _own_pairs(
         self, scan: Callable[..., tuple[Array, Array]], ordered_NH: Array, floor: Array, expected: int
     ) -> tuple[Array, Array]:
         part = self._tokens
-        token_P, latent_P = scan(ordered_NH[part], self.layout.valid_N[part], floor, expected // self.share.size)
+        token_P, latent_P = scan(ordered_NH[part], self.layout.valid_N[part], floor, expected // self.partition.size)
         return token_P + token_P.dtype.type(part.start), latent_P
 
     def _with_exact(self, token_P: Array, latent_P: Array) -> tuple[Array, Array, Array]:
         """The pairs of all ranks, with their values, from this one's."""
         value_P = self._exact(token_P, latent_P)
-        token_P, latent_P, value_P = self.share.pairs(
+        token_P, latent_P, value_P = self.partition.pairs(
             token_P, latent_P + latent_P.dtype.type(self._held.start), value_P
         )
         return token_P, latent_P, value_P
@@ -116,13 +116,13 @@ class Preactivations(NamedTuple):
         """See kernels.row_floors; zero for tokens whose pre-activations another rank has."""
         part, floor_N = self._tokens, np.zeros(len(self.x_ND), self.ordered.dtype)
         floors = partial(kernels.row_floors, self.ordered[part], self.layout.valid_N[part])
-        floor_N[part] = self.share.row_floors(floors, k)
+        floor_N[part] = self.partition.row_floors(floors, k)
         return floor_N
 
     def dense(self, rows: Array) -> Tensor:
         """Pre-activations of the latents held, of these tokens (ascending), whichever rank has them."""
         own = rows[(rows >= self._tokens.start) & (rows < self._tokens.stop)]
-        return torch.from_numpy(self.share.of_tokens(self.ordered[own])).view(self.pre_NH.dtype)
+        return torch.from_numpy(self.partition.of_tokens(self.ordered[own])).view(self.pre_NH.dtype)
 
     @property
     def ordered(self) -> Array:
@@ -133,7 +133,9 @@ class Preactivations(NamedTuple):
     def rough(self, token_P: Array, latent_P: Array) -> Array:
         """The matmul's own values of the given pairs, float32 or finer."""
         ordered_NH = self.ordered
-        values_P = self.share.of_pairs(lambda token, latent: ordered_NH[token, latent], token_P, latent_P, self.shape)
+        values_P = self.partition.of_pairs(
+            lambda token, latent: ordered_NH[token, latent], token_P, latent_P, self.shape
+        )
         if self.pre_NH.dtype == torch.bfloat16:
             return (values_P.astype(np.int32) << 16).view(np.float32)  # bfloat16 is the upper half of a float32
         return values_P
@@ -142,11 +144,11 @@ class Preactivations(NamedTuple):
         F = len(self.b_enc_F)
         return held_top.critical_thresholds(self.layout.start_N, token_P, latent_P, value_P, F, release)
 
-    def lowered(self, floor_N: Array, share: float) -> Array:
+    def lowered(self, floor_N: Array, partition: float) -> Array:
         """Floors in `ordered` units, times a share."""
         if self.pre_NH.dtype != torch.bfloat16:
-            return floor_N * floor_N.dtype.type(share)
-        return (share * torch.from_numpy(floor_N).view(torch.bfloat16)).view(torch.int16).numpy()
+            return floor_N * floor_N.dtype.type(partition)
+        return (partition * torch.from_numpy(floor_N).view(torch.bfloat16)).view(torch.int16).numpy()
 
     def constant_floor(self, floor: float) -> Array:
         value = torch.full((len(self.x_ND),), floor, dtype=self.pre_NH.dtype)
@@ -174,6 +176,6 @@ def quantile_floor(pre: Preactivations, k: float) -> float:
     """A first guess: the value that 1.2 k latents of a token exceed on average, from a sample of tokens."""
     rows = np.flatnonzero(pre.layout.valid_N)
     own = pre.dense(rows[:: max(1, len(rows) // 64)]).float().flatten()
-    sample = torch.from_numpy(pre.share.of_latents(own.numpy()))
+    sample = torch.from_numpy(pre.partition.of_latents(own.numpy()))
     rank = max(1, round(sample.numel() * (1 - 1.2 * k / pre.shape[1])))
     return max(0.0, float(sample.kthvalue(min(rank, sample.numel())).values))

@@ -6,14 +6,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from legato.sae.architectures.base import Sparsity
+from legato.sae.architectures.base import Architecture
 from legato.sae.architectures.preactivations import Preactivations
 from legato.sae.kernels import pairs as kernels
 from legato.sae.kernels.pairs import Pairs
 
 
 @dataclass(frozen=True)
-class ReLU(Sparsity):
+class ReLU(Architecture):
     """Every positive pre-activation, with an L1 penalty: l1 / D * mean over tokens of sum_i f_i (codes with unit
     decoder rows). Dividing by D puts l1 on the scale of a loss ||x - xhat||^2 summed over D, as SAELens has it.
 

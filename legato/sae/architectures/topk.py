@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from legato.sae.architectures.base import Sparsity
+from legato.sae.architectures.base import Architecture
 from legato.sae.architectures.preactivations import Preactivations
 from legato.sae.kernels import pairs as kernels
 from legato.sae.kernels.pairs import Pairs
 
 
 @dataclass(frozen=True)
-class TopK(Sparsity):
+class TopK(Architecture):
     """The k largest positive pre-activations of each token (Gao et al. 2024, arXiv 2406.04093)."""
 
     k: int

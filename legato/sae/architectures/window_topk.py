@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from legato.sae.architectures.base import Sparsity
+from legato.sae.architectures.base import Architecture
 from legato.sae.architectures.preactivations import Preactivations
 from legato.sae.kernels import pairs as kernels
 from legato.sae.kernels.pairs import Pairs
-from legato.sae.segments import SequenceLayout, runs
+from legato.sae.segments import Segments, runs
 
 Array = NDArray[Any]
 
@@ -26,7 +26,7 @@ _SURPLUS = 1.1  # what the candidate cells hold over the budget, so that roundin
 
 
 @dataclass(frozen=True)
-class WindowTopK(Sparsity):
+class WindowTopK(Architecture):
     """BatchTopK over (window, latent) cells: all positive pre-activations of the cells of largest norm
     sqrt(sum over the window of relu(pre)^2) are on, with as many cells as make k active latents a token.
 
@@ -89,17 +89,17 @@ def best_cells(pre: Preactivations, window: int, count: int) -> Cells:
 
 def _nominated_cells(pre: Preactivations, norm2_GH: Tensor, n_cells: int) -> tuple[Array, Array]:
     """(window_C, latent_C) of the n_cells largest, from each rank's best."""
-    n_held, first = norm2_GH.shape[1], pre.share.held(pre.shape[1]).start
+    n_held, first = norm2_GH.shape[1], pre.partition.local(pre.shape[1]).start
     own = norm2_GH.flatten().topk(min(n_cells, norm2_GH.numel()), sorted=False)
     cell_C = own.indices.numpy()
     window_C, latent_C, norm2_C = (
-        pre.share.of_latents(column) for column in (cell_C // n_held, cell_C % n_held + first, own.values.numpy())
+        pre.partition.of_latents(column) for column in (cell_C // n_held, cell_C % n_held + first, own.values.numpy())
     )
     best = torch.from_numpy(norm2_C).topk(n_cells, sorted=False).indices.numpy()
     return window_C[best], latent_C[best]
 
 
-def windows_of(layout: SequenceLayout, window: int) -> tuple[Array, Array, Array]:
+def windows_of(layout: Segments, window: int) -> tuple[Array, Array, Array]:
     """(window_N, first_G, end_G): each valid token's window, -1 for the others, and the tokens [first, end) of each."""
     tokens = np.arange(len(layout.start_N))
     opens_N = layout.valid_N & ((tokens - layout.start_N) % window == 0)

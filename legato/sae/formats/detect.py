@@ -12,10 +12,10 @@ from legato.common.errors import UsageError
 from legato.sae.formats import dictionary_learning, gemma_scope, sparsify
 from legato.sae.formats import saelens as saelens_folder
 from legato.sae.formats import safetensors_file as one_file
-from legato.sae.formats.weights import StoredSAE
+from legato.sae.formats.weights import SAEWeights
 
 # A folder is of the first format whose file lies in it.
-_FOLDERS: tuple[tuple[str, Callable[[Path], StoredSAE]], ...] = (
+_FOLDERS: tuple[tuple[str, Callable[[Path], SAEWeights]], ...] = (
     (saelens_folder.WEIGHTS_FILENAME, saelens_folder.read_saelens_folder),
     (sparsify.WEIGHTS_FILENAME, sparsify.read_sparsify),
     (dictionary_learning.WEIGHTS_FILENAME, dictionary_learning.read_run),
@@ -25,7 +25,7 @@ _FOLDERS: tuple[tuple[str, Callable[[Path], StoredSAE]], ...] = (
 _LISTED = 6
 
 
-def read_sae(path: str | Path) -> StoredSAE:
+def read_sae(path: str | Path) -> SAEWeights:
     """The SAE at a path: its folder, or a file in it.
 
     Raises UsageError where there is none or more than one (it then names them), LegatoError where it is damaged or

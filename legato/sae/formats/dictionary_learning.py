@@ -24,7 +24,7 @@ from legato.common.files import new_folder
 from legato.common.safe_read import as_dict, read_json_object, read_state_dict, write_json
 from legato.sae.formats.hook_names import layer_and_site
 from legato.sae.formats.weights import (
-    StoredSAE,
+    SAEWeights,
     check_weights,
     fold_decoder_norm,
     has_unit_rows,
@@ -81,12 +81,12 @@ ARCHITECTURES = {
 TAKES_RAW_INPUT = ("AutoEncoderNew", "JumpReluAutoEncoder")
 
 
-def read_run(folder: Path) -> StoredSAE:
+def read_run(folder: Path) -> SAEWeights:
     """The final save of a trainer's folder."""
     return read_dictionary_learning(folder / WEIGHTS_FILENAME)
 
 
-def read_dictionary_learning(path: Path) -> StoredSAE:
+def read_dictionary_learning(path: Path) -> SAEWeights:
     """path: a state dict (ae.pt, checkpoints/ae_<step>.pt), with its run's config.json beside or above it.
 
     An AutoEncoder whose decoder rows are not of unit norm is returned with the norms folded into the encoder, as the
@@ -127,7 +127,7 @@ def read_dictionary_learning(path: Path) -> StoredSAE:
     numbers = usable_numbers(architecture, {"k": k}, F, what=str(path))
     if dict_class == "AutoEncoder" and not has_unit_rows(weights["W_dec"]):
         weights = fold_decoder_norm(weights)
-    return StoredSAE(
+    return SAEWeights(
         architecture=architecture,
         weights=weights,
         apply_b_dec_to_input=dict_class not in TAKES_RAW_INPUT,
@@ -221,7 +221,7 @@ _TRAINER_CLASSES = {
 }
 
 
-def write_dictionary_learning(folder: Path, stored: StoredSAE) -> None:
+def write_dictionary_learning(folder: Path, stored: SAEWeights) -> None:
     """ReLU as AutoEncoder (AutoEncoderNew where decoder rows are not of unit norm, since the library's loader rescales
     those of an AutoEncoder), topk as AutoEncoderTopK, gated as GatedAutoEncoder, jumprelu as JumpReluAutoEncoder, or as
     the BatchTopK class it came in. Exact where the class takes its input as it is, else a bias is rounded once.
@@ -260,7 +260,7 @@ def write_dictionary_learning(folder: Path, stored: StoredSAE) -> None:
         write_json(new / CONFIG_FILENAME, config)
 
 
-def _class_for(stored: StoredSAE, budget: Mapping[str, Tensor]) -> str:
+def _class_for(stored: SAEWeights, budget: Mapping[str, Tensor]) -> str:
     architecture = stored.architecture
     if architecture == "standard":
         return "AutoEncoder" if has_unit_rows(stored.weights["W_dec"]) else "AutoEncoderNew"
@@ -276,7 +276,7 @@ def _class_for(stored: StoredSAE, budget: Mapping[str, Tensor]) -> str:
     return plain[architecture]
 
 
-def _budget(stored: StoredSAE) -> dict[str, Tensor]:
+def _budget(stored: SAEWeights) -> dict[str, Tensor]:
     """k, threshold and group_sizes as the library's buffers; empty where the SAE did not come with a budget."""
     source = as_dict(stored.details.get("source"))
     threshold_F, F = stored.weights.get("threshold"), stored.weights["W_enc"].shape[1]

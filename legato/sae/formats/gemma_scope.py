@@ -11,25 +11,25 @@ import torch
 
 from legato.common.errors import LegatoError
 from legato.common.safe_read import read_npz
-from legato.sae.formats.weights import StoredSAE, check_weights, known
+from legato.sae.formats.weights import SAEWeights, check_weights, known
 
 FILENAME = "params.npz"
 _PLACE = re.compile(r"gemma-scope-(?P<size>\d+b)-(?P<tuned>pt|it)-(?P<site>res|mlp|att)(?![a-z])")
 _SITES = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_out"}
 
 
-def read_folder(folder: Path) -> StoredSAE:
+def read_folder(folder: Path) -> SAEWeights:
     return read_gemma_scope(folder / FILENAME)
 
 
-def read_gemma_scope(path: Path) -> StoredSAE:
+def read_gemma_scope(path: Path) -> SAEWeights:
     """path: the file, in whose folders' names Gemma Scope keeps the model, site and layer."""
     weights = {re.sub("^w_", "W_", name): tensor.float() for name, tensor in read_npz(path).items()}
     scaling_factor = weights.pop("scaling_factor", None)
     if scaling_factor is not None and not torch.allclose(scaling_factor, torch.ones_like(scaling_factor)):
         raise LegatoError(f"{path} scales its codes by a scaling_factor, which cannot be read here")
     check_weights("jumprelu", weights, what=str(path))
-    return StoredSAE(
+    return SAEWeights(
         architecture="jumprelu",
         weights=weights,
         apply_b_dec_to_input=False,

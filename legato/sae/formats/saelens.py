@@ -22,7 +22,7 @@ from legato.sae.formats.saelens_training import THRESHOLD_AT_THE_END, training_n
 from legato.sae.formats.weights import (
     NUMBERS,
     WEIGHT_SHAPES,
-    StoredSAE,
+    SAEWeights,
     check_weights,
     fold_decoder_norm,
     known,
@@ -56,7 +56,7 @@ _METADATA_KEYS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class SAELensFolder(StoredSAE):
+class SAELensFolder(SAEWeights):
     """metadata: the folder's metadata (model_name, hook_name, ...).
 
     legato: the content of legato.json beside it, None where there is none.

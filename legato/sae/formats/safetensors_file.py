@@ -12,7 +12,7 @@ from torch import Tensor
 from legato.common.errors import LegatoError, UsageError
 from legato.common.files import new_file
 from legato.common.safe_read import read_safetensors, safetensors_header
-from legato.sae.formats.weights import NUMBERS, WEIGHT_SHAPES, StoredSAE, check_weights, usable_numbers
+from legato.sae.formats.weights import NUMBERS, WEIGHT_SHAPES, SAEWeights, check_weights, usable_numbers
 
 HEADER = "legato"
 SUFFIX = ".safetensors"
@@ -22,7 +22,7 @@ def is_one_file(path: Path) -> bool:
     return HEADER in safetensors_header(path)
 
 
-def read_one_file(path: Path) -> StoredSAE:
+def read_one_file(path: Path) -> SAEWeights:
     try:
         header = json.loads(safetensors_header(path)[HEADER])
         digest = header.pop("sha256", None)
@@ -38,10 +38,12 @@ def read_one_file(path: Path) -> StoredSAE:
         raise LegatoError(f"{path} is damaged, or was changed after it was saved: save the SAE again")
     check_weights(architecture, weights, what=str(path))
     numbers = usable_numbers(architecture, header, weights["W_enc"].shape[1], what=str(path))
-    return StoredSAE(architecture=architecture, weights=weights, apply_b_dec_to_input=False, details=details, **numbers)
+    return SAEWeights(
+        architecture=architecture, weights=weights, apply_b_dec_to_input=False, details=details, **numbers
+    )
 
 
-def write_one_file(path: Path, stored: StoredSAE) -> None:
+def write_one_file(path: Path, stored: SAEWeights) -> None:
     """Replaces a file of its own kind only."""
     if path.suffix != SUFFIX:
         raise UsageError(f"{path} would be one file of tensors: give it a name that ends in {SUFFIX}")

@@ -14,14 +14,14 @@ from legato.common.errors import LegatoError
 from legato.common.files import new_folder
 from legato.common.safe_read import as_dict, read_json_object, read_safetensors, write_json
 from legato.sae.formats.hook_names import layer_and_site
-from legato.sae.formats.weights import StoredSAE, check_weights, has_unit_rows, known, usable_numbers, with_input_bias
+from legato.sae.formats.weights import SAEWeights, check_weights, has_unit_rows, known, usable_numbers, with_input_bias
 
 CFG_FILENAME = "cfg.json"
 WEIGHTS_FILENAME = "sae.safetensors"
 LEGATO_KEY = "legato"  # in cfg.json: what the SAE knows of itself, where Legato wrote it
 
 
-def read_sparsify(folder: Path) -> StoredSAE:
+def read_sparsify(folder: Path) -> SAEWeights:
     """A TopK SAE; the ReLU comes before the selection, which keeps the same codes.
 
     Raises LegatoError for what is no autoencoder with a plain top k: transcoders (they put out something else than they
@@ -51,7 +51,7 @@ def read_sparsify(folder: Path) -> StoredSAE:
     if (cfg.get("d_in", D), latents or F) != (D, F):
         raise LegatoError(f"{folder}: cfg.json states other sizes than the {D} x {F} of its tensors")
     numbers = usable_numbers("topk", cfg, F, what=str(folder))
-    return StoredSAE(
+    return SAEWeights(
         architecture="topk",
         weights=weights,
         apply_b_dec_to_input=True,
@@ -78,7 +78,7 @@ def _details(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def write_sparsify(folder: Path, stored: StoredSAE) -> None:
+def write_sparsify(folder: Path, stored: SAEWeights) -> None:
     """A topk SAE as a hookpoint's folder; the bias is rounded once, since sparsify subtracts b_dec from the input."""
     if stored.architecture != "topk":
         raise LegatoError(

@@ -42,7 +42,7 @@ _LATENTS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredSAE:
+class SAEWeights:
     """A SAE as read from a file, in float32, decoder norms and normalisers folded where the file asked for it.
 
     architecture: standard, topk, jumprelu, gated, or one of Legato's: hysteresis, hysteresis_topk, window_topk,
@@ -144,7 +144,7 @@ def encoded(vector_D: Tensor, W_enc: Tensor) -> Tensor:
     return torch.cat([wide_D @ part.double() for part in W_enc.split(_LATENTS_AT_ONCE, dim=1)])
 
 
-def without_input_bias(stored: StoredSAE) -> dict[str, Tensor]:
+def without_input_bias(stored: SAEWeights) -> dict[str, Tensor]:
     """The weights of the same SAE that takes activations as they are: b_dec goes into the encoder's biases."""
     return _shifted(stored.weights, -1) if stored.apply_b_dec_to_input else stored.weights
 

@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
-from legato.sae.kernels.pairs import FAST, Groups, LatentOrder, Pairs
+from legato.sae.kernels.pairs import FAST, Groups, Pairs, PairsByLatent
 
 Array = NDArray[Any]
 
@@ -74,7 +74,7 @@ def code_gradients(
 def add_rows(
     source_GND: Array,
     ends_G: Array,
-    order: LatentOrder,
+    order: PairsByLatent,
     weight_Q: Array,
     seeded_F: Array,
     out_FD: Array,
@@ -250,7 +250,7 @@ def gradients(
     groups: Groups,
     scale: float,
     W_dec_FD: Array,
-    order: LatentOrder,
+    order: PairsByLatent,
     extra_Q: Array,
     seeded_F: Array,
     gW_enc_FD: Array,

@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
-from legato.sae.kernels.pairs import LatentOrder, _by_latent, kth_largest
+from legato.sae.kernels.pairs import PairsByLatent, _by_latent, kth_largest
 
 Array = NDArray[Any]
 
@@ -106,7 +106,7 @@ def critical_thresholds(
     its first token), and value >= release * h. So c_t = max(v_t, min(c_{t-1}, v_t / release)), in one pass, and the
     pairs that are on at h are those with c >= h.
     """
-    order = LatentOrder(*_by_latent(token_P, latent_P, value_P, n_latents))
+    order = PairsByLatent(*_by_latent(token_P, latent_P, value_P, n_latents))
     critical_P = np.empty_like(value_P)
     number = value_P.dtype.type
     _critical(order.ptr_F, order.token_Q, order.value_Q, order.source_Q, start_N, number(release), critical_P)

@@ -9,8 +9,8 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
-from legato.sae.kernels.pairs import LatentOrder, Pairs, by_token
-from legato.sae.segments import SequenceLayout
+from legato.sae.kernels.pairs import Pairs, PairsByLatent, by_token
+from legato.sae.segments import Segments
 
 Array = NDArray[Any]
 
@@ -31,32 +31,32 @@ class Carried(NamedTuple):
         return by_token(self.token_H, self.latent_H, self.value_H, N)
 
 
-def carry(order: LatentOrder, leak_F: Array, tail: float, layout: SequenceLayout) -> Carried:
+def leak_forward(order: PairsByLatent, leak_F: Array, tail: float, layout: Segments) -> Carried:
     """The codes h of the input pairs a (in `order`); a stretch ends where no input is and h < tail * its peak."""
     F = len(leak_F)
     arrays = (order.ptr_F, order.token_Q, order.value_Q, leak_F, leak_F.dtype.type(tail), layout.start_N, layout.end_N)
     count_F = np.zeros(F + 1, np.int64)
     nothing = np.empty(0, np.int32)
-    _carry(*arrays, count_F[1:], nothing, nothing, order.value_Q[:0], nothing, np.empty(0, np.bool_), False)
+    _leak_forward(*arrays, count_F[1:], nothing, nothing, order.value_Q[:0], nothing, np.empty(0, np.bool_), False)
     ptr_F = np.cumsum(count_F)
     H = int(ptr_F[-1])
     token_H, latent_H, input_H = (np.empty(H, np.int32) for _ in range(3))
     value_H, linked_H = np.empty(H, order.value_Q.dtype), np.empty(H, np.bool_)
-    _carry(*arrays, ptr_F[:-1], token_H, latent_H, value_H, input_H, linked_H, True)
+    _leak_forward(*arrays, ptr_F[:-1], token_H, latent_H, value_H, input_H, linked_H, True)
     return Carried(ptr_F, token_H, latent_H, value_H, input_H, linked_H)
 
 
-def carry_back(carried: Carried, gradient_H: Array, order: LatentOrder, leak_F: Array) -> tuple[Array, Array]:
+def leak_backward(carried: Carried, gradient_H: Array, order: PairsByLatent, leak_F: Array) -> tuple[Array, Array]:
     """Derivatives by the inputs (Q) and by the leaks (F), from those by the codes; where stretches end is taken as
     given."""
     gradient_Q = np.empty_like(order.value_Q)
     by_leak_F = np.empty(len(leak_F))
-    _carry_back(*carried, gradient_H, order.value_Q, leak_F, gradient_Q, by_leak_F)
+    _leak_backward(*carried, gradient_H, order.value_Q, leak_F, gradient_Q, by_leak_F)
     return gradient_Q, by_leak_F
 
 
 @njit(parallel=True, cache=True)
-def _carry(
+def _leak_forward(
     ptr_F, token_Q, value_Q, leak_F, tail, start_N, end_N, at_F, token_H, latent_H, value_H, input_H, linked_H, fill
 ):
     """Without `fill`: at_F[f] = the number of codes of latent f. With it: codes written from at_F[f] on."""
@@ -88,7 +88,7 @@ def _carry(
 
 
 @njit(parallel=True, cache=True)
-def _carry_back(
+def _leak_backward(
     ptr_F, token_H, latent_H, value_H, input_H, linked_H, gradient_H, value_Q, leak_F, gradient_Q, by_leak_F
 ):
     one = value_Q.dtype.type(1)

@@ -38,7 +38,7 @@ class Groups(NamedTuple):
     weights_G: Array
 
 
-class LatentOrder(NamedTuple):
+class PairsByLatent(NamedTuple):
     """The same pairs sorted by latent, tokens ascending: pair q of latent f lies in ptr_F[f]:ptr_F[f+1].
 
     source_Q maps back: value_Q[q] == value_P[source_Q[q]].
@@ -48,6 +48,10 @@ class LatentOrder(NamedTuple):
     token_Q: Array
     value_Q: Array
     source_Q: Array
+
+    @property
+    def n_latents(self) -> int:
+        return len(self.ptr_F) - 1
 
 
 @njit(parallel=True, cache=True)
@@ -250,9 +254,14 @@ def keep_row_top(N: int, token_P: Array, value_P: Array, k: int) -> Array:
     return keep_P
 
 
-def by_latent(pairs: Pairs, n_latents: int) -> LatentOrder:
+def by_latent(pairs: Pairs, n_latents: int) -> PairsByLatent:
     """Counting sort of the pairs by latent; tokens stay ascending inside a latent."""
-    return LatentOrder(*_by_latent(pairs.token_P, pairs.latent_P, pairs.value_P, n_latents))
+    return sort_by_latent(pairs.token_P, pairs.latent_P, pairs.value_P, n_latents)
+
+
+def sort_by_latent(token_P: Array, latent_P: Array, value_P: Array, n_latents: int) -> PairsByLatent:
+    """`by_latent` of columns."""
+    return PairsByLatent(*_by_latent(token_P, latent_P, value_P, n_latents))
 
 
 def by_token(token_Q: Array, latent_Q: Array, value_Q: Array, N: int) -> Pairs:

@@ -4,7 +4,7 @@ A term has two faces. `loss` is the definition: a pure, differentiable function 
 value with its gradient by the active codes alone, at a cost that does not depend on the window. Tests hold the two
 equal. Codes are always rescaled by their decoder norm, so neither can be moved by trading encoder scale for decoder
 scale. Each term looks at the leading `slow_fraction` of the latents; windows and lags never leave a run
-(`SequenceLayout`).
+(`Segments`).
 
     base.py                What every temporal term is, and the parts they share.
     collapse.py            Whether a temporal term improves its latents or only switches them off.
@@ -20,7 +20,7 @@ scale. Each term looks at the leading `slow_fraction` of the latents; windows an
 """
 
 from legato.sae.groups import leading_count
-from legato.training.losses.base import TemporalTerm, TermValue
+from legato.training.losses.base import TemporalLoss, TermValue
 from legato.training.losses.collapse import collapse, group_diagnostics
 from legato.training.losses.contrastive import Contrastive
 from legato.training.losses.fused_lasso import FusedLasso
@@ -35,7 +35,7 @@ __all__ = [
     "FusedLasso",
     "PositionPenalty",
     "Slowness",
-    "TemporalTerm",
+    "TemporalLoss",
     "TermValue",
     "TsaeContrastive",
     "WindowGroupLasso",

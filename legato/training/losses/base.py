@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from legato.sae.groups import leading_count
-from legato.sae.kernels.pairs import LatentOrder
-from legato.sae.segments import SequenceLayout
+from legato.sae.kernels.pairs import PairsByLatent
+from legato.sae.segments import Segments
 
 Array = NDArray[Any]
 
@@ -26,7 +26,7 @@ class TermValue(NamedTuple):
     gradient_Q: Array
 
 
-class TemporalTerm(Protocol):
+class TemporalLoss(Protocol):
     """A temporal consistency term. `coefficient` multiplies it next to the reconstruction loss (an FVU, so about .1
     to 1).
 
@@ -44,7 +44,7 @@ class TemporalTerm(Protocol):
     def slow_fraction(self) -> float: ...
 
     def loss(self, codes_BLF: Tensor, mask_BL: Tensor, doc_BL: Tensor, step: int = 0) -> Tensor: ...
-    def sparse(self, order: LatentOrder, layout: SequenceLayout, step: int) -> TermValue: ...
+    def sparse(self, order: PairsByLatent, layout: Segments, step: int) -> TermValue: ...
 
 
 def leading_codes(codes_BLF: Tensor, mask_BL: Tensor, fraction: float) -> Tensor:
@@ -52,14 +52,14 @@ def leading_codes(codes_BLF: Tensor, mask_BL: Tensor, fraction: float) -> Tensor
     return codes_BLF[..., : leading_count(codes_BLF.shape[-1], fraction)] * mask_BL.unsqueeze(-1)
 
 
-def leading_pairs(order: LatentOrder, fraction: float) -> LatentOrder:
+def leading_pairs(order: PairsByLatent, fraction: float) -> PairsByLatent:
     """The leading latents' pairs, which come first in latent order: views, nothing is copied."""
     ptr_F = order.ptr_F[: leading_count(len(order.ptr_F) - 1, fraction) + 1]
     n_pairs = ptr_F[-1]
-    return LatentOrder(ptr_F, *(pairs_Q[:n_pairs] for pairs_Q in order[1:]))
+    return PairsByLatent(ptr_F, *(pairs_Q[:n_pairs] for pairs_Q in order[1:]))
 
 
-def for_all_pairs(order: LatentOrder, gradient_Q: Array) -> Array:
+def for_all_pairs(order: PairsByLatent, gradient_Q: Array) -> Array:
     """A gradient by the leading latents' codes as one by all codes, in their dtype."""
     all_Q = np.zeros_like(order.value_Q)
     all_Q[: len(gradient_Q)] = gradient_Q

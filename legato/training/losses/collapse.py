@@ -8,13 +8,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from legato.sae.groups import leading_count
-from legato.sae.kernels.pairs import LatentOrder
+from legato.sae.kernels.pairs import PairsByLatent
 from legato.training.losses.base import Array, leading_pairs
 
 DENSE = 0.1  # a latent that fires on more than this share of the tokens is dense
 
 
-def group_diagnostics(order: LatentOrder, n_valid: int, slow_fraction: float, dead_F: Array) -> dict[str, float]:
+def group_diagnostics(order: PairsByLatent, n_valid: int, slow_fraction: float, dead_F: Array) -> dict[str, float]:
     """The state of the leading `slow_fraction` of the latents (all of them: 1) on a batch of n_valid valid tokens.
 
     dead_F: bool, latents that the trainer holds dead; one batch is too short to tell a dead latent from a rare one.

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from legato.sae.kernels.pairs import LatentOrder
-from legato.sae.segments import SequenceLayout
+from legato.sae.kernels.pairs import PairsByLatent
+from legato.sae.segments import Segments
 from legato.training.losses.base import Array, TermValue, check_fraction, leading_codes, leading_pairs
 from legato.training.losses.info_nce import ActiveRows, info_nce, sparse_info_nce
 
@@ -45,13 +45,13 @@ class Contrastive:
         return max(self.lags) + 1
 
     def loss(self, codes_BLF: Tensor, mask_BL: Tensor, doc_BL: Tensor, step: int = 0) -> Tensor:
-        layout = SequenceLayout.of(mask_BL, doc_BL)
+        layout = Segments.of(mask_BL, doc_BL)
         first_A, second_A = self._anchors(layout, step)
         codes_NF = leading_codes(codes_BLF, mask_BL, self.slow_fraction).flatten(0, 1)
         first_AF, second_AF = _unit_rows(codes_NF[first_A]), _unit_rows(codes_NF[second_A])
         return info_nce(first_AF, second_AF, layout.doc_N[first_A], self.temperature)
 
-    def sparse(self, order: LatentOrder, layout: SequenceLayout, step: int) -> TermValue:
+    def sparse(self, order: PairsByLatent, layout: Segments, step: int) -> TermValue:
         first_A, second_A = self._anchors(layout, step)
         gradient_Q = np.zeros_like(order.value_Q)
         if len(first_A) == 0:
@@ -67,7 +67,7 @@ class Contrastive:
             np.add.at(gradient_Q, unit.at_E, slope_E.astype(gradient_Q.dtype))  # a token may be drawn more than once
         return TermValue(value, gradient_Q)
 
-    def _anchors(self, layout: SequenceLayout, step: int) -> tuple[Array, Array]:
+    def _anchors(self, layout: Segments, step: int) -> tuple[Array, Array]:
         """Flat indices of the earlier and the later token of each drawn pair; both lie in one run."""
         index = np.arange(len(layout.end_N))
         firsts = [np.flatnonzero(layout.valid_N & (index + lag < layout.end_N)) for lag in self.lags]

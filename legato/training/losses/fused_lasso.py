@@ -6,8 +6,8 @@ import numpy as np
 from numba import njit, prange
 from torch import Tensor
 
-from legato.sae.kernels.pairs import LatentOrder
-from legato.sae.segments import SequenceLayout
+from legato.sae.kernels.pairs import PairsByLatent
+from legato.sae.segments import Segments
 from legato.training.losses.base import TermValue, check_fraction, for_all_pairs, leading_codes, leading_pairs
 
 
@@ -36,7 +36,7 @@ class FusedLasso:
         pair_BL = mask_BL[:, 1:] & mask_BL[:, :-1] & (doc_BL[:, 1:] == doc_BL[:, :-1])
         return ((codes_BLF[:, 1:] - codes_BLF[:, :-1]).abs() * pair_BL.unsqueeze(-1)).sum() / total
 
-    def sparse(self, order: LatentOrder, layout: SequenceLayout, step: int) -> TermValue:
+    def sparse(self, order: PairsByLatent, layout: Segments, step: int) -> TermValue:
         slow = leading_pairs(order, self.slow_fraction)
         total = float(slow.value_Q.sum(dtype=np.float64))
         if total == 0:

@@ -11,7 +11,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from legato.sae.kernels.pairs import LatentOrder
+from legato.sae.kernels.pairs import PairsByLatent
 from legato.training.losses.base import Array
 
 
@@ -39,7 +39,7 @@ class ActiveRows(NamedTuple):
     value_E: Array
 
     @classmethod
-    def of(cls, order: LatentOrder, token_A: Array, n_tokens: int) -> "ActiveRows":
+    def of(cls, order: PairsByLatent, token_A: Array, n_tokens: int) -> "ActiveRows":
         by_token_A = np.argsort(token_A, kind="stable")  # a token may be drawn more than once
         ptr_N = np.searchsorted(token_A[by_token_A], np.arange(n_tokens + 1))
         ptr_F, row_E, at_E = _active_rows(order.ptr_F, order.token_Q, ptr_N, by_token_A)

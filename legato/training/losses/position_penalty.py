@@ -10,8 +10,8 @@ import numpy as np
 from numba import njit, prange
 from torch import Tensor
 
-from legato.sae.kernels.pairs import LatentOrder
-from legato.sae.segments import SequenceLayout
+from legato.sae.kernels.pairs import PairsByLatent
+from legato.sae.segments import Segments
 from legato.training.losses.base import VARIES, TermValue, check_fraction, for_all_pairs, leading_codes, leading_pairs
 
 _PARTS = 64  # of the latents, for threads to share; the result does not depend on it
@@ -53,7 +53,7 @@ class PositionPenalty:
             return codes_BLF.sum() * 0
         return _corrected((between_F[varies_F] / total_F[varies_F]).mean(), n, groups)
 
-    def sparse(self, order: LatentOrder, layout: SequenceLayout, step: int) -> TermValue:
+    def sparse(self, order: PairsByLatent, layout: Segments, step: int) -> TermValue:
         slow = leading_pairs(order, self.slow_fraction)
         count_L = layout.valid_N.reshape(-1, layout.length).sum(0)
         n, groups = int(count_L.sum()), int((count_L > 0).sum())

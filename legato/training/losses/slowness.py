@@ -10,8 +10,8 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from legato.sae.kernels.pairs import LatentOrder
-from legato.sae.segments import SequenceLayout
+from legato.sae.kernels.pairs import PairsByLatent
+from legato.sae.segments import Segments
 from legato.training.losses.base import (
     VARIES,
     TermValue,
@@ -45,7 +45,7 @@ class Slowness:
 
     def loss(self, codes_BLF: Tensor, mask_BL: Tensor, doc_BL: Tensor, step: int = 0) -> Tensor:
         codes_BLF = leading_codes(codes_BLF, mask_BL, self.slow_fraction)
-        run_BL = torch.from_numpy(SequenceLayout.of(mask_BL, doc_BL).start_N).view(mask_BL.shape)
+        run_BL = torch.from_numpy(Segments.of(mask_BL, doc_BL).start_N).view(mask_BL.shape)
         n_valid = max(1, int(mask_BL.sum()))
         centred_BLF = (codes_BLF - codes_BLF.sum((0, 1)) / n_valid) * mask_BL.unsqueeze(-1)
         variance_F = centred_BLF.square().sum((0, 1)) / n_valid
@@ -61,7 +61,7 @@ class Slowness:
             return codes_BLF.sum() * 0
         return (squared_F[varies_F] / (2 * n_pairs * variance_F[varies_F])).mean()
 
-    def sparse(self, order: LatentOrder, layout: SequenceLayout, step: int) -> TermValue:
+    def sparse(self, order: PairsByLatent, layout: Segments, step: int) -> TermValue:
         slow = leading_pairs(order, self.slow_fraction)
         before_N = (np.arange(len(layout.start_N)) - layout.start_N)[layout.valid_N]
         n_pairs = int(np.minimum(before_N, self.window - 1).sum())

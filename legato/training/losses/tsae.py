@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from legato.sae.kernels.pairs import LatentOrder
-from legato.sae.segments import SequenceLayout
+from legato.sae.kernels.pairs import PairsByLatent
+from legato.sae.segments import Segments
 from legato.training.losses.base import Array, TermValue, check_fraction, leading_codes, leading_pairs
 from legato.training.losses.info_nce import ActiveRows, info_nce, sparse_info_nce
 
@@ -50,11 +50,11 @@ class TsaeContrastive:
         return None
 
     def loss(self, codes_BLF: Tensor, mask_BL: Tensor, doc_BL: Tensor, step: int = 0) -> Tensor:
-        now_A, before_A = self._pairs(SequenceLayout.of(mask_BL, doc_BL), step)
+        now_A, before_A = self._pairs(Segments.of(mask_BL, doc_BL), step)
         codes_NF = leading_codes(codes_BLF, mask_BL, self.slow_fraction).flatten(0, 1)
         return info_nce(codes_NF[now_A], codes_NF[before_A], np.arange(len(now_A)), self.temperature)
 
-    def sparse(self, order: LatentOrder, layout: SequenceLayout, step: int) -> TermValue:
+    def sparse(self, order: PairsByLatent, layout: Segments, step: int) -> TermValue:
         now_A, before_A = self._pairs(layout, step)
         gradient_Q = np.zeros_like(order.value_Q)
         if len(now_A) == 0:
@@ -66,7 +66,7 @@ class TsaeContrastive:
             np.add.at(gradient_Q, side.at_E, slope_E.astype(gradient_Q.dtype))
         return TermValue(value, gradient_Q)
 
-    def _pairs(self, layout: SequenceLayout, step: int) -> tuple[Array, Array]:
+    def _pairs(self, layout: Segments, step: int) -> tuple[Array, Array]:
         """Flat indices of the drawn tokens and of an earlier token of the same run for each."""
         index = np.arange(len(layout.start_N))
         candidates = np.flatnonzero(layout.valid_N & (index > layout.start_N))

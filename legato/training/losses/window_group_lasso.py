@@ -7,8 +7,8 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from legato.sae.kernels.pairs import LatentOrder
-from legato.sae.segments import SequenceLayout
+from legato.sae.kernels.pairs import PairsByLatent
+from legato.sae.segments import Segments
 from legato.training.losses.base import (
     TermValue,
     check_fraction,
@@ -42,7 +42,7 @@ class WindowGroupLasso:
     def loss(self, codes_BLF: Tensor, mask_BL: Tensor, doc_BL: Tensor, step: int = 0) -> Tensor:
         codes_BLF = leading_codes(codes_BLF, mask_BL, self.slow_fraction)
         codes_NF = codes_BLF.flatten(0, 1)
-        layout = SequenceLayout.of(mask_BL, doc_BL)
+        layout = Segments.of(mask_BL, doc_BL)
         starts = np.unique(layout.start_N[layout.valid_N])
         total = codes_BLF.sum() * 0
         for start in starts.tolist():
@@ -52,7 +52,7 @@ class WindowGroupLasso:
             total = total + square_UF[square_UF > 0].sqrt().sum()
         return total / (self.window * max(1, int(mask_BL.sum())))
 
-    def sparse(self, order: LatentOrder, layout: SequenceLayout, step: int) -> TermValue:
+    def sparse(self, order: PairsByLatent, layout: Segments, step: int) -> TermValue:
         slow = leading_pairs(order, self.slow_fraction)
         norms_F = np.empty(len(slow.ptr_F) - 1)
         slope_Q = np.empty(len(slow.token_Q))

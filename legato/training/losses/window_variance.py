@@ -10,8 +10,8 @@ import numpy as np
 from numba import njit, prange
 from torch import Tensor
 
-from legato.sae.kernels.pairs import LatentOrder
-from legato.sae.segments import SequenceLayout
+from legato.sae.kernels.pairs import PairsByLatent
+from legato.sae.segments import Segments
 from legato.training.losses.base import (
     TermValue,
     check_fraction,
@@ -55,7 +55,7 @@ class WindowVariance:
             return codes_BLF.sum() * 0
         return 1 - numerator / denominator
 
-    def sparse(self, order: LatentOrder, layout: SequenceLayout, step: int) -> TermValue:
+    def sparse(self, order: PairsByLatent, layout: Segments, step: int) -> TermValue:
         slow = leading_pairs(order, self.slow_fraction)
         shared_Q = np.empty(len(slow.token_Q))
         covers_Q = np.empty(len(slow.token_Q))
