@@ -3,9 +3,9 @@
 Every rank sees the whole batch and makes the same choice of active pairs. Of the rest there are two divisions:
 
 `Replicated`: every rank holds all weights. The tokens are divided for what is done per token (the encoder's matmul,
-exact values, the decoder), the latents for what is done per latent (gradients, the optimiser). Each pair, token and latent
-is so computed by one rank in the order in which one process would, and nothing that is exchanged is a partial sum: the
-bits are those of one process.
+exact values, the decoder), the latents for what is done per latent (gradients, the optimiser). Each pair, token and
+latent is so computed by one rank in the order in which one process would, and nothing that is exchanged is a partial
+sum: the bits are those of one process.
 
 `Sharded`: every rank holds the weights, moments and gradients of a block of latents, for SAEs that do not fit whole.
 It nominates the candidates among its latents, and decodes what is active of them; these parts of the reconstructions
