@@ -1,15 +1,17 @@
 """The whole experiment, one call per stage:  python experiment.py --out_dir=run_1"""
 
 import sys
+from functools import partial
 
 from legato.common import distributed
 from legato.common.command import Interrupts, run_command
 from legato.common.errors import LegatoError, UsageError
 from legato.common.hardware import keep_freed_memory
 from legato.common.progress import log
+from legato.experiment.arms import planned_arms
 from legato.experiment.checkpoint import Checkpoint
 from legato.experiment.config import ExperimentConfig, RunOptions, parse
-from legato.experiment.evaluate import evaluate_arms
+from legato.experiment.evaluate import evaluate_arms, post_hoc
 from legato.experiment.inputs import harvest_activations, load_model, read_text
 from legato.experiment.train import train_arms
 from legato.report.registry import write_figures
@@ -29,16 +31,18 @@ def run_experiment(config: ExperimentConfig, options: RunOptions, interrupts: In
         distributed.broadcast_from_rank0(lambda: check_shards(config.training.d_sae))
     run = distributed.broadcast_from_rank0(lambda: RunDir.claim(options.out_dir, config, resume=options.resume))
     run.settle_machine(config.model.dtype)
-    model = load_model(config)
+    model = load_model(config.model, config.data.context_length)
+    planned = planned_arms(config, model.d_model)
     text = distributed.broadcast_from_rank0(lambda: read_text(config, model))
     activations = harvest_activations(config, model, text)
     with distributed.held_by_rank0(run.locked(config)):
         checkpoint = Checkpoint(run.checkpoint, minutes=options.checkpoint_minutes, interrupts=interrupts)
         checkpoint.start(activations.key, lambda: run.begin(config, activations.provenance))
         bank = train_arms(
-            config, activations, run, checkpoint, wandb=options.wandb, shard_latents=options.shard_latents
+            planned, config, activations, run, checkpoint, wandb=options.wandb, shard_latents=options.shard_latents
         )
-        evaluate_arms(config, bank, activations, model, run, checkpoint)
+        controls = partial(post_hoc, config, bank, activations)
+        evaluate_arms(config.evaluation, bank, activations, model, run, checkpoint, controls)
         if not distributed.is_rank0():
             return
         write_ablation(run.root)

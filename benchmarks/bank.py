@@ -42,12 +42,12 @@ def main() -> None:
         return
 
     from legato.data.language_model import LanguageModel
-    from legato.experiment.arms import arms
+    from legato.experiment.arms import planned_arms
     from legato.experiment.config import ExperimentConfig
 
     config = ExperimentConfig()
     model = LanguageModel.load("demo")
-    n_arms = len(arms(config, model.d_model))
+    n_arms = len(planned_arms(config, model.d_model))
     with tempfile.TemporaryDirectory() as scratch:
         tokens = Path(scratch, "tokens.npz")
         rows = round(chosen.share * CORPUS_ROWS)
@@ -83,14 +83,14 @@ def contender(chosen: Namespace) -> Callable[[], Measurement]:
     from legato.data.activations import Normaliser
     from legato.data.harvest import harvest
     from legato.data.language_model import LanguageModel
-    from legato.experiment.arms import arms
+    from legato.experiment.arms import planned_arms
     from legato.experiment.config import ExperimentConfig
     from legato.training.bank import train_bank
     from legato.training.config import TrainConfig
 
     config = ExperimentConfig()
     model, tokens = LanguageModel.load("demo"), token_set(chosen.tokens)
-    members = arms(config, model.d_model)[: None if chosen.serve == "bank" else 1]
+    members = [one.sae for one in planned_arms(config, model.d_model)][: None if chosen.serve == "bank" else 1]
     rows = config.training.batch_rows
     steps = max(2, round(chosen.share * config.training.tokens / (rows * config.data.context_length)))
     numbers, scratch = count(), Path(chosen.tokens).parent

@@ -171,7 +171,7 @@ def _saebench(options: argparse.Namespace) -> None:
         )
     from legato.interop.saebench_wrapper import LegatoSAE, run_core
 
-    ((name, source),) = named([options.sae]).items()
+    ((name, (source, _)),) = named([options.sae]).items()
     sae = SparseAutoencoder.load(source)
     origin = origin_of(sae)
     model_name, place = options.model or origin.model, origin.place() if options.layer is None else None
@@ -193,7 +193,7 @@ def _saebench(options: argparse.Namespace) -> None:
         options.held_out,
         EvaluationConfig(options.rows, controls=()),
     )
-    model = load_model(config.as_experiment())
+    model = load_model(config.model, config.data.context_length)
     check_width({name: sae}, model)
     tokens = read_rows(config, model)
     path = run_core(
@@ -268,7 +268,7 @@ _SOURCE = "a saved SAE of any format that legato reads: a folder or file, or on 
 def _stateless(options: argparse.Namespace) -> SparseAutoencoder:
     saes, config = opened(options)
     (sae,) = saes.values()
-    model = load_model(config.as_experiment())
+    model = load_model(config.model, config.data.context_length)
     activations = harvest_rows(config, model, read_rows(config, model)).held_out
     plain = sae.stateless(activations.read_rows(range(activations.n_rows)))
     differs = plain.details["stateless"]

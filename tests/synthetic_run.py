@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from identities import identified
 
 LAGS = (1, 2, 4, 8, 16, 32, 64)
 RATE_BINS = ((1e-4, 1e-3), (1e-3, 1e-2), (1e-2, 1e-1))
@@ -49,7 +50,7 @@ def write_synthetic_run(
         log.append(training_log(name, metrics[name], rng))
         np.savez_compressed(path / "arrays" / f"{name}.npz", position_matrix=position_matrix(context, spec))
         pq.write_table(pa.table(latent_columns(spec, latents, rng)), path / "features" / f"{name}.parquet")
-    (path / "metrics.json").write_text(json.dumps(metrics))
+    (path / "metrics.json").write_text(json.dumps(identified(metrics)))
     lines = [json.dumps(record) for step in zip(*log, strict=True) for record in step]
     (path / "log.jsonl").write_text("\n".join(lines) + "\n")
     (path / "config.yaml").write_text(

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from identities import identified
 from synthetic_run import write_synthetic_run
 
 from legato.common.errors import UsageError
@@ -194,7 +195,7 @@ def metrics_of(*, l0=32.0, fvu=0.1, kappa=0.05, ac=0.06, shuffled=0.0, alive=0.9
 
 
 def run_of(name="run_1", config=None, **arms) -> SavedRun:
-    return SavedRun(Path(name), arms_of(arms), config or {})
+    return SavedRun(Path(name), arms_of(identified(arms)), config or {})
 
 
 def test_a_method_that_reaches_every_target_and_one_that_reaches_none():
@@ -248,7 +249,7 @@ def test_a_run_with_sweeps_controls_and_groups_in_tables_and_notes(tmp_path):
     kappa = [0.3, 0.1, math.nan, 0.5, 0.1, 0.2, 0.3, 0.4]
     table = pa.table({"density": density, "kappa1_excess_within": kappa, "ac1_excess_within": kappa})
     pq.write_table(table, tmp_path / "features" / "matryoshka.parquet")
-    (tmp_path / "metrics.json").write_text(json.dumps(arms))
+    (tmp_path / "metrics.json").write_text(json.dumps(identified(arms)))
 
     matched = json.loads(write_matched(tmp_path).read_text())
     assert list(matched["methods"]) == ["matryoshka", "hysteresis", "window_variance_w2_c0.1", "baseline_ema"]

@@ -5,7 +5,15 @@ import torch
 
 from legato.common.errors import UsageError
 from legato.data.activations import ActivationBatch, position_shuffled
-from legato.evaluation.controls import ChunkMean, MovingAverage, Smoothed, post_hoc_controls, smoothed, with_hysteresis
+from legato.evaluation.controls import (
+    CONTROLS,
+    ChunkMean,
+    MovingAverage,
+    Smoothed,
+    post_hoc_control,
+    smoothed,
+    with_hysteresis,
+)
 from legato.evaluation.evaluate import evaluate
 from legato.sae.autoencoder import SparseAutoencoder
 from legato.sae.codes import SparseCodes
@@ -118,24 +126,16 @@ def test_post_hoc_hysteresis_keeps_the_budget_and_holds(sae):
     assert kappa["held"] > kappa["plain"]
 
 
-def test_controls_are_rows_of_the_bank_with_their_settings(sae):
+def test_controls_have_their_settings_and_cost_what_they_buy(sae):
     batches = list(sticky_batches())
-    baselines = {"baseline": (sae, 0), "baseline_seed3": (sae, 3)}
-    controls = post_hoc_controls(("ema", "chunk_mean", "hysteresis"), baselines, batches, k=K, release=0.5)
-    assert list(controls) == [
-        *("baseline_ema", "baseline_ema_seed3", "baseline_chunk_mean", "baseline_chunk_mean_seed3"),
-        *("baseline_hysteresis", "baseline_hysteresis_seed3"),
-    ]
-    assert controls["baseline_ema_seed3"].training == {
-        "post_hoc": {"control": "ema", "of": "baseline_seed3", "alpha": 0.5, "cutoff": 0.01},
-        "recipe": {"role": "control", "k": K, "seed": 3, "d_sae": F},
-    }
+    controls = {kind: post_hoc_control(kind, sae, batches, k=K, release=0.5) for kind in CONTROLS}
+    assert controls["ema"].training == {"post_hoc": {"control": "ema", "alpha": 0.5, "cutoff": 0.01}}
     topk = replace(sae, architecture="topk", threshold=None, k=K)
-    held = post_hoc_controls(("ema", "hysteresis"), {"topk_seed3": (topk, 3)}, batches, k=K, release=0.5)
-    assert list(held) == ["topk_hysteresis_seed3"]  # thresholds are what the others are made of
-    assert held["topk_hysteresis_seed3"].judged == replace(topk, architecture="hysteresis_topk", release=0.5)
+    assert post_hoc_control("ema", topk, batches, k=K, release=0.5) is None  # thresholds are what it is made of
+    held = post_hoc_control("hysteresis", topk, batches, k=K, release=0.5)
+    assert held.judged == replace(topk, architecture="hysteresis_topk", release=0.5)
 
-    bank = {"baseline": sae, **{name: control.judged for name, control in controls.items()}}
+    bank = {"baseline": sae, **{f"baseline_{kind}": control.judged for kind, control in controls.items()}}
     results = evaluate(bank, batches)
     # The free lunch: the average buys autocorrelation with a code several times as dense.
     ema, plain = results["baseline_ema"], results["baseline"]

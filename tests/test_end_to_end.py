@@ -13,14 +13,19 @@ import legato.training.passes
 from legato import SparseAutoencoder
 from legato.common import distributed
 from legato.common.errors import LegatoError
-from legato.experiment.arms import arms
+from legato.experiment.arms import planned_arms
 from legato.experiment.config import ExperimentConfig
 from legato.training.passes import planned, split_to_fit
 from legato.training.trainer import SAETrainer
 
 FOLDERS = {"saes", "eval_results", "features", "arrays", "figures"}
 FILES = {"config.yaml", "log.jsonl", "metrics.json", "final_info.json", "notes.txt", "report.html", "ablation.csv"}
-GRID = ("--temporal=hysteresis,tsae", "--ablation", "--grid=2,4x0.1,0.5", "--sweep_k=6")
+# The named window_variance_w2_c0.15 begins like the grid's window_variance_w2_c0.1, and is compared like any named arm.
+GRID = (
+    *("--temporal=hysteresis,tsae,window_variance", "--window=2", "--coefficient=0.15"),
+    *("--ablation", "--grid=2,4x0.1,0.5", "--sweep_k=6"),
+)
+NAMED = {"baseline", "baseline_k6", "hysteresis", "tsae", "window_variance_w2_c0.15"}
 GRID_ARMS = {f"window_variance_w{w}_c{c}" for w in (2, 4) for c in ("0.1", "0.5")}
 
 
@@ -35,14 +40,14 @@ def test_a_run_leaves_everything_behind_and_repeats_to_the_last_digit(small, mon
     run = small.out_dir
     assert {path.name for path in run.iterdir()} >= FOLDERS | FILES
     metrics = json.loads((run / "metrics.json").read_text())
-    assert set(metrics) == {"baseline", "baseline_k6", "hysteresis", "tsae"} | GRID_ARMS
+    assert set(metrics) == NAMED | GRID_ARMS
     for name, groups in metrics.items():
         assert groups["training"]["training_steps"] > 0
         assert SparseAutoencoder.load(run / "saes" / name).d_sae == 64
         assert (run / "features" / f"{name}.parquet").is_file()
         assert (run / "eval_results" / f"legato_{run.name}_{name}_eval_results.json").is_file()
         assert ("position_shuffled" in groups["consistency"]) == (name not in GRID_ARMS)
-        assert ("redundancy" in groups) == (name not in GRID_ARMS)
+        assert ("redundancy" in groups) == ("offset" in groups) == (name not in GRID_ARMS)
         assert (run / "redundancy" / f"{name}.parquet").is_file() == (name not in GRID_ARMS)
     with (run / "ablation.csv").open() as table:
         assert {row["arm"] for row in csv.DictReader(table)} == set(metrics)
@@ -95,7 +100,7 @@ def test_a_pass_whose_members_all_fail_does_not_stop_the_next(small, monkeypatch
 
 
 def test_a_bank_that_does_not_fit_is_trained_in_several_passes(monkeypatch):
-    bank = arms(ExperimentConfig.from_options("demo", {}), d_in=640)
+    bank = [one.sae for one in planned_arms(ExperimentConfig.from_options("demo", {}), d_in=640)]
     assert len(bank) == 18
     assert len(split_to_fit(bank, 640, 2048)) == 1
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=600 * 2**20))
@@ -109,7 +114,7 @@ def test_a_bank_that_does_not_fit_is_trained_in_several_passes(monkeypatch):
 
 @pytest.mark.parametrize(("free_mib", "sharded"), [(600, False), (120, True)])
 def test_latents_are_divided_over_the_ranks_where_an_sae_fits_no_other_way(free_mib, sharded, monkeypatch):
-    bank = arms(ExperimentConfig.from_options("demo", {}), d_in=640)[:1]
+    bank = [one.sae for one in planned_arms(ExperimentConfig.from_options("demo", {}), d_in=640)][:1]
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free_mib * 2**20))
     assert planned(bank, 640, 2048, shard_latents=False) == [(bank, sharded)]

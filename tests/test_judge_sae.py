@@ -10,7 +10,8 @@ from small_experiment import write_corpus
 from tiny_models import save_tiny_model
 
 from legato.cli import main
-from legato.experiment.evaluate_saved import named, recipes
+from legato.common.errors import UsageError
+from legato.experiment.evaluate_saved import EvaluateConfig, judged_arms, named
 from legato.results.saved_run import SavedRun
 from legato.sae.autoencoder import SparseAutoencoder
 
@@ -144,19 +145,50 @@ def test_a_run_and_a_judged_sae_compare_on_the_same_tokens(small, evaluate, plac
     assert list(json.loads((tmp_path / "m.json").read_text())["methods"]) == ["plain"]
 
 
-def test_names_say_what_is_swept():
-    sae = random_sae()
-    sources = {name: f"/{name}" for name in ("mine", "mine_k16", "mine_seed1", "theirs_k8")}
-    found = recipes(sources, dict.fromkeys(sources, sae))
-    assert [(one["role"], one["method"], one["k"], one["seed"]) for one in found] == [
-        ("baseline", "mine", None, 0),
-        ("sweep", "mine", 16.0, 0),
-        ("baseline", "mine", None, 1),
-        ("named", "theirs_k8", 8.0, 0),  # there is no `theirs` that it would be a sweep of
+def judged(*specifications, **saes):
+    found = named(specifications)
+    sources = {name: source for name, (source, _) in found.items()}
+    stated = {name: said for name, (_, said) in found.items() if said}
+    opened = {name: saes.get(name, random_sae()) for name in found}
+    return judged_arms(EvaluateConfig(sources, stated=stated), opened)
+
+
+def test_the_command_line_says_what_is_swept():
+    arms = judged("mine=/a", "mine:k16=/b", "mine:seed1=/c", "theirs:k8=/d", "odd_k16=/e")
+    assert [(arm.name, arm.role, arm.method, arm.group, arm.recipe["k"], arm.seed) for arm in arms.values()] == [
+        ("mine", "baseline", "mine", "mine", None, 0),
+        ("mine_k16", "sweep", "mine", "mine_k16", 16.0, 0),
+        ("mine_seed1", "baseline", "mine", "mine", None, 1),
+        # there is no `theirs` that it would be a sweep of
+        ("theirs_k8", "named", "theirs_k8", "theirs_k8", 8.0, 0),
+        ("odd_k16", "named", "odd_k16", "odd_k16", None, 0),  # a name is only a name
     ]
-    assert found[0]["sources"] == ["/mine", "/mine_k16", "/mine_seed1"]
-    named_baseline = recipes({"a": "/a", "baseline": "/b"}, {"a": sae, "baseline": sae})
-    assert [one["role"] for one in named_baseline] == ["named", "baseline"]
+    assert arms["mine"].recipe["sources"] == ["/a", "/b", "/c"]
+    assert [arm.role for arm in judged("a=/a", "baseline=/b").values()] == ["named", "baseline"]
+    with pytest.raises(UsageError, match="'mine:k' is not NAME, NAME:k16, NAME:seed1 or NAME:k16:seed1"):
+        named(["mine:k=/a"])
+    with pytest.raises(UsageError, match="mine:seed1="):
+        named(["mine=/a", "mine=/b"])
+
+
+def test_an_sae_of_a_run_says_what_it_is():
+    def of_run(**objective):
+        return replace(random_sae(), details={"objective": objective})
+
+    swept = of_run(role="sweep", method="legato", group="legato_k8", k=8, seed=3)
+    main = of_run(role="named", method="legato", group="legato", k=16, seed=3)
+    arms = judged("/run/saes/a", "/run/saes/b", a=main, b=swept)
+    assert [(arm.name, arm.role, arm.method, arm.group, arm.seed) for arm in arms.values()] == [
+        ("a", "baseline", "legato", "legato", 3),
+        ("b", "sweep", "legato", "legato_k8", 3),
+    ]
+    # Two that say the same are two methods.
+    assert [arm.method for arm in judged("x=/a", "/run/y", "/run/z", y=main, z=main).values()] == ["x", "y", "z"]
+    # Of runs from before an SAE said its method: one recipe is one method.
+    old = {"sparsity": {"type": "BatchTopK", "k": 16}, "k": 16, "seed": 0}
+    older = of_run(**{**old, "sparsity": {"type": "BatchTopK", "k": 8}, "k": 8})
+    arms = judged("/run/plain", "/run/plainer", plain=of_run(**old), plainer=older)
+    assert [(arm.role, arm.method) for arm in arms.values()] == [("baseline", "plain"), ("sweep", "plain")]
 
 
 def test_names(tmp_path):

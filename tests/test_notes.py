@@ -3,6 +3,7 @@ import math
 from pathlib import Path
 
 import pytest
+from identities import identified
 from synthetic_run import write_synthetic_run
 
 from legato.common.errors import LegatoError, UsageError
@@ -22,7 +23,7 @@ def metrics_of(*, fvu=0.21, l0=32.0, excess=0.08, alive=0.99, ce=0.9, tokens=2_4
 
 
 def run_of(**arms) -> SavedRun:
-    return SavedRun(Path("run_1"), arms_of(arms))
+    return SavedRun(Path("run_1"), arms_of(identified(arms)))
 
 
 def test_a_gain_at_the_same_cost_is_called_one():
@@ -89,7 +90,7 @@ def test_the_first_questions_are_answered_with_the_costs_named():
 def test_a_failed_arm_and_saes_that_were_not_trained_here_are_told_so(tmp_path):
     arms = {"baseline": metrics_of(), "contrastive": metrics_of()}
     (tmp_path / "failed" / "slowness").mkdir(parents=True)
-    [(_, told), *_] = answers(SavedRun(tmp_path, arms_of(arms)))
+    [(_, told), *_] = answers(SavedRun(tmp_path, arms_of(identified(arms))))
     assert told.startswith("Not all of it: slowness failed")
     for metrics in arms.values():
         del metrics["training"]
@@ -140,22 +141,40 @@ def test_firing_rate_bins_are_counted():
     assert "It is ahead in 1 of 2 firing-rate bins with at least 20 latents." in found.details
 
 
-def test_roles_come_from_the_recipe_or_else_from_the_name():
-    names = ["baseline", "baseline_seed1", "baseline_k16", "contrastive", "window_variance_w8_c0.1"]
-    assert [a.role for a in arms_of({name: {} for name in names})] == [
-        "baseline",
-        "baseline",
-        "sweep",
-        "named",
-        "named",
+def test_what_an_arm_is_stands_in_its_recipe():
+    recipe = {"role": "sweep", "method": "b", "group": "b_k16", "k": 16, "seed": 1}
+    [arm] = arms_of({"a_k8_seed0": metrics_of(**recipe)})
+    assert (arm.role, arm.method, arm.group, arm.k, arm.seed, arm.in_grid) == ("sweep", "b", "b_k16", 16, 1, False)
+    [both] = arms_of({"x": metrics_of(**recipe | {"role": "named", "in_grid": True})})
+    assert (both.role, both.in_grid) == ("named", True)
+
+
+def test_older_runs_are_told_by_what_their_recipes_share():
+    def of(type, term=None, window=None, coefficient=None, k=32, seed=0):
+        sparsity = {"type": type, "k": k}
+        return metrics_of(sparsity=sparsity, term=term, window=window, coefficient=coefficient, k=k, seed=seed)
+
+    metrics = {
+        "baseline": of("BatchTopK"),
+        "baseline_seed1": of("BatchTopK", seed=1),
+        "baseline_k16": of("BatchTopK", k=16),
+        "topk": of("TopK"),
+        "topk_k16_seed1": of("TopK", k=16, seed=1),
+        "window_variance_w8_c0.1": of("BatchTopK", "window_variance", 8, 0.1),
+    }
+    assert [(a.role, a.method, a.group) for a in arms_of(metrics)] == [
+        ("baseline", "baseline", "baseline"),
+        ("baseline", "baseline", "baseline"),
+        ("sweep", "baseline", "baseline_k16"),
+        ("named", "topk", "topk"),
+        ("sweep", "topk", "topk_k16_seed1"),
+        ("named", "window_variance_w8_c0.1", "window_variance_w8_c0.1"),
     ]
-    grid = [f"window_variance_w{w}_c{c}" for w in (2, 4) for c in (0.1, 0.3)]
-    found = arms_of({name: {} for name in ("baseline", *grid)})
-    assert [(a.role, a.window, a.coefficient) for a in found[1:]] == [
-        ("grid", w, c) for w in (2, 4) for c in (0.1, 0.3)
-    ]
-    [arm] = arms_of({"x": metrics_of(role="sweep", k=16)})
-    assert (arm.role, arm.k) == ("sweep", 16)
+    points = [(w, c) for w in (2, 4) for c in (0.1, 0.3)]
+    grid = {f"window_variance_w{w}_c{c}": of("BatchTopK", "window_variance", w, c) for w, c in points}
+    found = arms_of({"baseline": of("BatchTopK"), **grid})
+    assert [(a.role, a.in_grid, a.window, a.coefficient) for a in found[1:]] == [("grid", True, *p) for p in points]
+    assert [(a.role, a.group) for a in arms_of({"baseline": {}, "x": {}})] == [("baseline",) * 2, ("named", "x")]
 
 
 def test_warnings_name_what_is_wrong_and_with_which_arm():

@@ -3,17 +3,22 @@
 import pytest
 
 from legato.common.errors import UsageError
-from legato.experiment.arms import LEGATO_TERM, MATRYOSHKA, arms, recipe
+from legato.experiment.arms import planned_arms, recipe
 from legato.experiment.config import NAMED_ARMS, TERM_ARMS, ExperimentConfig
+from legato.experiment.recipes import LEGATO_TERM, MATRYOSHKA
 from legato.sae.architectures import BatchTopK, Hysteresis, TopK
 from legato.training.losses import Contrastive, WindowVariance
 
 
-def bank(temporal, **options):
+def planned(temporal, **options):
     config = ExperimentConfig.from_options(
         "smoke", {"temporal": temporal, "ablation": False, "release": 0.5, **options}
     )
-    return {arm.name: arm for arm in arms(config, d_in=48)}
+    return planned_arms(config, d_in=48)
+
+
+def bank(temporal, **options):
+    return {one.sae.name: one.sae for one in planned(temporal, **options)}
 
 
 def test_every_name_is_an_arm_of_its_own_that_differs_from_the_baseline():
@@ -78,6 +83,31 @@ def test_sweeps_of_the_baseline_and_of_named_arms_for_every_seed():
     assert made["baseline_k8"].sparsity == BatchTopK(8)
     assert made["hysteresis_k24_seed7"].sparsity == Hysteresis(24, release=0.5)
     assert {arm.seed for name, arm in made.items() if name.endswith("_seed7")} == {7}
+
+
+def test_what_an_arm_is_does_not_depend_on_its_name():
+    """Two digits of a name used to make the named arm a member of the grid: window_variance_w2_c0.15 begins like
+    window_variance_w2_c0.1."""
+    options = {"window": 2, "ablation": True, "grid": "2,4x0.1,1", "seeds": (3, 0)}
+    made = planned(("window_variance", "legato"), coefficient=0.15, sweep_k=(8,), sweep_arms=("legato",), **options)
+    arms = {one.arm.name: one.arm for one in made}
+    assert all(one.arm.name == one.sae.name and one.arm.seed == one.sae.seed for one in made)
+    roles = {name: (arm.role, arm.in_grid) for name, arm in arms.items() if arm.seed == 3}
+    assert roles == {
+        "baseline": ("baseline", False),
+        "baseline_k8": ("sweep", False),
+        "window_variance_w2_c0.15": ("named", False),
+        "legato": ("named", False),
+        "legato_k8": ("sweep", False),
+        **{f"window_variance_w{w}_c{c:g}": ("grid", True) for w in (2, 4) for c in (0.1, 1)},
+    }
+    swept = arms["legato_k8_seed0"]
+    assert (swept.method, swept.group, swept.seed, swept.role) == ("legato", "legato_k8", 0, "sweep")
+    assert swept.saved().items() >= {"method": "legato", "group": "legato_k8", "role": "sweep", "k": 8}.items()
+    # One that is both: asked for by name, and a point of the grid.
+    both = planned(("window_variance",), coefficient=0.1, **options)
+    found = [one.arm for one in both if one.arm.group == "window_variance_w2_c0.1"]
+    assert [(arm.role, arm.in_grid) for arm in found] == [("named", True)] * 2
 
 
 def test_every_option_of_the_temporal_terms_reaches_them_and_is_saved():

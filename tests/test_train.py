@@ -9,7 +9,7 @@ import torch
 from legato.common.errors import LegatoError
 from legato.common.hardware import fast_matmul_dtype
 from legato.data.activations import ActivationBatch, Normaliser
-from legato.experiment.arms import arms
+from legato.experiment.arms import planned_arms
 from legato.experiment.config import GROUP_ARMS, SPARSITY_ARMS, TERM_ARMS, ExperimentConfig
 from legato.sae.architectures import BatchTopK, Gated, Hysteresis, JumpReLU, ReLU, TopK
 from legato.training.bank import train_bank
@@ -157,7 +157,7 @@ def test_every_temporal_term_trains_with_every_sparsity_and_with_groups(normalis
         **{"temporal": tuple(names), "ablation": False, "window": 4, "coefficient": 0.01, "lags": (1, 3)},
         **{"slow_fraction": 0.5, "term_warmup": 0.5, "d_sae": F, "k": 4, "l1": 2.0},
     }
-    bank = arms(ExperimentConfig.from_options("smoke", options), D)
+    bank = [one.sae for one in planned_arms(ExperimentConfig.from_options("smoke", options), D)
     assert len(bank) == 1 + (1 + len(SPARSITY_ARMS)) * (1 + len(GROUP_ARMS)) * len(TERM_ARMS)
     result, log = train(bank, normaliser, TrainConfig(steps=4, lr=3e-3, log_every=1))
     assert not result.failed

@@ -7,7 +7,7 @@ Shape legend: B rows, L positions, D width, F latents.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -149,52 +149,28 @@ class Control:
     training: dict[str, Any]
 
 
-def post_hoc_controls(
-    names: Sequence[str],
-    bases: Mapping[str, tuple[SparseAutoencoder, int]],
-    calibration: Sequence[ActivationBatch],
-    *,
-    k: int,
-    release: float,
-) -> dict[str, Control]:
-    """The named controls of each base, as `<arm>_<control>`, the seed's suffix kept at the end.
+def post_hoc_control(
+    kind: str, sae: SparseAutoencoder, calibration: Sequence[ActivationBatch], *, k: int, release: float
+) -> Control | None:
+    """Make a control of CONTROLS of a trained SAE; None where its codes have no thresholds for it to be made of.
 
-    names: of CONTROLS. bases: SAE and seed by the name of the arm: a TopK SAE can only be given hysteresis (inside each
-    token's budget), one with thresholds all of them. calibration: what the threshold of post-hoc hysteresis is set on,
-    so that its L0 is k.
+    A TopK SAE can only be given hysteresis, inside each token's budget. calibration: what the threshold of post-hoc
+    hysteresis is set on, so that its L0 is k.
     """
-
-    def with_state(sae: SparseAutoencoder) -> tuple[EvaluableSAE, dict[str, Any]]:
+    settings: dict[str, Any]
+    if kind == "hysteresis":
+        settings = {"k": k, "release": release}
         if sae.architecture == "topk":
-            held: SparseAutoencoder = replace(sae, architecture="hysteresis_topk", release=release)
+            judged: EvaluableSAE = replace(sae, architecture="hysteresis_topk", release=release)
         else:
-            held = with_hysteresis(sae, calibration, k=k, release=release)
-        return held, {"k": k, "release": release}
-
-    make: dict[str, Callable[[SparseAutoencoder], tuple[EvaluableSAE, dict[str, Any]]]] = {
-        "ema": lambda sae: _smoothed_control(sae, MovingAverage()),
-        "chunk_mean": lambda sae: _smoothed_control(sae, ChunkMean()),
-        "hysteresis": with_state,
-    }
-    assert set(make) == set(CONTROLS)
-    controls = {}
-    for name in names:
-        for arm, (sae, seed) in bases.items():
-            if sae.architecture == "topk" and name != "hysteresis":
-                continue
-            judged, settings = make[name](sae)
-            recipe = {"role": "control", "k": k, "seed": seed, "d_sae": sae.d_sae}
-            post_hoc = {"control": name, "of": arm, **settings}
-            base, *suffix = arm.split("_seed")
-            row = "_seed".join([f"{base}_{name}", *suffix])
-            controls[row] = Control(judged, {"post_hoc": post_hoc, "recipe": recipe})
-    return controls
+            judged = with_hysteresis(sae, calibration, k=k, release=release)
+    elif sae.architecture == "topk":
+        return None
+    else:
+        smoother = _SMOOTHERS[kind]
+        judged, settings = Smoothed(sae, smoother), asdict(smoother)
+    return Control(judged, {"post_hoc": {"control": kind, **settings}})
 
 
-def _smoothed_control(
-    sae: SparseAutoencoder, smoother: MovingAverage | ChunkMean
-) -> tuple[EvaluableSAE, dict[str, Any]]:
-    return Smoothed(sae, smoother), asdict(smoother)
-
-
-CONTROLS = ("ema", "chunk_mean", "hysteresis")
+_SMOOTHERS: dict[str, MovingAverage | ChunkMean] = {"ema": MovingAverage(), "chunk_mean": ChunkMean()}
+CONTROLS = (*_SMOOTHERS, "hysteresis")

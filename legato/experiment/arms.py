@@ -1,178 +1,139 @@
-"""The arms of an experiment: which SAEs the bank trains, by the names they carry in every result."""
+"""The arms of an experiment: which SAEs the bank trains. What an arm is, is decided here, saved, then only read."""
 
-from dataclasses import replace
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from legato.common.errors import UsageError
 from legato.experiment.config import ExperimentConfig
-from legato.sae.architectures import (
-    BatchTopK,
-    Gated,
-    Hysteresis,
-    HysteresisTopK,
-    JumpReLU,
-    Persistent,
-    ReLU,
-    TopK,
-    WindowTopK,
-)
+from legato.experiment.recipes import RECIPES, Options
+from legato.sae.architectures import BatchTopK
 from legato.training.config import SAEConfig
-from legato.training.losses import (
-    Contrastive,
-    FusedLasso,
-    PositionPenalty,
-    Slowness,
-    TemporalLoss,
-    TsaeContrastive,
-    WindowGroupLasso,
-    WindowVariance,
-)
-
-LEGATO_TERM = Slowness(window=4, coefficient=0.05)  # beside hysteresis on TopK: docs/findings.md has the reasons
-MATRYOSHKA = ((0.2, 0.2), (1.0, 0.8))  # share of the latents, weight: the groups of temporal-saes
 
 
-def arms(config: ExperimentConfig, d_in: int) -> list[SAEConfig]:
+@dataclass(frozen=True)
+class Arm:
+    """One SAE of a run.
+
+    name: of its files and its row. group: the same without the seed. method: its recipe's name, whatever k and seed.
+    role: `baseline`, `named` (asked for by name), `grid` (a member of the window x coefficient ablation alone), `sweep`
+        (`method` at another k) or `control` (made of a trained SAE without training).
+    in_grid: whether it is a point of the ablation, asked for by name or not.
+    recipe: what it trains with, every coefficient included, as it is saved.
+    """
+
+    name: str
+    group: str
+    method: str
+    role: str
+    seed: int
+    in_grid: bool = False
+    recipe: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+
+    def saved(self) -> dict[str, Any]:
+        """`training.recipe` of metrics.json and `objective` of legato.json."""
+        own = {name: getattr(self, name) for name in ("role", "method", "group", "in_grid", "seed")}
+        return {**self.recipe, **own}
+
+
+@dataclass(frozen=True)
+class PlannedArm:
+    """An arm and the SAE that is trained for it; sae.name is the arm's."""
+
+    arm: Arm
+    sae: SAEConfig
+
+
+def planned_arms(config: ExperimentConfig, d_in: int) -> list[PlannedArm]:
     """The baseline first, then its sweep over k, the named arms with theirs and the window x coefficient grid.
 
-    With several seeds every arm is there once a seed, `_seed<n>` at the end of its name from the second on.
-    d_in: width of the activations, which the published T-SAE objective depends on.
+    With several seeds every arm is there once a seed. d_in: width of the activations, which the published T-SAE
+    objective depends on. Raises UsageError where an arm without a k is to be swept.
     """
-    d_sae = config.training.d_sae
-    bank = [SAEConfig("baseline", BatchTopK(config.training.k), d_sae)]
-    bank += [_at_k(bank[0], k) for k in config.arms.sweep_k]
+    sweep, options = config.arms.sweep_k, _options(config, d_in)
+    base = SAEConfig("baseline", BatchTopK(config.training.k), config.training.d_sae)
+    bank = [_first(base, "baseline"), *(_at_k(base, k) for k in sweep)]
     for name in config.arms.temporal:
-        arm = _named(name, config, d_in)
-        bank += [arm, *(_at_k(arm, k) for k in config.arms.sweep_k if name in config.arms.sweep_arms)]
-    bank += [_window_variance(window, coefficient, config) for window, coefficient in config.arms.grid_points]
-    unique = {arm.name: arm for arm in bank}.values()
+        sae = _changed(base, name, options)
+        bank += [_first(sae, "named"), *(_at_k(sae, k) for k in sweep if name in config.arms.sweep_arms)]
+    for window, coefficient in config.arms.grid_points:
+        point = replace(options, window=window, coefficient=coefficient)
+        bank.append(_first(_changed(base, "window_variance", point), "grid"))
+    first, *_ = config.training.seeds
     return [
-        replace(
-            arm,
-            name=arm.name if place == 0 else f"{arm.name}_seed{seed}",
-            seed=seed,
-            term_warmup=config.arms.term_warmup,
-        )
-        for place, seed in enumerate(config.training.seeds)
-        for arm in unique
+        _with_seed(planned, seed, first, config.arms.term_warmup)
+        for seed in config.training.seeds
+        for planned in _once_each(bank)
     ]
 
 
-def grid_name(window: int, coefficient: float) -> str:
-    return f"window_variance_w{window}_c{coefficient:g}"
+def seeded(group: str, seed: int, first: int) -> str:
+    """The name of a group's arm of a seed; that of the run's first seed has none in its name."""
+    return group if seed == first else f"{group}_seed{seed}"
 
 
-def is_baseline(name: str) -> bool:
-    """Whether an arm of this name is the baseline, of whatever seed."""
-    return name.split("_seed")[0] == "baseline"
-
-
-def recipe(arm: SAEConfig) -> dict[str, Any]:
-    """What is different about an arm, with every coefficient, as it is saved beside its results."""
-    term = arm.terms[0] if arm.terms else None
+def recipe(sae: SAEConfig) -> dict[str, Any]:
+    """What an SAE trains with, every coefficient included."""
+    term = sae.terms[0] if sae.terms else None
     return {
         "term": term.name if term else None,
         "window": term.window if term else None,
         "coefficient": term.coefficient if term else None,
-        "k": getattr(arm.sparsity, "k", None),
-        "seed": arm.seed,
-        "d_sae": arm.d_sae,
-        "sparsity": {"type": type(arm.sparsity).__name__, **vars(arm.sparsity)},
-        "terms": [vars(each) for each in arm.terms],
-        "term_warmup": arm.term_warmup if arm.terms else None,
-        "groups": [list(group) for group in arm.groups],
-        "freeze_decoder": arm.freeze_decoder,
-        "shuffle_positions": arm.shuffle_positions,
+        "k": getattr(sae.sparsity, "k", None),
+        "seed": sae.seed,
+        "d_sae": sae.d_sae,
+        "sparsity": {"type": type(sae.sparsity).__name__, **vars(sae.sparsity)},
+        "terms": [vars(each) for each in sae.terms],
+        "term_warmup": sae.term_warmup if sae.terms else None,
+        "groups": [list(group) for group in sae.groups],
+        "freeze_decoder": sae.freeze_decoder,
+        "shuffle_positions": sae.shuffle_positions,
     }
 
 
-def _named(name: str, config: ExperimentConfig, d_in: int) -> SAEConfig:
-    """The arm of a name in --temporal. `A+B` differs from the baseline in both and is called A_B."""
-    parts = name.split("+")
-    if parts == ["window_variance"]:
-        return _window_variance(config.arms.window, _weight(config, 0.3), config)
-    arm = SAEConfig("_".join(parts), BatchTopK(config.training.k), config.training.d_sae)
-    for part in parts:
-        arm = replace(arm, **_difference(part, arm, config, d_in))
-    return arm
+def _options(config: ExperimentConfig, d_in: int) -> Options:
+    given = {**vars(config.arms), "d_in": d_in, "k": config.training.k}
+    return Options(**{field.name: given[field.name] for field in dataclasses.fields(Options)})
 
 
-def _difference(part: str, arm: SAEConfig, config: ExperimentConfig, d_in: int) -> dict[str, Any]:
-    """The fields in which a named part changes an arm."""
-    options, k = config.arms, config.training.k
-
-    def with_term(term: TemporalLoss) -> dict[str, Any]:
-        return {"terms": (*arm.terms, term)}
-
-    if part == "legato":
-        return {"sparsity": HysteresisTopK(k, release=options.release), **with_term(LEGATO_TERM)}
-    if part == "hysteresis":
-        return {"sparsity": Hysteresis(k, release=options.release)}
-    if part == "hysteresis_topk":
-        return {"sparsity": HysteresisTopK(k, release=options.release)}
-    if part == "window_topk":
-        return {"sparsity": WindowTopK(k, window=options.window)}
-    if part == "persistent":
-        return {"sparsity": Persistent(k)}
-    if part == "topk":
-        return {"sparsity": TopK(k)}
-    if part == "jumprelu":
-        return {"sparsity": JumpReLU(k)}
-    if part == "gated":
-        return {"sparsity": Gated(k=k)}
-    if part == "relu":
-        return {"sparsity": ReLU(options.l1)}
-    if part == "window_group_lasso":
-        return {"sparsity": ReLU(0.0), **with_term(WindowGroupLasso(options.window, options.l1 / d_in))}
-    if part == "shuffled":
-        return {"shuffle_positions": True}
-    if part == "frozen_decoder":
-        return {"freeze_decoder": True}
-    if part == "matryoshka":
-        return {"groups": MATRYOSHKA}
-    if part == "tsae":
-        return {"groups": MATRYOSHKA, **with_term(_published_tsae(d_in))}
-    return with_term(_term(part, config))
+def _changed(base: SAEConfig, name: str, options: Options) -> SAEConfig:
+    """The baseline with the changes of a name of --temporal; its name tells the window and weight of a grid's term."""
+    sae = base
+    for part in name.split("+"):
+        fields = RECIPES[part].fields(options)
+        sae = replace(sae, **{**fields, "terms": (*sae.terms, *fields.get("terms", ()))})
+    if name == "window_variance":
+        return replace(sae, name=f"{name}_w{sae.terms[0].window}_c{sae.terms[0].coefficient:g}")
+    return replace(sae, name="_".join(name.split("+")))
 
 
-def _term(name: str, config: ExperimentConfig) -> TemporalLoss:
-    """A named temporal term under the run's options, with its own coefficient where they give none."""
-    options, slow = config.arms, config.arms.slow_fraction
-    if name == "contrastive":
-        weight = _weight(config, 0.02)
-        return Contrastive(weight, lags=options.lags, temperature=options.temperature, slow_fraction=slow)
-    if name == "slowness":
-        return Slowness(options.window, _weight(config, 0.1), slow_fraction=slow)
-    if name == "fused_lasso":
-        return FusedLasso(_weight(config, 0.1), slow_fraction=slow)
-    if name == "position_penalty":
-        return PositionPenalty(_weight(config, 0.1), slow_fraction=slow)
-    assert name == "window_variance", name
-    return WindowVariance(options.window, _weight(config, 0.3), slow_fraction=slow)
+def _first(sae: SAEConfig, role: str) -> PlannedArm:
+    return PlannedArm(Arm(sae.name, sae.name, sae.name, role, sae.seed, in_grid=role == "grid"), sae)
 
 
-def _weight(config: ExperimentConfig, default: float) -> float:
-    return default if config.arms.coefficient is None else config.arms.coefficient
-
-
-def _at_k(arm: SAEConfig, k: int) -> SAEConfig:
-    """The same arm with another budget, a member of its sweep."""
-    sparsity: Any = arm.sparsity
+def _at_k(sae: SAEConfig, k: int) -> PlannedArm:
+    """The same SAE with another budget, a member of its method's sweep."""
+    sparsity: Any = sae.sparsity
     if not hasattr(sparsity, "k"):
-        raise UsageError(f"--sweep_arms {arm.name}: it has no k to sweep")
-    return replace(arm, name=f"{arm.name}_k{k}", sparsity=replace(sparsity, k=k))
+        raise UsageError(f"--sweep_arms {sae.name}: it has no k to sweep")
+    name = f"{sae.name}_k{k}"
+    return PlannedArm(
+        Arm(name, name, sae.name, "sweep", sae.seed), replace(sae, name=name, sparsity=replace(sparsity, k=k))
+    )
 
 
-def _window_variance(window: int, coefficient: float, config: ExperimentConfig) -> SAEConfig:
-    term = WindowVariance(window, coefficient, slow_fraction=config.arms.slow_fraction)
-    return SAEConfig(grid_name(window, coefficient), BatchTopK(config.training.k), config.training.d_sae, (term,))
+def _once_each(bank: Iterable[PlannedArm]) -> list[PlannedArm]:
+    """Every arm once: one that is named and a point of the grid is both."""
+    unique: dict[str, PlannedArm] = {}
+    for planned in bank:
+        known = unique.setdefault(planned.sae.name, planned)
+        if planned.arm.in_grid and not known.arm.in_grid:
+            unique[planned.sae.name] = replace(known, arm=replace(known.arm, in_grid=True))
+    return list(unique.values())
 
 
-def _published_tsae(d_in: int) -> TsaeContrastive:
-    """The published weights, carried over to our units.
-
-    temporal-saes adds .1 * InfoNCE at temperature 1 to the mean over its two groups of w_g times the squared error. On
-    activations of unit mean square (its normalize_activations; on raw ones of norm 6e3 the term would vanish beside the
-    error) that is, on ours of mean square D beside sum_g w_g ||e_g||^2 / D, temperature D and weight .2.
-    """
-    return TsaeContrastive(coefficient=0.2, temperature=float(d_in))
+def _with_seed(planned: PlannedArm, seed: int, first: int, term_warmup: float) -> PlannedArm:
+    name = seeded(planned.arm.group, seed, first)
+    sae = replace(planned.sae, name=name, seed=seed, term_warmup=term_warmup)
+    return PlannedArm(replace(planned.arm, name=name, seed=seed, recipe=recipe(sae)), sae)

@@ -17,25 +17,10 @@ from typing import Any, NoReturn
 from legato.common.errors import UsageError
 from legato.evaluation.controls import CONTROLS
 from legato.experiment.presets import PRESETS
+from legato.experiment.recipes import RECIPES, names_of
 
-# What an arm may differ in from the baseline; `A+B` combines several, with at most one of each of the first two.
-SPARSITY_ARMS = (
-    "legato",
-    "hysteresis",
-    "hysteresis_topk",
-    "window_topk",
-    "persistent",
-    "topk",
-    "jumprelu",
-    "gated",
-    "relu",
-    "window_group_lasso",
-)
-
-GROUP_ARMS = ("matryoshka", "tsae")
-TERM_ARMS = ("contrastive", "window_variance", "slowness", "fused_lasso", "position_penalty")
-TRAINING_CONTROLS = ("shuffled", "frozen_decoder")
-NAMED_ARMS = (*SPARSITY_ARMS, *GROUP_ARMS, *TERM_ARMS, *TRAINING_CONTROLS)
+NAMED_ARMS = tuple(RECIPES)
+TERM_ARMS = names_of("term")
 
 
 def option(default: Any, text: str) -> Any:
@@ -260,8 +245,8 @@ def _check_combination(name: str) -> None:
     parts = name.split("+")
     for part in parts:
         _choice("temporal", part, NAMED_ARMS)
-    for kind in (SPARSITY_ARMS, GROUP_ARMS):
-        clash = [part for part in parts if part in kind]
+    for kind in ("sparsity", "groups"):
+        clash = [part for part in parts if RECIPES[part].kind == kind]
         if len(clash) > 1:
             raise UsageError(f"--temporal {name} asks for {' and '.join(clash)} at once: choose one of them")
     if len(set(parts)) < len(parts):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from legato.common.progress import log, progress_bar
 from legato.data.activations import position_shuffled
 from legato.data.language_model import LanguageModel
 from legato.data.tokens import TokenSet
-from legato.evaluation.controls import Control, post_hoc_controls
+from legato.evaluation.controls import Control, post_hoc_control
 from legato.evaluation.evaluate import evaluate
 from legato.evaluation.latents.examples import ExampleRecorder, OtherSAE, write_strips, write_text
 from legato.evaluation.latents.logits import top_and_bottom_logits
@@ -26,9 +26,9 @@ from legato.evaluation.redundancy.pairs import redundancy
 from legato.evaluation.redundancy.table import write_redundancy
 from legato.evaluation.specialisation.kinds import specialise
 from legato.evaluation.sums.code_buffer import coded
-from legato.experiment.arms import grid_name, is_baseline
+from legato.experiment.arms import Arm, seeded
 from legato.experiment.checkpoint import Checkpoint
-from legato.experiment.config import ExperimentConfig
+from legato.experiment.config import EvaluationConfig, ExperimentConfig
 from legato.experiment.inputs import Activations
 from legato.interop.saebench_file import write_core_file
 from legato.results.run_dir import RunDir
@@ -46,6 +46,9 @@ CONTROL_KEYS = ("kappa1", "kappa1_excess_within", "ac1", "ac1_excess_within")
 
 @dataclass(frozen=True)
 class TrainedArm:
+    """training: the arm's section of metrics.json, but for its recipe, which `arm` holds."""
+
+    arm: Arm
     sae: SparseAutoencoder
     training: dict[str, Any]
 
@@ -70,25 +73,30 @@ class Bank:
 
 
 def evaluate_arms(
-    config: ExperimentConfig,
+    config: EvaluationConfig,
     bank: Bank,
     activations: Activations,
     model: LanguageModel,
     run: RunDir,
     checkpoint: Checkpoint | None = None,
+    controls: Callable[[], Mapping[str, tuple[Arm, Control]]] = dict,
 ) -> None:
     """Judge every SAE on the held-out side in one pass and save the numbers; what cannot be judged fails. Of several
     ranks each judges its share, or all judge together where there are fewer SAEs than ranks, and the writer saves.
 
-    Parts that an earlier attempt finished come from the checkpoint, and all is done where it says so.
+    controls: rows that were not trained, by name. Parts that an earlier attempt finished come from the checkpoint, and
+    all is done where it says so.
     """
     if checkpoint is not None and checkpoint.progress.evaluated:
         return
     part, own_part = (checkpoint.part, checkpoint.own_part) if checkpoint is not None else (_now, _now)
+    site = activations.provenance["site"]
     log(f"evaluation: {activations.held_out.n_valid:,} held-out tokens")
-    controls = _controls(config, bank, activations)
-    judged: dict[str, EvaluableSAE] = {name: arm.sae for name, arm in bank.trained.items()}
-    judged |= {name: control.judged for name, control in controls.items()}
+    untrained = controls()
+    arms = {name: trained.arm for name, trained in bank.trained.items()}
+    arms |= {name: arm for name, (arm, _) in untrained.items()}
+    judged: dict[str, EvaluableSAE] = {name: trained.sae for name, trained in bank.trained.items()}
+    judged |= {name: control.judged for name, (_, control) in untrained.items()}
 
     def judge_all() -> dict[str, Any]:
         failures: dict[str, str] = {}
@@ -97,10 +105,10 @@ def evaluate_arms(
             results = own and evaluate(
                 own,
                 activations.held_out,
-                language_model=model if config.evaluation.ce_rows else None,
+                language_model=model if config.ce_rows else None,
                 layer=activations.layer,
-                site=config.model.site,
-                ce_rows=config.evaluation.ce_rows,
+                site=site,
+                ce_rows=config.ce_rows,
                 bootstrap=BOOTSTRAP_REPLICATES,
                 together=together,
                 failures=failures,
@@ -118,10 +126,10 @@ def evaluate_arms(
         bank.fail(failures, run, checkpoint)
         raise LegatoError(f"no SAE could be judged: {next(iter(failures.values()))}")
     # The control for persistence that an SAE makes by itself, for the arms that the comparison is about.
-    compared = {name: judged[name] for name in results if not _is_grid_member(name, config)}
+    compared = {name: judged[name] for name in results if arms[name].role != "grid"}
     for name, shuffled in part("shuffled", lambda: _shuffled(compared, activations)).items():
         results[name]["consistency"]["position_shuffled"] = shuffled
-    for name, offset in part("offset", lambda: _offsets(compared, activations, model, config.model.site)).items():
+    for name, offset in part("offset", lambda: _offsets(compared, activations, model, site)).items():
         results[name]["offset"] = offset["section"]
         results[name]["features"]["offset_jaccard"] = offset["jaccard_F"]
     vocabulary_V = torch.unique(activations.train.first_tokens(VOCABULARY_ROWS))
@@ -131,7 +139,7 @@ def evaluate_arms(
     }
     redundant = {}
     for name in _own(others):
-        partners = {partner: others[partner] for partner in _partners(name, others)}
+        partners = {partner: others[partner] for partner in _partners(arms[name], [arms[other] for other in others])}
         redundant[name] = own_part(
             f"redundancy_{name}",
             partial(_redundancy, name, bank.trained[name].sae, partners, activations, vocabulary_V, model, run),
@@ -140,7 +148,7 @@ def evaluate_arms(
         results[name]["redundancy"] = section
     if not distributed.is_rank0():
         return
-    _add_specialisation({name: results[name] for name in compared if name in bank.trained}, model)
+    _add_specialisation({arms[name]: results[name] for name in compared if name in bank.trained}, model)
     metrics = {}
     for name, result in results.items():
         if "saebench" in result["core"] and name in bank.trained:
@@ -151,15 +159,15 @@ def evaluate_arms(
                 result,
                 model_name=model.name,
                 llm_dtype=str(model.dtype).removeprefix("torch."),
-                dataset=config.data.dataset,
-                context_size=config.data.context_length,
+                dataset=activations.provenance["dataset"],
+                context_size=activations.provenance["context_length"],
                 sae_cfg_dict=json.loads((run.sae(name) / "cfg.json").read_text()),
             )
         result["core"].pop("saebench", None)
         write_features(run.features / f"{name}.parquet", result.pop("features"))
         run.write_arrays(name, result.pop("arrays"))
-        training = controls[name].training if name in controls else bank.trained[name].training
-        metrics[name] = {**result, "training": training}
+        training = untrained[name][1].training if name in untrained else bank.trained[name].training
+        metrics[name] = {**result, "training": {**training, "recipe": arms[name].saved()}}
     run.write_metrics(metrics)
     bank.fail(failures, run, checkpoint)
 
@@ -221,11 +229,10 @@ def _token_strings(model: LanguageModel, ids: Sequence[int]) -> list[str]:
     return [str(model.tokenizer.decode([number])) for number in ids]
 
 
-def _partners(name: str, names: Iterable[str]) -> list[str]:
+def _partners(arm: Arm, arms: Iterable[Arm]) -> list[str]:
     """The arms of its seed whose latents an arm's are matched with: the baseline, or for the baseline all others."""
-    seed = name.partition("_seed")[2]
-    same_seed = [other for other in sorted(names) if other != name and other.partition("_seed")[2] == seed]
-    return [other for other in same_seed if is_baseline(name) or is_baseline(other)]
+    others = [other for other in arms if other.seed == arm.seed and other.name != arm.name]
+    return sorted(other.name for other in others if "baseline" in (arm.role, other.role))
 
 
 def _save_passages(
@@ -260,36 +267,42 @@ def _offsets(
     return distributed.gather_dicts({name: vars(result) for name, result in found.items()})
 
 
-def _add_specialisation(results: Mapping[str, dict[str, Any]], model: LanguageModel) -> None:
+def _add_specialisation(results: Mapping[Arm, dict[str, Any]], model: LanguageModel) -> None:
     """The kinds of latents of the trained arms, in clusters that they share."""
     if not results:
         return
     recipes: dict[str, list[str]] = {}
-    for name in results:
-        recipes.setdefault(name.split("_seed")[0], []).append(name)
+    for arm in results:
+        recipes.setdefault(arm.group, []).append(arm.name)
     specialised = specialise(
-        {name: result["features"] for name, result in results.items()},
+        {arm.name: result["features"] for arm, result in results.items()},
         next(iter(results.values()))["core"]["tokens"],
         same_recipe=list(recipes.values()),
         decode=lambda token: str(model.tokenizer.decode([token])),
     )
-    for name, one in specialised.items():
-        results[name]["specialisation"] = one.section
-        results[name]["features"] |= one.columns
+    for arm, result in results.items():
+        result["specialisation"] = specialised[arm.name].section
+        result["features"] |= specialised[arm.name].columns
 
 
-def _controls(config: ExperimentConfig, bank: Bank, activations: Activations) -> dict[str, Control]:
-    """The controls that are made of the baselines, and of plain TopK, without training."""
+def post_hoc(config: ExperimentConfig, bank: Bank, activations: Activations) -> dict[str, tuple[Arm, Control]]:
+    """The controls that are made of the baselines, and of plain TopK, without training, by name."""
     bases = {
-        name: (arm.sae, int(arm.training["recipe"]["seed"]))
-        for name, arm in bank.trained.items()
-        if is_baseline(name) or name.split("_seed")[0] == "topk"
+        trained.arm: trained.sae
+        for trained in bank.trained.values()
+        if trained.arm.role == "baseline" or (trained.arm.method == "topk" and trained.arm.role != "sweep")
     }
-    calibration = islice(activations.train.batches(config.training.batch_rows, seed=None), CALIBRATION_BATCHES)
-    return post_hoc_controls(
-        config.evaluation.controls, bases, list(calibration), k=config.training.k, release=config.arms.release
-    )
-
-
-def _is_grid_member(name: str, config: ExperimentConfig) -> bool:
-    return any(name.startswith(f"{grid_name(*point)}") for point in config.arms.grid_points)
+    calibration = list(islice(activations.train.batches(config.training.batch_rows, seed=None), CALIBRATION_BATCHES))
+    k, release, first = config.training.k, config.arms.release, config.training.seeds[0]
+    found = {}
+    for kind in config.evaluation.controls:
+        for base, sae in bases.items():
+            control = post_hoc_control(kind, sae, calibration, k=k, release=release)
+            if control is None:
+                continue
+            group = f"{base.group}_{kind}"
+            recipe = {"k": k, "d_sae": sae.d_sae}
+            arm = Arm(seeded(group, base.seed, first), group, group, "control", base.seed, recipe=recipe)
+            training = {"post_hoc": {"of": base.name, **control.training["post_hoc"]}}
+            found[arm.name] = (arm, replace(control, training=training))
+    return found

@@ -8,6 +8,8 @@ import argparse
 import dataclasses
 import hashlib
 import os
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +24,9 @@ from legato.data.harvest import harvest
 from legato.data.language_model import LanguageModel
 from legato.data.store import ActivationStore
 from legato.data.tokens import TokenSet, tokenise
+from legato.experiment.arms import Arm, seeded
 from legato.experiment.checkpoint import DEFAULT_MINUTES, Checkpoint
-from legato.experiment.config import ArmsConfig, DataConfig, EvaluationConfig, ExperimentConfig, ModelConfig
+from legato.experiment.config import DataConfig, EvaluationConfig, ModelConfig
 from legato.experiment.evaluate import Bank, TrainedArm, evaluate_arms
 from legato.experiment.inputs import CHARACTERS_PER_TOKEN, Activations, load_model, origin
 from legato.report.registry import write_figures
@@ -34,10 +37,31 @@ from legato.results.ablation_table import write_ablation
 from legato.results.final_info import write_final_info
 from legato.results.integrity import write_checksums
 from legato.results.matched.compare import write_matched
+from legato.results.older import older_identities
 from legato.results.run_dir import RunDir
-from legato.results.saved_run import SavedRun, arms_of
+from legato.results.saved_run import SavedRun
 from legato.sae.autoencoder import SparseAutoencoder
 from legato.sae.provenance import Provenance, origin_of
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What is said of an SAE: its method, whether it is that method at another k, and its seed."""
+
+    method: str
+    k: float | None = None
+    seed: int | None = None
+    swept: bool = False
+
+    @classmethod
+    def by(cls, objective: Mapping[str, Any]) -> "Stated":
+        """What an SAE of Legato's says itself."""
+        k = objective.get("k")
+        return cls(objective["method"], k, swept=objective["role"] == "sweep")
+
+    def with_seed(self, seed: Any) -> "Stated":
+        """With this seed where none is stated."""
+        return self if self.seed is not None else dataclasses.replace(self, seed=int(seed or 0))
 
 
 @dataclass(frozen=True)
@@ -45,7 +69,8 @@ class EvaluateConfig:
     """What is judged on what.
 
     saes: where each SAE lies, by name. held_out: the share of the documents that is judged on, as experiment.py holds
-    it out; None judges on all documents. sha256: of what lies there, by name.
+    it out; None judges on all documents. sha256: of what lies there, by name. stated: what the command line says of
+    an SAE, by name.
     """
 
     saes: Mapping[str, str]
@@ -54,11 +79,16 @@ class EvaluateConfig:
     held_out: float | None = None
     evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(controls=()))
     sha256: Mapping[str, str] = field(default_factory=dict)
+    stated: Mapping[str, Stated] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """For config.yaml. The section `judged` tells that nothing was trained."""
         return {
-            "judged": {"saes": dict(self.saes), "sha256": dict(self.sha256)},
+            "judged": {
+                "saes": dict(self.saes),
+                "sha256": dict(self.sha256),
+                "stated": {name: dataclasses.asdict(stated) for name, stated in self.stated.items()},
+            },
             "model": dataclasses.asdict(self.model),
             "data": {
                 "dataset": self.data.dataset,
@@ -68,10 +98,6 @@ class EvaluateConfig:
             },
             "evaluation": {"eval_rows": self.evaluation.eval_rows, "ce_rows": self.evaluation.ce_rows},
         }
-
-    def as_experiment(self) -> ExperimentConfig:
-        arms = ArmsConfig(temporal=(), ablation=False)
-        return ExperimentConfig(model=self.model, data=self.data, arms=arms, evaluation=self.evaluation)
 
 
 def evaluate_saved(config: EvaluateConfig, saes: Mapping[str, SparseAutoencoder], out: str | Path) -> RunDir:
@@ -83,8 +109,7 @@ def evaluate_saved(config: EvaluateConfig, saes: Mapping[str, SparseAutoencoder]
     """
     run = distributed.broadcast_from_rank0(lambda: RunDir.claim(out, config))
     run.settle_machine(config.model.dtype)
-    experiment = config.as_experiment()
-    model = load_model(experiment)
+    model = load_model(config.model, config.data.context_length)
 
     def fitting_rows() -> TokenSet:
         check_width(saes, model)
@@ -95,7 +120,7 @@ def evaluate_saved(config: EvaluateConfig, saes: Mapping[str, SparseAutoencoder]
         checkpoint = Checkpoint(run.checkpoint, minutes=DEFAULT_MINUTES, interrupts=Interrupts())
         checkpoint.start(activations.key, lambda: run.begin(config, activations.provenance))
         bank = _bank(config, saes, run, checkpoint)
-        evaluate_arms(experiment, bank, activations, model, run, checkpoint)
+        evaluate_arms(config.evaluation, bank, activations, model, run, checkpoint)
         if not distributed.is_rank0():
             return run
         for build in (write_ablation, write_matched, write_figures, write_notes, write_report, write_final_info):
@@ -112,7 +137,8 @@ def _bank(config: EvaluateConfig, saes: Mapping[str, SparseAutoencoder], run: Ru
     """The SAEs, with a copy of each in the run, but for those that an earlier attempt could not judge."""
     failed = checkpoint.progress.failed
     bank = Bank({}, {name: failure["reason"] for name, failure in failed.items()})
-    for (name, sae), recipe in zip(saes.items(), recipes(config.saes, saes), strict=True):
+    for name, arm in judged_arms(config, saes).items():
+        sae = saes[name]
         if name in failed:
             if distributed.is_rank0():  # where that attempt was cut off before it moved it
                 run.fail_sae(name, **failed[name])
@@ -120,8 +146,7 @@ def _bank(config: EvaluateConfig, saes: Mapping[str, SparseAutoencoder], run: Ru
         if distributed.is_rank0():
             sae.save(run.sae(name))
         steps = (sae.details.get("training") or {}).get("steps")
-        training = {"training_steps": steps, "source": config.saes[name], "recipe": recipe}
-        bank.trained[name] = TrainedArm(sae, training)
+        bank.trained[name] = TrainedArm(arm, sae, {"training_steps": steps, "source": config.saes[name]})
     if not bank.trained:
         checkpoint.discard()  # the next attempt begins anew
         raise LegatoError(f"no SAE could be judged: {next(iter(bank.failures.values()))}")
@@ -163,36 +188,34 @@ def harvest_rows(config: EvaluateConfig, model: LanguageModel, tokens: TokenSet)
     return Activations(store, store, store.n_valid, layer, provenance)
 
 
-def recipes(sources: Mapping[str, str], saes: Mapping[str, SparseAutoencoder]) -> list[dict[str, Any]]:
-    """What each SAE is in a comparison, as arms have it: an SAE of Legato's keeps its objective.
+def judged_arms(config: EvaluateConfig, saes: Mapping[str, SparseAutoencoder]) -> dict[str, Arm]:
+    """What each SAE is in the comparison: as the command line says, else as it says itself, else a method of its own.
 
-    Names speak as those of arms do: `<method>_k<k>` is `<method>` at another k where that is judged too, `_seed<n>`
-    another seed. The baseline is the SAE of that name, else the first SAE's method.
-    sources: part of the recipe, so that equal names in two folders are one SAE only if it is the same.
+    One of Legato's says its method, k and seed; those of two runs that say the same are methods of their own. The
+    baseline is the method `baseline`, else that of the first SAE. An SAE at another k than its method's own belongs to
+    the method's sweep where that own SAE is there too. recipe["sources"]: where the SAEs of the method lie, so that
+    equal names in two folders are one method only if they are the same SAEs.
     """
-    found = []
-    arms = arms_of({name: {} for name in saes})
-    mains = {arm.method for arm in arms if arm.role != "sweep"}
-    own = {arm.name: arm.method if arm.role == "baseline" or arm.method in mains else arm.name for arm in arms}
-    first = next((own[arm.name] for arm in arms if arm.role == "baseline"), own[arms[0].name])
-    for arm in arms:
-        sae, method = saes[arm.name], own[arm.name]
-        objective = dict(sae.details.get("objective") or {})
-        is_sweep = arm.role == "sweep" and method == arm.method
-        role = "sweep" if is_sweep else "baseline" if method == first else "named"
-        found.append(
-            {
-                "architecture": sae.architecture,
-                **objective,
-                "role": role,
-                "method": method,
-                "d_sae": sae.d_sae,
-                "k": objective.get("k") or arm.k or sae.k,
-                "seed": int(objective.get("seed") or arm.seed or 0),
-                "sources": sorted(source for name, source in sources.items() if own[name] == method),
-            }
-        )
-    return found
+    objectives = {name: dict(sae.details.get("objective") or {}) for name, sae in saes.items()}
+    older = older_identities({name: {"training": {"recipe": found}} for name, found in objectives.items()})
+    said = {name: config.stated.get(name) or Stated.by({**older[name], **found}) for name, found in objectives.items()}
+    said = {name: one.with_seed(objectives[name].get("seed")) for name, one in said.items()}
+    alike = Counter(said.values())
+    said = {name: one if alike[one] == 1 else Stated(name, seed=one.seed) for name, one in said.items()}
+    mains = {one.method for one in said.values() if not one.swept}
+    said = {name: one if one.method in mains else Stated(name, one.k, one.seed) for name, one in said.items()}
+    first = next(iter(said.values())).method
+    baseline = "baseline" if "baseline" in mains else first
+    arms = {}
+    for name, one in said.items():
+        objective, sae = objectives[name], saes[name]
+        k = objective.get("k") or sae.k if one.k is None else one.k
+        sources = sorted(source for other, source in config.saes.items() if said[other].method == one.method)
+        recipe = {"architecture": sae.architecture, **objective, "d_sae": sae.d_sae, "k": k, "sources": sources}
+        role = "sweep" if one.swept else "baseline" if one.method == baseline else "named"
+        group = f"{one.method}_k{k:g}" if one.swept else one.method
+        arms[name] = Arm(name, group, one.method, role, one.seed or 0, recipe=recipe)
+    return arms
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -200,8 +223,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "saes",
         nargs="+",
         metavar="[NAME=]SAE",
-        help="saved SAEs of any format that legato reads; the first is what the others are compared with. NAME_k16 "
-        "says that an SAE is NAME at another sparsity, NAME_seed1 another seed",
+        help="saved SAEs of any format that legato reads; the first is what the others are compared with. NAME:k16 "
+        "says that an SAE is NAME at another sparsity, NAME:seed1 another seed",
     )
     add_place_arguments(parser, rows=512)
     parser.add_argument("--ce_rows", type=int, default=24, help="contexts for the language model's loss; 0: none")
@@ -241,7 +264,8 @@ def main(options: argparse.Namespace) -> None:
 
 def opened(options: argparse.Namespace) -> tuple[dict[str, SparseAutoencoder], EvaluateConfig]:
     """The SAEs that were asked for, and where they are judged: as asked, else as the SAEs say."""
-    sources = named(options.saes)
+    found = named(options.saes)
+    sources = {name: source for name, (source, _) in found.items()}
     saes = {name: SparseAutoencoder.load(source) for name, source in sources.items()}
     origins = {name: origin_of(sae) for name, sae in saes.items()}
     if options.layer is None and options.site is not None:
@@ -266,6 +290,7 @@ def opened(options: argparse.Namespace) -> tuple[dict[str, SparseAutoencoder], E
         held_out,
         EvaluationConfig(options.rows, options.ce_rows, controls=()),
         {name: _sha256(sae) for name, sae in saes.items()},
+        {name: stated for name, (_, stated) in found.items() if stated is not None},
     )
     return saes, config
 
@@ -279,28 +304,47 @@ def _sha256(sae: SparseAutoencoder) -> str:
     return digest.hexdigest()
 
 
-def named(specifications: Sequence[str]) -> dict[str, str]:
-    """SAEs by name: NAME=SAE, or the last part of where it lies, with as many parts before it as tell them apart."""
+def named(specifications: Sequence[str]) -> dict[str, tuple[str, Stated | None]]:
+    """Where each SAE lies, and what is said of it, by name.
+
+    NAME=SAE, NAME:k16=SAE for the method NAME at another sparsity, NAME:seed1=SAE for another seed of it; or SAE, whose
+    name is the last part of where it lies, with as many parts before it as tell them apart.
+    """
     given = [_split(specification) for specification in specifications]
     for depth in range(1, 5):
-        names = [name or "_".join(Path(source).parts[-depth:]) for name, source in given]
+        names = [name or "_".join(Path(source).parts[-depth:]) for name, source, _ in given]
         if len(set(names)) == len(names):
             break
     else:
-        raise UsageError("two SAEs have the same name: name them, as in first=folder/a second=folder/b")
+        raise UsageError(
+            "two SAEs have the same name: name them, as in first=folder/a second=folder/b, or mine=folder/a "
+            "mine:seed1=folder/b"
+        )
     if bad := [name for name in names if not name.replace("-", "").replace("_", "").replace(".", "").isalnum()]:
         raise UsageError(f"{bad[0]!r} cannot name an SAE: use letters, digits, '_', '-' and '.', as in mine=folder/a")
-    return {name: source for name, (_, source) in zip(names, given, strict=True)}
+    return {name: (source, stated) for name, (_, source, stated) in zip(names, given, strict=True)}
 
 
-def _split(specification: str) -> tuple[str, str]:
-    name, equals, source = specification.partition("=")
+_FACTS = re.compile(r"(?P<method>[^:]*)(:k(?P<k>\d+(\.\d+)?))?(:seed(?P<seed>\d+))?")
+
+
+def _split(specification: str) -> tuple[str, str, Stated | None]:
+    """(its name, where it lies, what is said of it), the name empty where none is given."""
+    said, equals, source = specification.partition("=")
     if not equals or os.path.exists(specification):  # unlike Path's, False for a name that is too long
-        name, source = "", specification
+        said, source = "", specification
     if not source:
         raise UsageError(f"{specification!r} names no SAE: give its folder or file")
     path = os.path.expanduser(source)
-    return name, os.path.realpath(path) if os.path.exists(path) else source
+    source = os.path.realpath(path) if os.path.exists(path) else source
+    facts = _FACTS.fullmatch(said)
+    if facts is None:
+        raise UsageError(f"{said!r} is not NAME, NAME:k16, NAME:seed1 or NAME:k16:seed1")
+    if not said:
+        return "", source, None
+    method, k, seed = facts["method"], facts["k"], facts["seed"]
+    stated = Stated(method, None if k is None else float(k), None if seed is None else int(seed), swept=k is not None)
+    return seeded(f"{method}_k{k}" if k else method, int(seed or 0), first=0), source, stated
 
 
 def _agreed(what: str, said: Mapping[str, Any]) -> Any:

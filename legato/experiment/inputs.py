@@ -12,8 +12,7 @@ from legato.data.harvest import harvest
 from legato.data.language_model import LanguageModel
 from legato.data.store import ActivationStore
 from legato.data.tokens import TokenSet, tokenise
-from legato.experiment.arms import arms
-from legato.experiment.config import DataConfig, ExperimentConfig
+from legato.experiment.config import DataConfig, ExperimentConfig, ModelConfig
 
 CHARACTERS_PER_TOKEN = 6  # of a hub stream, to be on the safe side: English has some 4.5
 
@@ -44,22 +43,19 @@ class Activations:
         return f"{train} {self.held_out.key}"
 
 
-def load_model(config: ExperimentConfig) -> LanguageModel:
-    """The frozen language model, checked against the layer and context asked for."""
+def load_model(config: ModelConfig, context_length: int) -> LanguageModel:
+    """Load the frozen language model. UsageError where it has no such layer or site, or a shorter context."""
     with distributed.one_first():  # which downloads or converts it
-        model = LanguageModel.load(config.model.model, dtype=config.model.dtype)
-    if config.data.context_length > model.max_context:
-        raise UsageError(
-            f"--context_length {config.data.context_length} is longer than {model.name} allows ({model.max_context})"
-        )
-    model.module_path(layer_of(config, model), config.model.site)
-    arms(config, model.d_model)  # tells early of arms that cannot be made
+        model = LanguageModel.load(config.model, dtype=config.dtype)
+    if context_length > model.max_context:
+        raise UsageError(f"--context_length {context_length} is longer than {model.name} allows ({model.max_context})")
+    model.module_path(layer_of(config, model), config.site)
     log(f"model: {model.name}, {model.n_layers} layers, width {model.d_model}, {model.dtype}")
     return model
 
 
-def layer_of(config: ExperimentConfig, model: LanguageModel) -> int:
-    return model.n_layers // 2 if config.model.layer is None else config.model.layer
+def layer_of(config: ModelConfig, model: LanguageModel) -> int:
+    return model.n_layers // 2 if config.layer is None else config.layer
 
 
 def read_text(config: ExperimentConfig, model: LanguageModel) -> Text:
@@ -89,7 +85,7 @@ def read_text(config: ExperimentConfig, model: LanguageModel) -> Text:
 
 def harvest_activations(config: ExperimentConfig, model: LanguageModel, text: Text) -> Activations:
     """Both sides' activations, from the cache where an earlier run left them."""
-    layer, site = layer_of(config, model), config.model.site
+    layer, site = layer_of(config.model, model), config.model.site
 
     def stored(name: str, tokens: TokenSet) -> ActivationStore:
         with progress_bar(name, len(tokens)) as progress:

@@ -13,7 +13,7 @@ from legato.common.errors import LegatoError
 from legato.common.hardware import fast_matmul_dtype
 from legato.common.progress import log, progress_bar
 from legato.data.activations import Normaliser
-from legato.experiment.arms import arms, recipe
+from legato.experiment.arms import PlannedArm
 from legato.experiment.checkpoint import Checkpoint, Progress, SavedBank, checksums, cut
 from legato.experiment.config import ExperimentConfig
 from legato.experiment.evaluate import CALIBRATION_BATCHES, Bank, TrainedArm
@@ -31,6 +31,7 @@ DEAD_AFTER_TOKENS, DEAD_AFTER_SHARE = 250_000, 0.02  # silence that makes a late
 
 
 def train_arms(
+    planned: Sequence[PlannedArm],
     config: ExperimentConfig,
     activations: Activations,
     run: RunDir,
@@ -46,12 +47,14 @@ def train_arms(
     wandb: the Weights & Biases project that the steps are sent to as well, if any. shard_latents: divide the latents of
     every member.
     """
-    wanted = arms(config, activations.train.d_in)
+    wanted = {one.arm.name: one for one in planned}
     checkpoint.progress = distributed.broadcast_from_rank0(lambda: _progress_found(run, checkpoint))
-    trained = {name: _opened(run, name, record) for name, record in checkpoint.progress.trained.items()}
-    missing = [arm for arm in wanted if arm.name not in trained and arm.name not in checkpoint.progress.failed]
+    trained = {name: _opened(run, wanted[name], record) for name, record in checkpoint.progress.trained.items()}
+    missing = [
+        one.sae for name, one in wanted.items() if name not in trained and name not in checkpoint.progress.failed
+    ]
     if missing:
-        stage = _Stage.of(config, activations)
+        stage = _Stage.of(wanted, config, activations)
         saved = checkpoint.read_bank(missing, stage.train_config, shard_latents=shard_latents)
         going_on = distributed.gather_dicts(dict.fromkeys(saved.bank.in_training, None)) if saved else {}
         if distributed.is_rank0():
@@ -63,13 +66,14 @@ def train_arms(
     if not trained:
         checkpoint.discard()  # the next attempt begins anew
         raise LegatoError(f"no SAE was trained: {next(iter(failures.values()))}")
-    return Bank({arm.name: trained[arm.name] for arm in wanted if arm.name in trained}, failures)
+    return Bank({name: trained[name] for name in wanted if name in trained}, failures)
 
 
 @dataclass(frozen=True)
 class _Stage:
     """What all passes share. calibration: contexts in stored order, the same ones for every arm, whatever the seed."""
 
+    planned: Mapping[str, PlannedArm]
     config: ExperimentConfig
     activations: Activations
     train_config: TrainConfig
@@ -78,7 +82,7 @@ class _Stage:
     tokens_per_step: float
 
     @classmethod
-    def of(cls, config: ExperimentConfig, activations: Activations) -> "_Stage":
+    def of(cls, planned: Mapping[str, PlannedArm], config: ExperimentConfig, activations: Activations) -> "_Stage":
         training, source = config.training, activations.train
         tokens_per_step = training.batch_rows * activations.n_valid / source.n_rows
         train_config = TrainConfig(
@@ -92,7 +96,7 @@ class _Stage:
             TrainBatch.of(batch, normaliser, fast_matmul_dtype())
             for batch in islice(source.batches(training.batch_rows, seed=None), CALIBRATION_BATCHES)
         ]
-        return cls(config, activations, train_config, normaliser, calibration, tokens_per_step)
+        return cls(planned, config, activations, train_config, normaliser, calibration, tokens_per_step)
 
 
 def _progress_found(run: RunDir, checkpoint: Checkpoint) -> Progress:
@@ -108,8 +112,8 @@ def _progress_found(run: RunDir, checkpoint: Checkpoint) -> Progress:
     return progress
 
 
-def _opened(run: RunDir, name: str, record: Mapping[str, Any]) -> TrainedArm:
-    return TrainedArm(SparseAutoencoder.load(run.sae(name)), record["training"])
+def _opened(run: RunDir, planned: PlannedArm, record: Mapping[str, Any]) -> TrainedArm:
+    return TrainedArm(planned.arm, SparseAutoencoder.load(run.sae(planned.arm.name)), record["training"])
 
 
 def _cut_logs(run: RunDir, missing: Sequence[SAEConfig], going_on: Collection[str], log_bytes: int) -> None:
@@ -158,7 +162,7 @@ def _train_pass(
         training.batch_rows, seed=min(training.seeds), epochs=None, drop_last=True, start_batch=state.step
     )
     interrupts = checkpoint.interrupts
-    order = [arm.name for arm in arms(stage.config, stage.activations.train.d_in)]
+    order = list(stage.planned)
     with (
         interrupts.held_back(),
         SharedLog(lambda: RunLog(run.log, run.tensorboard, steps_done=state.step, also=tracker), order) as run_log,
@@ -204,7 +208,8 @@ def _train_pass(
         done.trained |= ranks["trained"]
         checkpoint.write_progress()
         checkpoint.drop_steps()
-    return own | {name: _opened(run, name, record) for name, record in ranks["trained"].items() if name not in own}
+    others = {name: record for name, record in ranks["trained"].items() if name not in own}
+    return own | {name: _opened(run, stage.planned[name], record) for name, record in others.items()}
 
 
 def _failure(steps: int, reason: str) -> dict[str, Any]:
@@ -217,16 +222,17 @@ def _save(trainer: SAETrainer, stage: _Stage, run: RunDir) -> TrainedArm | None:
     finished = trainer.finish_on_first(stage.normaliser, stage.calibration)
     if finished is None:
         return None
+    arm = stage.planned[trainer.arm.name].arm
     training = {**dataclasses.asdict(stage.train_config), "batch_rows": stage.config.training.batch_rows}
     details: Mapping[str, Any] = {
         **stage.activations.provenance,
-        "arm": trainer.arm.name,
-        "objective": recipe(trainer.arm),
+        "arm": arm.name,
+        "objective": arm.saved(),
         "training": training,
         "environment": environment(),
     }
-    path = dataclasses.replace(finished, details=details).save(run.sae(trainer.arm.name))
-    return TrainedArm(SparseAutoencoder.load(path), _training_metrics(trainer, stage.activations.n_valid))
+    path = dataclasses.replace(finished, details=details).save(run.sae(arm.name))
+    return TrainedArm(arm, SparseAutoencoder.load(path), _training_metrics(trainer, stage.activations.n_valid))
 
 
 def _training_metrics(trainer: SAETrainer, n_valid: int) -> dict[str, Any]:
@@ -240,5 +246,4 @@ def _training_metrics(trainer: SAETrainer, n_valid: int) -> dict[str, Any]:
         "epochs": trainer.tokens_seen / n_valid,
         "wall_seconds": trainer.seconds,
         "dead_at_end": int(trainer.dead_F.sum()),
-        "recipe": recipe(trainer.arm),
     }

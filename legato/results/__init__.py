@@ -5,6 +5,7 @@ final_info.py      final_info.json: means and standard errors over the seeds of 
                    AI-Scientist reads.
 integrity.py       checksums.json of a finished run: the SHA-256 of its files, written last and checked by
                    whatever reads the run.
+older.py           What the arms of runs are that were saved before each arm said so itself.
 run_dir.py         The folder of one run: every path in it, and what may be written where.
 saved_run.py       The saved results of a run folder, as the notes, the report and `plot.py` read them.
 schema.py          metrics.json of a run as it is read back: what its readers rely on is looked at once.

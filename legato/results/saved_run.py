@@ -6,9 +6,8 @@ Nothing here computes a metric; what a run did not save reads as None.
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,11 @@ import numpy as np
 from legato.common.errors import LegatoError, UsageError
 from legato.common.safe_read import read_arrays, read_json, read_table, read_yaml
 from legato.results.integrity import check_one, check_read
+from legato.results.older import older_identities
 from legato.results.run_dir import RunDir
 from legato.results.schema import read_metrics
 
 MAX_HIGHLIGHTED = 7  # as many as a reader tells apart by colour, line style and marker
-_GRID_NAME = re.compile(r"^(?P<term>[a-z_]+?)_w(?P<window>\d+)_c(?P<coefficient>\d+(\.\d+)?(e[+-]?\d+)?)$")
-_SWEEP_NAME = re.compile(r"^(?P<method>.+)_k(?P<k>\d+)$")
-_SEED_SUFFIX = re.compile(r"_seed(\d+)$")
 
 
 @dataclass(frozen=True)
@@ -32,26 +29,24 @@ class Arm:
     """One SAE of a run and what was different about it.
 
     role: `baseline`, `named` (an arm the reader asked for by name), `grid` (a member of the window x coefficient
-        ablation), `sweep` (the recipe of the arm `method` at another k) or `control` (made of a trained SAE without
-        training).
+        ablation alone), `sweep` (the recipe of the arm `method` at another k) or `control` (made of a trained SAE
+        without training). in_grid: whether it is a point of the ablation, asked for by name or not.
     metrics: this arm's part of metrics.json.
-    method: the recipe's name whatever its k and its seed.
+    method: the recipe's name whatever its k and its seed. group: with its k: arms that differ only in their seed share
+        it.
     """
 
     name: str
     role: str
     metrics: Mapping[str, Any]
     method: str
+    group: str
+    in_grid: bool = False
     term: str | None = None
     window: int | None = None
     coefficient: float | None = None
     k: float | None = None
     seed: int | None = None
-
-    @property
-    def group(self) -> str:
-        """The recipe's name: arms that differ only in their seed share it."""
-        return _SEED_SUFFIX.sub("", self.name)
 
     @property
     def trained(self) -> bool:
@@ -217,42 +212,35 @@ class SavedRun:
 
 
 def arms_of(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[Arm, ...]:
-    """Arms of a metrics.json in its order, each with its role.
+    """The arms of a metrics.json in its order: what each is stands in its `training.recipe`.
 
-    What an arm is comes from `training.recipe` {role, term, window, coefficient, k, seed}; where a key is absent, from
-    its name: `baseline`, `<arm>_k<k>` for an arm's sweep, `<term>_w<window>_c<coefficient>`, `_seed<n>` at the end.
-    Names of the third shape are an ablation only where there are at least two windows and two coefficients of them.
+    Runs from before role, method and group were saved are told by what their recipes share, see `older_identities`.
     """
-    arms = [_arm_of(name, arm_metrics) for name, arm_metrics in metrics.items()]
-    members = [arm for arm in arms if arm.role == "grid"]
-    if len({arm.window for arm in members}) < 2 or len({arm.coefficient for arm in members}) < 2:
-        arms = [replace(arm, role="named") if arm.role == "grid" else arm for arm in arms]
-    return tuple(arms)
+    recipes = {name: _recipe(arm_metrics) for name, arm_metrics in metrics.items()}
+    if any("group" not in recipe for recipe in recipes.values()):
+        recipes = {name: {**known, **recipes[name]} for name, known in older_identities(metrics).items()}
+    return tuple(_arm_of(name, recipes[name], arm_metrics) for name, arm_metrics in metrics.items())
 
 
-def _arm_of(name: str, metrics: Mapping[str, Any]) -> Arm:
-    stem = _SEED_SUFFIX.sub("", name)
-    known: dict[str, Any] = {"role": "baseline" if stem == "baseline" else "named", "method": stem}
-    if seed := _SEED_SUFFIX.search(name):
-        known["seed"] = seed[1]
-    if shape := _GRID_NAME.match(stem):
-        known |= {"role": "grid", **shape.groupdict()}
-    if swept := _SWEEP_NAME.match(stem):
-        known |= {"role": "sweep", **swept.groupdict()}
+def _recipe(metrics: Mapping[str, Any]) -> dict[str, Any]:
     training = metrics.get("training")
     recipe = training.get("recipe") if isinstance(training, Mapping) else None
-    if isinstance(recipe, Mapping):
-        known |= {key: value for key, value in recipe.items() if value is not None}
+    return {key: value for key, value in recipe.items() if value is not None} if isinstance(recipe, Mapping) else {}
+
+
+def _arm_of(name: str, recipe: Mapping[str, Any], metrics: Mapping[str, Any]) -> Arm:
     return Arm(
         name=name,
-        role=known["role"],
+        role=recipe["role"],
         metrics=metrics,
-        method=known["method"],
-        term=known.get("term"),
-        window=int(known["window"]) if "window" in known else None,
-        coefficient=float(known["coefficient"]) if "coefficient" in known else None,
-        k=float(known["k"]) if "k" in known else None,
-        seed=int(known["seed"]) if "seed" in known else None,
+        method=recipe["method"],
+        group=recipe["group"],
+        in_grid=bool(recipe.get("in_grid", recipe["role"] == "grid")),
+        term=recipe.get("term"),
+        window=int(recipe["window"]) if "window" in recipe else None,
+        coefficient=float(recipe["coefficient"]) if "coefficient" in recipe else None,
+        k=float(recipe["k"]) if "k" in recipe else None,
+        seed=int(recipe["seed"]) if "seed" in recipe else None,
     )
 
 

@@ -39,7 +39,9 @@ def _faults(arm: dict[str, Any]) -> Iterator[str]:
     if not isinstance(recipe, dict | None):
         yield "a recipe that is none"
         recipe = None
-    if strange := [key for key in ("role", "method", "term") if not isinstance((recipe or {}).get(key), str | None)]:
+    if strange := [
+        key for key in ("role", "method", "group", "term") if not isinstance((recipe or {}).get(key), str | None)
+    ]:
         yield f"a recipe whose {strange[0]} is no word"
     bins = (arm.get("consistency") or {}).get("by_rate_bin")
     if not isinstance(bins, list | None) or not all(_is_bin(row) for row in bins or ()):

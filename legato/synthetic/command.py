@@ -10,7 +10,7 @@ from legato.common.errors import UsageError
 from legato.common.files import write_atomically
 from legato.common.hardware import keep_freed_memory
 from legato.common.progress import log, progress_bar
-from legato.experiment.arms import arms as recipe_arms
+from legato.experiment.arms import planned_arms
 from legato.experiment.config import ExperimentConfig
 from legato.results.run_dir import environment
 from legato.synthetic.bed import BedConfig
@@ -156,7 +156,8 @@ def read_arms(text: str, d_sae: int, k: int | None, bed: BedConfig, release: flo
         "k": max(1, round(bed.l0)) if k is None else k,
         "release": release,
     }
-    baseline, *made = recipe_arms(ExperimentConfig.from_options("demo", options), bed.d_in)
+    config = ExperimentConfig.from_options("demo", options)
+    baseline, *made = (planned.sae for planned in planned_arms(config, bed.d_in))
     by_name = dict(zip(plain, made, strict=True))
     chosen: list[SAEConfig] = [baseline]
     for name in dict.fromkeys(names):

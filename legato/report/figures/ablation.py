@@ -42,7 +42,7 @@ def quantity_of(arm: Arm, quantity: Quantity) -> float | None:
 
 
 def grid_arms(run: SavedRun) -> list[Arm]:
-    return [a for a in run.arms if a.role == "grid" and a.window is not None and a.coefficient is not None]
+    return [a for a in run.arms if a.in_grid and a.window is not None and a.coefficient is not None]
 
 
 def ablation_heat_maps(run: SavedRun) -> Figure:
@@ -136,7 +136,7 @@ def consistency_cost(run: SavedRun) -> Figure:
         corners += [(points[name][0], corners[-1][1]), points[name]]
     stairs = np.array(corners)
     ax.plot(stairs[:, 0], stairs[:, 1], color=MUTED, linewidth=0.9, linestyle=(0, (5, 2)), zorder=1)
-    members = [arm for arm in map(run.arm, front) if arm.role == "grid" and arm.window is not None]
+    members = [arm for arm in map(run.arm, front) if arm.in_grid and arm.window is not None]
     labels = [
         PointLabel(points[arm.name], f"window {arm.window}, coeff. {arm.coefficient:g}", MUTED, required=False)
         for arm in reversed(members)

@@ -125,7 +125,7 @@ def scope(run: SavedRun) -> list[str]:
 
 def ablation_in_words(run: SavedRun) -> list[str]:
     """What the window x coefficient ablation says, a sentence each; empty where there is none."""
-    members = [arm for arm in run.arms if arm.role == "grid" and arm.value(KAPPA_EXCESS) is not None]
+    members = [arm for arm in run.arms if arm.in_grid and arm.value(KAPPA_EXCESS) is not None]
     if not members or run.baseline is None:
         return []
     excess, fvu = (run.baseline.value(key) for key in (KAPPA_EXCESS, "core.fvu"))

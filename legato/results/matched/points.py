@@ -125,7 +125,7 @@ def unequal_ce(runs: Sequence[SavedRun]) -> bool:
 def _fingerprint(arm: Arm) -> Any:
     """An arm's recipe apart from its budget and its seed; what is absent equals what is off."""
     training = arm.metrics.get("training") or {}
-    ignored = ("k", "seed", "role")
+    ignored = ("k", "seed", "role", "method", "group", "in_grid")
     recipe = {key: value for key, value in (training.get("recipe") or {}).items() if value and key not in ignored}
     recipe["sparsity"] = {key: value for key, value in (recipe.get("sparsity") or {}).items() if key != "k"}
     post_hoc = {key: value for key, value in (training.get("post_hoc") or {}).items() if key != "of"}
