@@ -4,8 +4,8 @@ import pytest
 
 from legato.common.errors import UsageError
 from legato.experiment.arms import planned_arms, recipe
-from legato.experiment.config import NAMED_ARMS, TERM_ARMS, ExperimentConfig
-from legato.experiment.recipes import LEGATO_TERM, MATRYOSHKA
+from legato.experiment.config import ExperimentConfig
+from legato.experiment.recipes import LEGATO_TERM, MATRYOSHKA, RECIPES, names_of
 from legato.sae.architectures import BatchTopK, Hysteresis, TopK
 from legato.training.losses import Contrastive, WindowVariance
 
@@ -22,8 +22,8 @@ def bank(temporal, **options):
 
 
 def test_every_name_is_an_arm_of_its_own_that_differs_from_the_baseline():
-    made = bank(NAMED_ARMS)
-    assert len(made) == 1 + len(NAMED_ARMS)
+    made = bank(tuple(RECIPES))
+    assert len(made) == 1 + len(tuple(RECIPES))
     baseline = {key: value for key, value in recipe(made.pop("baseline")).items() if key != "seed"}
     for arm in made.values():
         assert {key: value for key, value in recipe(arm).items() if key != "seed"} != baseline
@@ -115,7 +115,7 @@ def test_every_option_of_the_temporal_terms_reaches_them_and_is_saved():
         **{"window": 16, "coefficient": 0.7, "term_warmup": 0.25, "slow_fraction": 0.2},
         **{"lags": (2, 5), "temperature": 0.3, "seeds": (0, 1)},
     }
-    made = bank((*TERM_ARMS, "legato", "tsae"), ablation=True, grid="4x0.1", **options)
+    made = bank((*names_of("term"), "legato", "tsae"), ablation=True, grid="4x0.1", **options)
     for name, arm in made.items():
         saved = recipe(arm)
         assert saved["term_warmup"] == (0.25 if arm.terms else None), name

@@ -10,7 +10,8 @@ from legato.common.errors import LegatoError
 from legato.common.hardware import fast_matmul_dtype
 from legato.data.activations import ActivationBatch, Normaliser
 from legato.experiment.arms import planned_arms
-from legato.experiment.config import GROUP_ARMS, SPARSITY_ARMS, TERM_ARMS, ExperimentConfig
+from legato.experiment.config import ExperimentConfig
+from legato.experiment.recipes import names_of
 from legato.sae.architectures import BatchTopK, Gated, Hysteresis, JumpReLU, ReLU, TopK
 from legato.training.bank import train_bank
 from legato.training.config import SAEConfig, TrainConfig
@@ -147,18 +148,19 @@ def test_shuffled_positions_take_the_order_away_and_nothing_else(normaliser):
 def test_every_temporal_term_trains_with_every_sparsity_and_with_groups(normaliser):
     """All names of --temporal that combine, in one bank: each term of each member takes part in its loss, from the
     coefficient's first step on, and every step stays finite."""
+    sparsities, groups, terms = map(names_of, ("sparsity", "groups", "term"))
     names = [
         "+".join(part for part in (sparsity, group, term) if part)
-        for sparsity in ("", *SPARSITY_ARMS)
-        for group in ("", *GROUP_ARMS)
-        for term in TERM_ARMS
+        for sparsity in ("", *sparsities)
+        for group in ("", *groups)
+        for term in terms
     ]
     options = {
         **{"temporal": tuple(names), "ablation": False, "window": 4, "coefficient": 0.01, "lags": (1, 3)},
         **{"slow_fraction": 0.5, "term_warmup": 0.5, "d_sae": F, "k": 4, "l1": 2.0},
     }
-    bank = [one.sae for one in planned_arms(ExperimentConfig.from_options("smoke", options), D)
-    assert len(bank) == 1 + (1 + len(SPARSITY_ARMS)) * (1 + len(GROUP_ARMS)) * len(TERM_ARMS)
+    bank = [one.sae for one in planned_arms(ExperimentConfig.from_options("smoke", options), D)]
+    assert len(bank) == 1 + (1 + len(sparsities)) * (1 + len(groups)) * len(terms)
     result, log = train(bank, normaliser, TrainConfig(steps=4, lr=3e-3, log_every=1))
     assert not result.failed
     for arm in bank:

@@ -19,9 +19,6 @@ from legato.evaluation.controls import CONTROLS
 from legato.experiment.presets import PRESETS
 from legato.experiment.recipes import RECIPES, names_of
 
-NAMED_ARMS = tuple(RECIPES)
-TERM_ARMS = names_of("term")
-
 
 def option(default: Any, text: str) -> Any:
     """A field with its line of --help."""
@@ -100,7 +97,7 @@ class ArmsConfig:
 
     temporal: tuple[str, ...] = option(
         ("legato", "tsae"),
-        f"named arms beside the baseline, comma-separated: {', '.join(NAMED_ARMS)}; A+B combines two",
+        f"named arms beside the baseline, comma-separated: {', '.join(RECIPES)}; A+B combines two",
     )
     window: int = option(8, "window of the named temporal terms, in tokens")
     coefficient: float | None = option(
@@ -108,7 +105,7 @@ class ArmsConfig:
     )
     term_warmup: float = option(0.1, "share of the training steps over which the weights of temporal terms grow from 0")
     slow_fraction: float = option(
-        1.0, f"leading share of the latents that the named temporal terms look at: {', '.join(TERM_ARMS)}"
+        1.0, f"leading share of the latents that the named temporal terms look at: {', '.join(names_of('term'))}"
     )
     lags: tuple[int, ...] = option((1,), "contrastive: how far apart the tokens are whose codes are pulled together")
     temperature: float = option(0.1, "contrastive: of its softmax over cosines")
@@ -244,7 +241,7 @@ def _at_least(name: str, value: int, least: int) -> None:
 def _check_combination(name: str) -> None:
     parts = name.split("+")
     for part in parts:
-        _choice("temporal", part, NAMED_ARMS)
+        _choice("temporal", part, tuple(RECIPES))
     for kind in ("sparsity", "groups"):
         clash = [part for part in parts if RECIPES[part].kind == kind]
         if len(clash) > 1:
