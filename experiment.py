@@ -14,13 +14,8 @@ from legato.experiment.config import ExperimentConfig, RunOptions, parse
 from legato.experiment.evaluate import evaluate_arms, post_hoc
 from legato.experiment.inputs import harvest_activations, load_model, read_text
 from legato.experiment.train import train_arms
-from legato.report.registry import write_figures
-from legato.report.run_page import write_report
-from legato.report.text.notes import write_notes
-from legato.results.ablation_table import write_ablation
-from legato.results.final_info import write_final_info
+from legato.report.build import build_outputs
 from legato.results.integrity import write_checksums
-from legato.results.matched.compare import write_matched
 from legato.results.run_dir import RunDir
 from legato.training.passes import check_shards
 
@@ -45,16 +40,11 @@ def run_experiment(config: ExperimentConfig, options: RunOptions, interrupts: In
         evaluate_arms(config.evaluation, bank, activations, model, run, checkpoint, controls)
         if not distributed.is_rank0():
             return
-        write_ablation(run.root)
-        write_matched(run.root)
-        write_figures(run.root)
-        notes = write_notes(run.root)
-        report = write_report(run.root)
-        write_final_info(run.root)
+        outputs = build_outputs(run.root)
         write_checksums(run.root)
         checkpoint.discard()
-    log(notes.read_text())
-    log(f"results: {run.root}/  report: {report}")
+    log(outputs.notes.read_text())
+    log(f"results: {run.root}/  report: {outputs.report}")
     if bank.failures:
         raise LegatoError(f"{len(bank.failures)} arms failed ({', '.join(bank.failures)}): see {run.root}/failed")
 

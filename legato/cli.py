@@ -33,15 +33,11 @@ from legato.experiment.evaluate_saved import (
 )
 from legato.experiment.inputs import load_model
 from legato.interop.saebench_evals import EVALS, start
-from legato.report.registry import write_figures
-from legato.report.run_page import write_report
+from legato.report.build import build_outputs
 from legato.report.runs.page import write_comparison
 from legato.report.text.matched_tables import legend, tables
-from legato.report.text.notes import write_notes
-from legato.results.ablation_table import write_ablation
-from legato.results.final_info import write_final_info
 from legato.results.integrity import blame_unverified_files, check_all, rebuilding
-from legato.results.matched.compare import match_methods, write_json, write_matched
+from legato.results.matched.compare import match_methods, write_json
 from legato.results.saved_run import SavedRun
 from legato.sae.autoencoder import EXPORT_FORMATS, SparseAutoencoder, export
 from legato.sae.provenance import origin_of
@@ -125,11 +121,9 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     runs = {path: SavedRun.open(path) for path in options.runs}
-    for path in runs:
+    for path, run in runs.items():
         with _writing(path), rebuilding(path):
-            for build in (write_ablation, write_matched, write_figures, write_notes, write_final_info, write_report):
-                build(path)
-        print(path / "report.html")
+            print(build_outputs(run).report)
     if len(runs) > 1:
         names = [path.name for path in runs]
         labels = {path.name if names.count(path.name) == 1 else str(path): run for path, run in runs.items()}

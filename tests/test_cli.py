@@ -52,8 +52,13 @@ def test_compare_of_several_runs_writes_only_where_it_is_told(run, capsys, tmp_p
 
 
 def test_report_builds_everything_of_a_run_again(run, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("legato.cli.write_figures", lambda run_dir: None)  # slow, and tested on their own
-    monkeypatch.setattr("legato.cli.write_report", lambda run_dir: (run_dir / "report.html").write_text(""))
+    def write_page(run):
+        path = run.path / "report.html"
+        path.write_text("")
+        return path
+
+    monkeypatch.setattr("legato.report.build.write_figures", lambda run: None)  # slow, and tested on their own
+    monkeypatch.setattr("legato.report.build.write_report", write_page)
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out == f"{run / 'report.html'}\n"
     for name in ("ablation.csv", "matched.json", "notes.txt", "final_info.json", "report.html"):

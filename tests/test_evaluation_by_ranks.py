@@ -21,7 +21,7 @@ from legato.common.errors import LegatoError
 from legato.data.activations import ActivationBatch
 from legato.data.language_model import LanguageModel
 from legato.evaluation.evaluate import evaluate
-from legato.experiment import evaluate_saved as judge_sae
+from legato.report import build
 from legato.sae.autoencoder import SparseAutoencoder
 
 ROWS, LENGTH, WIDTH, LATENTS = 7, 16, 48, 64
@@ -165,7 +165,7 @@ def test_ranks_say_what_one_process_says(n_ranks, alone, place, tmp_path):
 def judge_saved(place: Path, out: Path) -> int:
     os.environ["LEGATO_CACHE"] = str(out / "cache")
     for writer in ("write_figures", "write_report"):
-        vars(judge_sae)[writer] = lambda folder: None
+        vars(build)[writer] = lambda run: None
     options = {"model": place / "model", "layer": LAYER, "dataset": place / "corpus", "out": out / "judged"}
     options |= {"rows": 40, "ce_rows": 10, "context_length": 16}
     return cli.main(["evaluate", str(place / "plain"), *(f"--{key}={value}" for key, value in options.items())])

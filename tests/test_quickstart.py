@@ -38,7 +38,7 @@ def page(tmp_path_factory):
         patch.chdir(folder)
         patch.setenv("LEGATO_CACHE", str(folder / "cache"))
         for writer in ("write_figures", "write_report"):  # slow, and tested on their own
-            patch.setattr(f"legato.experiment.evaluate_saved.{writer}", lambda run: None)
+            patch.setattr(f"legato.report.build.{writer}", lambda run: None)
         for language, text in blocks():
             if language == "bash":
                 for line in text.splitlines():

@@ -29,14 +29,9 @@ from legato.experiment.checkpoint import DEFAULT_MINUTES, Checkpoint
 from legato.experiment.config import DataConfig, EvaluationConfig, ModelConfig
 from legato.experiment.evaluate import Bank, TrainedArm, evaluate_arms
 from legato.experiment.inputs import CHARACTERS_PER_TOKEN, Activations, load_model, origin
-from legato.report.registry import write_figures
-from legato.report.run_page import write_report
+from legato.report.build import build_outputs
 from legato.report.text.arm_table import results_table
-from legato.report.text.notes import write_notes
-from legato.results.ablation_table import write_ablation
-from legato.results.final_info import write_final_info
 from legato.results.integrity import write_checksums
-from legato.results.matched.compare import write_matched
 from legato.results.older import older_identities
 from legato.results.run_dir import RunDir
 from legato.results.saved_run import SavedRun
@@ -123,8 +118,7 @@ def evaluate_saved(config: EvaluateConfig, saes: Mapping[str, SparseAutoencoder]
         evaluate_arms(config.evaluation, bank, activations, model, run, checkpoint)
         if not distributed.is_rank0():
             return run
-        for build in (write_ablation, write_matched, write_figures, write_notes, write_report, write_final_info):
-            build(run.root)
+        build_outputs(run.root)
         write_checksums(run.root)
         checkpoint.discard()
     if bank.failures:

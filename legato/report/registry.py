@@ -210,7 +210,7 @@ def write_figures(run: SavedRun | str | Path, out_dir: str | Path | None = None)
 
     out_dir: `figures` in the run folder by default. A figure whose data were not saved is left out.
     """
-    run = run if isinstance(run, SavedRun) else SavedRun.open(run)
+    run = SavedRun.of(run)
     out = Path(out_dir) if out_dir is not None else run.path / "figures"
     out.mkdir(parents=True, exist_ok=True)
     written = {}

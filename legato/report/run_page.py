@@ -54,7 +54,7 @@ def write_report(run: SavedRun | str | Path, path: str | Path | None = None) -> 
 
     What the run did not save is named in the page. Raises UsageError where the folder holds no results.
     """
-    run = run if isinstance(run, SavedRun) else SavedRun.open(run)
+    run = SavedRun.of(run)
     path = Path(path) if path is not None else run.path / "report.html"
     write_atomically(path, report_html(run).encode())
     return path

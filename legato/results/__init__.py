@@ -9,6 +9,7 @@ older.py           What the arms of runs are that were saved before each arm sai
 run_dir.py         The folder of one run: every path in it, and what may be written where.
 saved_run.py       The saved results of a run folder, as the notes, the report and `plot.py` read them.
 schema.py          metrics.json of a run as it is read back: what its readers rely on is looked at once.
+tolerances.py      When two SAEs count as equal in what they cost.
 matched/           Methods at equal L0 and FVU.
 """
 

@@ -53,10 +53,11 @@ def ablation_table(run: SavedRun) -> pa.Table:
     return pa.Table.from_pylist([_row(arm) for arm in run.arms], schema=_SCHEMA)
 
 
-def write_ablation(run_dir: str | Path) -> Path:
+def write_ablation(run: SavedRun | str | Path) -> Path:
     """Write ablation.parquet and ablation.csv in a run folder from its metrics.json; return the path of the former."""
-    table = ablation_table(SavedRun.open(run_dir))
-    path = RunDir(run_dir).ablation
+    run = SavedRun.of(run)
+    table = ablation_table(run)
+    path = RunDir(run.path).ablation
     for target, write in ((path, pq.write_table), (path.with_suffix(".csv"), csv.write_csv)):
         content = pa.BufferOutputStream()
         write(table, content)

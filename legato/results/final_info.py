@@ -33,9 +33,9 @@ def final_info(run: SavedRun) -> dict[str, Any]:
     return info
 
 
-def write_final_info(run_dir: str | Path) -> Path:
+def write_final_info(run: SavedRun | str | Path) -> Path:
     """Write final_info.json in a run folder from its metrics.json; return its path."""
-    run = SavedRun.open(run_dir)
+    run = SavedRun.of(run)
     path = run.path / "final_info.json"
     write_atomically(path, (json.dumps(final_info(run), indent=1, allow_nan=False) + "\n").encode())
     return path

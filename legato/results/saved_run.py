@@ -119,6 +119,11 @@ class SavedRun:
             raise LegatoError(f"{metrics_path} is damaged: the recipe of an arm cannot be read ({error})") from error
         return cls(path, arms, config if isinstance(config, dict) else {})
 
+    @classmethod
+    def of(cls, run: "SavedRun | str | Path") -> "SavedRun":
+        """A run as it is, or the folder of one opened."""
+        return run if isinstance(run, SavedRun) else cls.open(run)
+
     @property
     def name(self) -> str:
         return self.path.resolve().name

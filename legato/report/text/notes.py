@@ -13,8 +13,9 @@ from legato.report.text.arm_table import number, results_table
 from legato.report.text.latents import latents_in_words
 from legato.report.text.matched_tables import legend, tables
 from legato.report.text.summary import answers
-from legato.report.text.verdict import KAPPA_EXCESS, MATCHED_FVU, NOTICEABLE, SHUFFLED_EXCESS, compare, headline
+from legato.report.text.verdict import KAPPA_EXCESS, NOTICEABLE, SHUFFLED_EXCESS, compare, headline
 from legato.results.saved_run import Arm, SavedRun, joined, mean, seed_groups
+from legato.results.tolerances import SAME
 
 FEW_TRAINING_TOKENS = 10_000_000
 FEW_HELD_OUT_TOKENS = 50_000
@@ -141,11 +142,11 @@ def ablation_in_words(run: SavedRun) -> list[str]:
             arm
             for arm in members
             if (arm.value(KAPPA_EXCESS) or 0) > (1 + NOTICEABLE) * excess
-            and (arm.value("core.fvu") or math.inf) <= (1 + MATCHED_FVU) * fvu
+            and (arm.value("core.fvu") or math.inf) <= (1 + SAME) * fvu
         ]
         sentences.append(
             f"{len(free)} of {len(members)} exceed the baseline's kappa excess by more than {NOTICEABLE:.0%} while "
-            f"FVU stays within {MATCHED_FVU:.0%} of the baseline's."
+            f"FVU stays within {SAME:.0%} of the baseline's."
         )
     return sentences
 
@@ -219,9 +220,9 @@ def matched_tables(run: SavedRun) -> str:
     return "\n\n".join([*text, _list(legend(run.matched))])
 
 
-def write_notes(run_dir: str | Path) -> Path:
+def write_notes(run: SavedRun | str | Path) -> Path:
     """Write notes.txt in a run folder from its saved results; return its path."""
-    run = SavedRun.open(run_dir)
+    run = SavedRun.of(run)
     path = run.path / "notes.txt"
     write_atomically(path, notes(run).encode())
     return path

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 
 from legato.report.text.verdict import KAPPA_EXCESS, SHUFFLED_EXCESS, Comparison, compare
 from legato.results.saved_run import Arm, SavedRun, joined, mean, seed_groups
+from legato.results.tolerances import SAME
 
-# Relative: what FVU, CE score and alive latents may lose and still be called as good as the baseline's.
-SAME_COST = 0.02
 KINDS_TOLD = 3
 
 _COSTS = (("core.fvu", "FVU", -1), ("core.ce_loss_score", "CE score", 1), ("core.frac_alive", "alive latents", 1))
@@ -62,7 +61,7 @@ def _cost(arms: Sequence[Arm], base: Sequence[Arm]) -> str:
             continue
         change = ours / theirs - 1
         told.append(f"{name} {change:+.1%}")
-        worse += [name] if better * change < -SAME_COST else []
+        worse += [name] if better * change < -SAME else []
     if not told:
         return ""
     l0 = [value for side in (arms, base) if (value := mean(side, "core.l0")) is not None]

@@ -8,13 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from legato.results.saved_run import Arm, SavedRun, joined, mean, seed_groups, standard_error
+from legato.results.tolerances import SAME
 
 KAPPA_EXCESS = "consistency.kappa1_excess_within"
 SHUFFLED_EXCESS = "consistency.position_shuffled.kappa1_excess_within"
-
-# Arms count as comparable while L0 is this close to the baseline's and FVU not further above it (relative).
-MATCHED_L0 = 0.05
-MATCHED_FVU = 0.03
 
 # With one seed there is no interval: a smaller relative difference in kappa excess is called no difference.
 NOTICEABLE = 0.10
@@ -157,7 +154,7 @@ def _match(arms: Sequence[Arm], base: Sequence[Arm]) -> tuple[bool, str]:
     if fvu is None or base_fvu is None or l0 is None or base_l0 is None:
         return False, "FVU or L0 is missing, so whether the comparison is fair is unknown."
     numbers = f"FVU {fvu:.3f} against {base_fvu:.3f}, L0 {l0:.1f} against {base_l0:.1f}"
-    same_l0, same_fvu = abs(l0 / base_l0 - 1) <= MATCHED_L0, fvu / base_fvu - 1 <= MATCHED_FVU
+    same_l0, same_fvu = abs(l0 / base_l0 - 1) <= SAME, fvu / base_fvu - 1 <= SAME
     if same_l0 and same_fvu:
         return True, f"The cost is matched: {numbers}."
     what = " and ".join(["reconstruction"] * (not same_fvu) + ["sparsity"] * (not same_l0))

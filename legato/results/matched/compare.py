@@ -30,18 +30,17 @@ from legato.results.matched.points import (
 from legato.results.matched.statistics import absent, between, estimate
 from legato.results.run_dir import RunDir
 from legato.results.saved_run import SavedRun
+from legato.results.tolerances import SAME
 
-EQUAL = 0.02  # L0 (FVU) this close, relative to the baseline's, counts as equal
 MIN_LATENTS_IN_BIN = 20  # fewer, on either side, say nothing about a bin
 
 # What the best method is meant to reach at the baseline's L0 (definitions: "Comparing methods").
 KAPPA_RATIO, AC_RATIO = 4.0, 3.0
-MOST_FVU, LEAST_CE = 0.02, -0.02  # relative to the baseline's
 ABSENT_SHARE = 0.75
 
 _AXES = {"at_l0": "l0", "at_fvu": "fvu"}
 HOW = {
-    "equal": f"equal by construction, within {EQUAL:.0%}",
+    "equal": f"equal by construction, within {SAME:.0%}",
     "method": "along the method's sweep",
     "baseline": "along the baseline's sweep",
 }
@@ -67,7 +66,7 @@ def match_methods(runs: Sequence[SavedRun]) -> dict[str, Any]:
         raise UsageError(f"{' and '.join(run.name for run in runs)}: no baseline to compare with")
     return {
         "runs": [run.name for run in runs],
-        "equal_within": EQUAL,
+        "equal_within": SAME,
         "left_out": ["CE loss score: the runs measured it on different contexts"] if unequal_ce(runs) else [],
         "baseline": _as_trained(baseline),
         "methods": {
@@ -78,12 +77,12 @@ def match_methods(runs: Sequence[SavedRun]) -> dict[str, Any]:
     }
 
 
-def write_matched(run_dir: str | Path) -> Path | None:
+def write_matched(run: SavedRun | str | Path) -> Path | None:
     """Write matched.json in a run folder; None, and no file, where there is no baseline or nothing to compare with."""
-    run = SavedRun.open(run_dir)
+    run = SavedRun.of(run)
     if run.baseline is None or all(arm.method == run.baseline.method for arm in run.arms):
         return None
-    path = RunDir(run_dir).matched
+    path = RunDir(run.path).matched
     write_json(path, match_methods([run]))
     return path
 
@@ -155,7 +154,7 @@ def _match(method: Sweep, baseline: Sweep, axis: str, way: str) -> Match | None:
     if ours is None or theirs is None:
         return None
     if way == "equal":
-        return Match(method.main, baseline.main) if abs(ours / theirs - 1) <= EQUAL else None
+        return Match(method.main, baseline.main) if abs(ours / theirs - 1) <= SAME else None
     if way == "method":
         found = along((method.main, *method.others), axis, theirs)
         return None if found is None else Match(found, baseline.main)
@@ -206,8 +205,8 @@ def targets_met(at_l0: Mapping[str, Any]) -> list[dict[str, Any]]:
     verdict = [
         _criterion("kappa", f">= {KAPPA_RATIO:g}x", _ratio(everything.get(MEASURES[0])), KAPPA_RATIO),
         _criterion("AC", f">= {AC_RATIO:g}x", _ratio(everything.get(MEASURES[1])), AC_RATIO),
-        _criterion("FVU", f"<= {MOST_FVU:+.0%}", _ratio(at_l0.get("fvu"), less=1), MOST_FVU, below=True),
-        _criterion("CE", f">= {LEAST_CE:+.0%}", _ratio(at_l0.get("ce_loss_score"), less=1), LEAST_CE),
+        _criterion("FVU", f"<= {SAME:+.0%}", _ratio(at_l0.get("fvu"), less=1), SAME, below=True),
+        _criterion("CE", f">= {-SAME:+.0%}", _ratio(at_l0.get("ce_loss_score"), less=1), -SAME),
         _criterion("alive", ">= 0%", _ratio(at_l0.get("frac_alive"), less=1), 0.0),
         _criterion("bins", "all", ahead / bins if bins else None, 1.0),
         _criterion("absent", f">= {ABSENT_SHARE:.0%}", min(shares) if len(shares) == 2 else None, ABSENT_SHARE),
