@@ -90,86 +90,102 @@ def evaluate_arms(
     if checkpoint is not None and checkpoint.progress.evaluated:
         return
     part, own_part = (checkpoint.part, checkpoint.own_part) if checkpoint is not None else (_now, _now)
-    site = activations.provenance["site"]
     log(f"evaluation: {activations.held_out.n_valid:,} held-out tokens")
     untrained = controls()
     arms = {name: trained.arm for name, trained in bank.trained.items()}
     arms |= {name: arm for name, (arm, _) in untrained.items()}
     judged: dict[str, EvaluableSAE] = {name: trained.sae for name, trained in bank.trained.items()}
     judged |= {name: control.judged for name, (_, control) in untrained.items()}
-
-    def judge_all() -> dict[str, Any]:
-        failures: dict[str, str] = {}
-        own, together = _divided(judged)
-        with progress_bar("evaluate", activations.held_out.n_rows) as progress:
-            results = own and evaluate(
-                own,
-                activations.held_out,
-                language_model=model if config.ce_rows else None,
-                layer=activations.layer,
-                site=site,
-                ce_rows=config.ce_rows,
-                bootstrap=BOOTSTRAP_REPLICATES,
-                together=together,
-                failures=failures,
-                progress=progress,
-            )
-        ranks = distributed.gather_dicts({"results": results, "failures": failures})
-        return {
-            "results": {name: ranks["results"][name] for name in judged if name in ranks["results"]},
-            "failures": ranks["failures"],
-        }
-
-    found = part("judged", judge_all)
+    found = part("judged", lambda: _judged(judged, activations, model, config.ce_rows))
     results, failures = found["results"], found["failures"]
     if not results:
         bank.fail(failures, run, checkpoint)
         raise LegatoError(f"no SAE could be judged: {next(iter(failures.values()))}")
-    # The control for persistence that an SAE makes by itself, for the arms that the comparison is about.
+    # What follows is for the arms that the comparison is about.
     compared = {name: judged[name] for name in results if arms[name].role != "grid"}
     for name, shuffled in part("shuffled", lambda: _shuffled(compared, activations)).items():
         results[name]["consistency"]["position_shuffled"] = shuffled
-    for name, offset in part("offset", lambda: _offsets(compared, activations, model, site)).items():
+    for name, offset in part("offset", lambda: _offsets(compared, activations, model)).items():
         results[name]["offset"] = offset["section"]
         results[name]["features"]["offset_jaccard"] = offset["jaccard_F"]
-    vocabulary_V = torch.unique(activations.train.first_tokens(VOCABULARY_ROWS))
-    others = {
-        name: OtherSAE(bank.trained[name].sae.W_dec, results[name]["features"]["density"] > 0)
-        for name in sorted(compared.keys() & bank.trained.keys())
-    }
-    redundant = {}
-    for name in _own(others):
-        partners = {partner: others[partner] for partner in _partners(arms[name], [arms[other] for other in others])}
-        redundant[name] = own_part(
-            f"redundancy_{name}",
-            partial(_redundancy, name, bank.trained[name].sae, partners, activations, vocabulary_V, model, run),
-        )
-    for name, section in distributed.gather_dicts(redundant).items():
+    firing = {name: results[name]["features"]["density"] > 0 for name in sorted(compared.keys() & bank.trained.keys())}
+    for name, section in _redundancies(firing, bank, activations, model, run, own_part).items():
         results[name]["redundancy"] = section
     if not distributed.is_rank0():
         return
     _add_specialisation({arms[name]: results[name] for name in compared if name in bank.trained}, model)
+    training = {name: trained.training for name, trained in bank.trained.items()}
+    training |= {name: control.training for name, (_, control) in untrained.items()}
     metrics = {}
     for name, result in results.items():
         if "saebench" in result["core"] and name in bank.trained:
-            write_core_file(
-                run.eval_results,
-                run.release,
-                name,
-                result,
-                model_name=model.name,
-                llm_dtype=str(model.dtype).removeprefix("torch."),
-                dataset=activations.provenance["dataset"],
-                context_size=activations.provenance["context_length"],
-                sae_cfg_dict=json.loads((run.sae(name) / "cfg.json").read_text()),
-            )
+            _write_core_file(run, name, result, model, activations)
         result["core"].pop("saebench", None)
         write_features(run.features / f"{name}.parquet", result.pop("features"))
         run.write_arrays(name, result.pop("arrays"))
-        training = untrained[name][1].training if name in untrained else bank.trained[name].training
-        metrics[name] = {**result, "training": {**training, "recipe": arms[name].saved()}}
+        metrics[name] = {**result, "training": {**training[name], "recipe": arms[name].saved()}}
     run.write_metrics(metrics)
     bank.fail(failures, run, checkpoint)
+
+
+def _judged(
+    saes: Mapping[str, EvaluableSAE], activations: Activations, model: LanguageModel, ce_rows: int
+) -> dict[str, Any]:
+    """{"results", "failures"} of the pass over the held-out side, by name."""
+    failures: dict[str, str] = {}
+    own, together = _divided(saes)
+    with progress_bar("evaluate", activations.held_out.n_rows) as progress:
+        results = own and evaluate(
+            own,
+            activations.held_out,
+            language_model=model if ce_rows else None,
+            layer=activations.layer,
+            site=activations.provenance["site"],
+            ce_rows=ce_rows,
+            bootstrap=BOOTSTRAP_REPLICATES,
+            together=together,
+            failures=failures,
+            progress=progress,
+        )
+    ranks = distributed.gather_dicts({"results": results, "failures": failures})
+    in_order = {name: ranks["results"][name] for name in saes if name in ranks["results"]}
+    return {"results": in_order, "failures": ranks["failures"]}
+
+
+def _redundancies(
+    firing: Mapping[str, Any],
+    bank: Bank,
+    activations: Activations,
+    model: LanguageModel,
+    run: RunDir,
+    part: Callable[[str, Callable[[], Any]], Any],
+) -> dict[str, dict[str, Any]]:
+    """The section `redundancy` of trained SAEs, each made by one rank. firing: their latents that fire, [F] by name."""
+    vocabulary_V = torch.unique(activations.train.first_tokens(VOCABULARY_ROWS))
+    arms = [bank.trained[name].arm for name in firing]
+    others = {name: OtherSAE(bank.trained[name].sae.W_dec, fires_F) for name, fires_F in firing.items()}
+    sections = {}
+    for name in _own(others):
+        partners = {partner: others[partner] for partner in _partners(bank.trained[name].arm, arms)}
+        make = partial(_redundancy, name, bank.trained[name].sae, partners, activations, vocabulary_V, model, run)
+        sections[name] = part(f"redundancy_{name}", make)
+    return distributed.gather_dicts(sections)
+
+
+def _write_core_file(
+    run: RunDir, name: str, result: dict[str, Any], model: LanguageModel, activations: Activations
+) -> None:
+    write_core_file(
+        run.eval_results,
+        run.release,
+        name,
+        result,
+        model_name=model.name,
+        llm_dtype=str(model.dtype).removeprefix("torch."),
+        dataset=activations.provenance["dataset"],
+        context_size=activations.provenance["context_length"],
+        sae_cfg_dict=json.loads((run.sae(name) / "cfg.json").read_text()),
+    )
 
 
 def _own(members: Mapping[str, T]) -> dict[str, T]:
@@ -254,7 +270,7 @@ def _save_passages(
 
 
 def _offsets(
-    compared: Mapping[str, EvaluableSAE], activations: Activations, model: LanguageModel, site: str
+    compared: Mapping[str, EvaluableSAE], activations: Activations, model: LanguageModel
 ) -> dict[str, dict[str, Any]]:
     """The offset test on the first held-out rows, with the shifts that the model's context has room for."""
     shifts = [shift for shift in SHIFTS if shift <= model.max_context // 2]
@@ -263,7 +279,15 @@ def _offsets(
     own = _own(compared)
     if not shifts or not bool(first.mask_BL.any()):
         return {}
-    found = own and offset_test(own, model, tokens, layer=activations.layer, site=site, shifts=shifts, rows=OFFSET_ROWS)
+    found = own and offset_test(
+        own,
+        model,
+        tokens,
+        layer=activations.layer,
+        site=activations.provenance["site"],
+        shifts=shifts,
+        rows=OFFSET_ROWS,
+    )
     return distributed.gather_dicts({name: vars(result) for name, result in found.items()})
 
 
