@@ -12,6 +12,7 @@ harvest.py         Harvest: the activations of a token set, computed once and ke
 hub_datasets.py    Data sets of a hub, streamed record by record; a connection that breaks is taken up again.
 language_model.py  Any Hugging Face causal language model, frozen: read it at one layer, splice back into it,
                    unembed.
+model_files.py     Finding and opening a language model: where its name leads, its device and dtype.
 store.py           A finished store of activations, read row by row.
 tokens.py          Documents -> rows of tokens with a mask and a document number, packed so that no text is lost
                    or repeated.

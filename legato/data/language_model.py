@@ -5,8 +5,6 @@ Shape legend: B rows (contexts), L positions, D model width, N flat tokens, V vo
 
 import hashlib
 import json
-import os
-import re
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,24 +12,21 @@ from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import version
 from inspect import signature
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from legato.common.errors import LegatoError, UsageError, one_line
-from legato.common.hardware import fast_float32, fast_matmul_dtype
+from legato.common.hardware import fast_float32
 from legato.data.fast_layers import MAX_CONTEXT as FUSED_MAX_CONTEXT
 from legato.data.fast_layers import FusedDecoder
-from legato.data.gguf import demo_model_folder, gguf_model_folder
+from legato.data.model_files import located, quiet_loading, usable_device, usable_dtype
 
 Positions = Literal["absolute", "relative", "fixed"]
 SITES = ("resid_post", "attn_out", "mlp_out")
-HUB_TIMEOUT_SECONDS = 5
 CHECK_TOKENS = 8
 # What a layer adds to the residual stream. Models that normalise a block's output before adding it (Gemma 2 and 3,
 # OLMo 2) are known by the name of the norm after the MLP; in others `post_attention_layernorm` is the norm before it.
@@ -76,11 +71,11 @@ class LanguageModel:
         dtype: "float32", "bfloat16", "float16" or "auto": bfloat16 where its matmul is measured fast, else float32.
         Raises UsageError, in one line, for everything that cannot be found or loaded.
         """
-        torch_device = _device(device)
-        torch_dtype = _dtype(dtype, torch_device)
-        source, is_offline = _locate(model)
+        torch_device = usable_device(device)
+        torch_dtype = usable_dtype(dtype, torch_device)
+        source, is_offline = located(model)
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": is_offline}
-        with _quiet_loading():
+        with quiet_loading():
             try:
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
                     source, dtype=torch_dtype, output_loading_info=True, **options
@@ -383,74 +378,3 @@ def _find_layers(model: PreTrainedModel, n_layers: int, name: str) -> tuple[str,
         raise UsageError(f"{name} has no list of {n_layers} decoder layers: this architecture is not supported")
     path, layers = min(found, key=lambda item: item[0].count("."))
     return path, layers, model.get_submodule(path.rpartition(".")[0])
-
-
-def _locate(model: str) -> tuple[str, bool]:
-    """What transformers loads for this name, and whether it must do so without the network."""
-    if model == "demo":
-        return str(demo_model_folder()), True
-    path = Path(os.path.expanduser(model))
-    if os.path.isfile(path):  # unlike Path's, False for a name that is too long
-        if path.suffix != ".gguf":
-            raise UsageError(f"{model} is not a model: give its folder, a .gguf file or a hub id")
-        return str(gguf_model_folder(path.resolve())), True
-    if os.path.isdir(path):
-        if not (path / "config.json").is_file():
-            raise UsageError(f"the folder {model} holds no config.json: give the folder that a model was saved in")
-        return str(path), True
-    if not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", model) or model.startswith("."):
-        raise UsageError(f"there is no folder or file {model}: give a folder, a .gguf file or a hub id such as gpt2")
-    return model, _must_stay_offline(model)
-
-
-def _must_stay_offline(hub_id: str) -> bool:
-    """Whether the hub is out of reach but the model in the local cache; one quick question, no retries."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-
-    try:
-        HfApi().model_info(hub_id, timeout=HUB_TIMEOUT_SECONDS)
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UsageError(
-            f'no model {hub_id} on the hub or this disk: check the name, or log in ("hf auth login") if it is private'
-        ) from error
-    except Exception as error:  # the HTTP library under the hub client, and so the errors, differ between versions
-        if isinstance(try_to_load_from_cache(hub_id, "config.json"), str):
-            return True
-        raise UsageError(
-            f"no folder {hub_id} here, and the model hub cannot be reached to download it ({one_line(error)}): "
-            "connect to the network, or give a local folder"
-        ) from error
-    return False
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"cannot use the device {name!r}: {one_line(error)}") from error
-    return device
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return fast_matmul_dtype() if device.type == "cpu" else torch.bfloat16
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise UsageError(f"unknown dtype {name!r}: choose one of auto, {', '.join(known)}")
-    return known[name]
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """transformers draws its loading bars even where the output is not a terminal, and warns of what is an error."""
-    was_enabled, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if was_enabled:
-            transformers_logging.enable_progress_bar()

@@ -92,8 +92,8 @@ def evaluate(
     batches = (EvalBatch.of(raw, lags, language_model) for raw in _batches(activations, rows_per_batch))
     for batch, encoded in _encoded(bank, failures if failures is not None else {}, batches, together):
         raw = batch.raw
+        _, length, width = raw.acts_BLD.shape
         if shared is None:
-            _, length, width = raw.acts_BLD.shape
             shared = _Shared.zero(width, length, lags)
             judges = {name: SAESums.zero(one.W_enc.shape[1], length, lags) for name, one in bank.items()}
         n_rows = min(ce_rows - int(shared.rows), len(raw.mask_BL))
@@ -115,8 +115,8 @@ def evaluate(
     if not shared.inputs.tokens:
         raise LegatoError("no position is valid: every token is special, padding or an outlier")
     result = partial(_result, bank, judges, kept, shared, bootstrap)
-    results = {}
-    for name, outcome in zip(list(judges), map_over_ranks(result, list(judges), together=together), strict=True):
+    results, names = {}, list(judges)
+    for name, outcome in zip(names, map_over_ranks(result, names, together=together), strict=True):
         with _failing(name, judges, failures):
             results[name] = outcome.get()
     return results if isinstance(sae, Mapping) else results[_SINGLE]

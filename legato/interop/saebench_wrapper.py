@@ -9,6 +9,7 @@ Shape legend: B rows, L positions, D width, F latents.
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -130,23 +131,7 @@ def run_core(
         device=torch.device("cpu"),
         dtype=dtype,
     )
-    config = core.CoreEvalConfig(
-        model_name=model.name,
-        llm_dtype=dtype,
-        batch_size_prompts=BATCH_ROWS,
-        n_eval_reconstruction_batches=n_batches,
-        n_eval_sparsity_variance_batches=n_batches,
-        dataset=dataset,
-        context_size=tokens.context_length,
-        compute_kl=True,
-        compute_ce_loss=True,
-        compute_l2_norms=True,
-        compute_sparsity_metrics=True,
-        compute_variance_metrics=True,
-        compute_featurewise_density_statistics=True,
-        compute_featurewise_weight_based_metrics=True,
-        exclude_special_tokens_from_reconstruction=True,
-    )
+    config = _core_config(core, model.name, dtype, n_batches, dataset, tokens.context_length)
     metrics, features = core.run_evals(wrapped, store, hooked, config, ignore_tokens=special)
     metrics["misc_metrics"] = core.calculate_misc_metrics(features)
     result = {
@@ -167,3 +152,24 @@ def run_core(
         wrapped,
     )
     return path
+
+
+def _core_config(core: ModuleType, model_name: str, dtype: str, n_batches: int, dataset: str, context_size: int) -> Any:
+    """All of core's numbers, on as many batches of each kind."""
+    return core.CoreEvalConfig(
+        model_name=model_name,
+        llm_dtype=dtype,
+        batch_size_prompts=BATCH_ROWS,
+        n_eval_reconstruction_batches=n_batches,
+        n_eval_sparsity_variance_batches=n_batches,
+        dataset=dataset,
+        context_size=context_size,
+        compute_kl=True,
+        compute_ce_loss=True,
+        compute_l2_norms=True,
+        compute_sparsity_metrics=True,
+        compute_variance_metrics=True,
+        compute_featurewise_density_statistics=True,
+        compute_featurewise_weight_based_metrics=True,
+        exclude_special_tokens_from_reconstruction=True,
+    )

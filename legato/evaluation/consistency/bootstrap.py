@@ -229,25 +229,31 @@ def _add_group(  # type: ignore[no-untyped-def]
                         for r in range(R):
                             sums[x, y, r] += one[x, y] * weight_SR[stretch, r]
                 one[:] = 0.0
-        for x in range(2):
-            for r in range(R):
-                if n_R[r] == 0.0 or n_pairs_R[r] == 0.0:
-                    continue
-                mean = sums[x, 0, r] / n_R[r]
-                mean_square = sums[x, 1, r] / n_R[r]
-                variance = mean_square - mean * mean
-                if variance <= ROUNDING * mean_square:
-                    continue
-                cross = 0.0
-                for t in range(L - lag):
-                    if pairs_LR[t, r] > 0.0:
-                        left = at[x, t, r] / tokens_LR[t, r] - mean
-                        right = at[x, t + lag, r] / tokens_LR[t + lag, r] - mean
-                        cross += pairs_LR[t, r] * left * right
-                real = (sums[x, 2, r] - mean * sums[x, 3, r]) / n_pairs_R[r] + mean * mean
-                within = (sums[x, 4, r] - mean * sums[x, 5, r]) / n_pairs_R[r] + mean * mean
-                for q in range(member_FQ.shape[1]):
-                    if member_FQ[i, q]:
-                        total_QXR[q, 2 * x, r] += (real - within) / variance
-                        total_QXR[q, 2 * x + 1, r] += (real - cross / n_pairs_R[r]) / variance
-                        count_QXR[q, 2 * x : 2 * x + 2, r] += 1.0
+        _score(member_FQ[i], lag, sums, at, tokens_LR, pairs_LR, n_R, n_pairs_R, total_QXR, count_QXR)
+
+
+@numba.njit(cache=True)
+def _score(member_Q, lag, sums, at, tokens_LR, pairs_LR, n_R, n_pairs_R, total_QXR, count_QXR):  # type: ignore[no-untyped-def]
+    """Add the excesses of one latent, by its sums over each replicate, to the populations that it is a member of."""
+    for x in range(2):
+        for r in range(n_R.size):
+            if n_R[r] == 0.0 or n_pairs_R[r] == 0.0:
+                continue
+            mean = sums[x, 0, r] / n_R[r]
+            mean_square = sums[x, 1, r] / n_R[r]
+            variance = mean_square - mean * mean
+            if variance <= ROUNDING * mean_square:
+                continue
+            cross = 0.0
+            for t in range(tokens_LR.shape[0] - lag):
+                if pairs_LR[t, r] > 0.0:
+                    left = at[x, t, r] / tokens_LR[t, r] - mean
+                    right = at[x, t + lag, r] / tokens_LR[t + lag, r] - mean
+                    cross += pairs_LR[t, r] * left * right
+            real = (sums[x, 2, r] - mean * sums[x, 3, r]) / n_pairs_R[r] + mean * mean
+            within = (sums[x, 4, r] - mean * sums[x, 5, r]) / n_pairs_R[r] + mean * mean
+            for q in range(member_Q.size):
+                if member_Q[q]:
+                    total_QXR[q, 2 * x, r] += (real - within) / variance
+                    total_QXR[q, 2 * x + 1, r] += (real - cross / n_pairs_R[r]) / variance
+                    count_QXR[q, 2 * x : 2 * x + 2, r] += 1.0

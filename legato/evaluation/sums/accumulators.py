@@ -263,9 +263,7 @@ def _add_latent(i, start_F, token_P, value_P, layout, n_positions, inverse_step_
             _shuffle_stretch(sum_s, square_s, n, pairs_SK[stretch], v_sh_product[i], v_sh_ends[i])
             _shuffle_stretch(count_s, count_s, n, pairs_SK[stretch], f_sh_product[i], f_sh_ends[i])
             stretch = stretch_N[token]
-            sum_s = 0.0
-            square_s = 0.0
-            count_s = 0.0
+            sum_s = square_s = count_s = 0.0
         if token // n_positions != row:
             steepest_F[i] += steepest / distinct_B[row]
             steepest = 0.0

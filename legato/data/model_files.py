@@ -1,0 +1,87 @@
+"""Finding and opening a language model: where its name leads, on which device and in which dtype it is loaded."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from legato.common.errors import UsageError, one_line
+from legato.common.hardware import fast_matmul_dtype
+from legato.data.gguf import demo_model_folder, gguf_model_folder
+
+HUB_TIMEOUT_SECONDS = 5
+
+
+def located(model: str) -> tuple[str, bool]:
+    """What transformers loads for this name, and whether it must do so without the network."""
+    if model == "demo":
+        return str(demo_model_folder()), True
+    path = Path(os.path.expanduser(model))
+    if os.path.isfile(path):  # unlike Path's, False for a name that is too long
+        if path.suffix != ".gguf":
+            raise UsageError(f"{model} is not a model: give its folder, a .gguf file or a hub id")
+        return str(gguf_model_folder(path.resolve())), True
+    if os.path.isdir(path):
+        if not (path / "config.json").is_file():
+            raise UsageError(f"the folder {model} holds no config.json: give the folder that a model was saved in")
+        return str(path), True
+    if not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", model) or model.startswith("."):
+        raise UsageError(f"there is no folder or file {model}: give a folder, a .gguf file or a hub id such as gpt2")
+    return model, _must_stay_offline(model)
+
+
+def _must_stay_offline(hub_id: str) -> bool:
+    """Whether the hub is out of reach but the model in the local cache; one quick question, no retries."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        HfApi().model_info(hub_id, timeout=HUB_TIMEOUT_SECONDS)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UsageError(
+            f'no model {hub_id} on the hub or this disk: check the name, or log in ("hf auth login") if it is private'
+        ) from error
+    except Exception as error:  # the HTTP library under the hub client, and so the errors, differ between versions
+        if isinstance(try_to_load_from_cache(hub_id, "config.json"), str):
+            return True
+        raise UsageError(
+            f"no folder {hub_id} here, and the model hub cannot be reached to download it ({one_line(error)}): "
+            "connect to the network, or give a local folder"
+        ) from error
+    return False
+
+
+def usable_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"cannot use the device {name!r}: {one_line(error)}") from error
+    return device
+
+
+def usable_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return fast_matmul_dtype() if device.type == "cpu" else torch.bfloat16
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise UsageError(f"unknown dtype {name!r}: choose one of auto, {', '.join(known)}")
+    return known[name]
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """transformers draws its loading bars even where the output is not a terminal, and warns of what is an error."""
+    was_enabled, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if was_enabled:
+            transformers_logging.enable_progress_bar()
