@@ -81,7 +81,8 @@ def some_order(seed: int) -> PairsByLatent:
     tokens = [np.flatnonzero(rng.random(ROWS * LENGTH) < 0.3) for _ in range(LATENTS - 1)]
     start_F = np.cumsum([0, *map(len, tokens), 0])  # the last latent is dead
     token_P = np.concatenate(tokens).astype(np.int32)
-    return PairsByLatent(start_F, token_P, rng.uniform(1, 50, token_P.size).astype(np.float32))
+    values_P = rng.uniform(1, 50, token_P.size).astype(np.float32)
+    return PairsByLatent(start_F, token_P, values_P, np.arange(token_P.size))
 
 
 def some_features(seed: int) -> dict[str, np.ndarray]:

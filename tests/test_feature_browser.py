@@ -233,9 +233,8 @@ def write_big_run(path: Path, rows: int = 280, length: int = 128, k: int = 32) -
     count_F = np.minimum(1 + k * rows * length * share_F / share_F.sum(), 0.2 * rows * length).astype(int)
     for arm, other in (("baseline", "legato"), ("legato", "baseline")):
         tokens_P = np.concatenate([np.sort(rng.choice(rows * length, count, replace=False)) for count in count_F])
-        order = PairsByLatent(
-            np.cumsum([0, *count_F]), tokens_P.astype(np.int32), rng.exponential(1, tokens_P.size).astype(np.float32)
-        )
+        values_P = rng.exponential(1, tokens_P.size).astype(np.float32)
+        order = PairsByLatent(np.cumsum([0, *count_F]), tokens_P.astype(np.int32), values_P, np.arange(tokens_P.size))
         others = {other: OtherSAE(W_dec[other], count_F > 0)}
         write_strips(run / "strips" / f"{arm}.parquet", order, text, W_dec[arm], others=others)
     return run

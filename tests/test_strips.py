@@ -35,7 +35,7 @@ def order_of(firings: list[dict[int, float]]) -> PairsByLatent:
     start_F = np.cumsum([0, *map(len, firings)])
     tokens = [token for latent in firings for token in sorted(latent)]
     values = [latent[token] for latent in firings for token in sorted(latent)]
-    return PairsByLatent(start_F, np.array(tokens, np.int32), np.array(values, np.float32))
+    return PairsByLatent(start_F, np.array(tokens, np.int32), np.array(values, np.float32), np.arange(len(tokens)))
 
 
 def text_of(rows: int, length: int) -> ShownText:
