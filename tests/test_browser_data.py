@@ -334,9 +334,9 @@ def test_two_arms_of_16k_latents_fit(tmp_path: Path) -> None:
         for end in ("", "_within_null", "_cross_null")
     ]
     columns = {name: rng.normal(0, 0.1, F) for name in (*lagged, *(f"other{i}" for i in range(25)))}
-    arm = Arm("baseline", "baseline", {}, "baseline")
+    arm = Arm("baseline", "baseline", {}, "baseline", "baseline")
     one = BrowsedArm(arm, columns, strips, rng.random((F, 128)).astype(np.float32))
-    other = replace(one, arm=Arm("legato", "named", {}, "legato"))
+    other = replace(one, arm=Arm("legato", "named", {}, "legato", "legato"))
     text = ShownText(rng.integers(0, 9000, N), words[np.arange(N) % 30_000], np.zeros(N, int), np.ones(N, bool), 128)
     _, packed = pack_arm(one, [one, other], text, Words(text), [], whole=False)
     assert len(packed) * 4 / 3 < 5_200_000  # a real arm of that size takes 3.4 MB

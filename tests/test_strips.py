@@ -25,6 +25,7 @@ from legato.evaluation.latents.examples import (
 from legato.evaluation.latents.logits import top_and_bottom_logits
 from legato.evaluation.latents.neighbours import coactivation, nearest_directions
 from legato.evaluation.sums.code_buffer import CodedBatch
+from legato.experiment.arms import Arm
 from legato.experiment.evaluate import _partners
 from legato.sae.codes import SparseCodes
 from legato.sae.kernels.pairs import PairsByLatent
@@ -174,7 +175,11 @@ def test_texts_no_format_takes_are_replaced(tmp_path: Path) -> None:
 
 
 def test_every_arm_is_matched_with_its_seeds_baseline() -> None:
-    names = ["baseline", "legato", "tsae", "baseline_seed1", "legato_seed1"]
-    assert _partners("legato_seed1", names) == ["baseline_seed1"]
-    assert _partners("baseline", names) == ["legato", "tsae"]
-    assert _partners("tsae", ["tsae", "legato"]) == []
+    def arm(name: str, role: str, seed: int) -> Arm:
+        return Arm(name, name, name, role, seed)
+
+    a, b = arm("a", "baseline", 0), arm("b", "baseline", 1)
+    c, d, e = arm("c", "named", 0), arm("d", "named", 0), arm("e", "named", 1)
+    assert _partners(e, [a, b, c, d, e]) == ["b"]
+    assert _partners(a, [a, b, c, d, e]) == ["c", "d"]
+    assert _partners(c, [c, d]) == []
