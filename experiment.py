@@ -1,68 +1,11 @@
-"""The whole experiment, one call per stage:  python experiment.py --out_dir=run_1"""
+"""The whole experiment:  python experiment.py --out_dir=run_1
+
+The same as `legato run`. Its stages, one call each, are read top to bottom in legato/experiment/run.py.
+"""
 
 import sys
-from functools import partial
 
-from legato.common import distributed
-from legato.common.command import Interrupts, run_command
-from legato.common.errors import LegatoError, UsageError
-from legato.common.hardware import keep_freed_memory
-from legato.common.progress import log
-from legato.experiment.arms import planned_arms
-from legato.experiment.checkpoint import Checkpoint
-from legato.experiment.config import ExperimentConfig, RunOptions, parse
-from legato.experiment.evaluate import evaluate_arms, post_hoc
-from legato.experiment.inputs import harvest_activations, load_model, read_text
-from legato.experiment.train import train_arms
-from legato.report.build import build_outputs
-from legato.results.integrity import write_checksums
-from legato.results.run_dir import RunDir
-from legato.training.passes import check_shards
-
-
-@distributed.process_group()
-def run_experiment(config: ExperimentConfig, options: RunOptions, interrupts: Interrupts) -> None:
-    if options.shard_latents:
-        distributed.broadcast_from_rank0(lambda: check_shards(config.training.d_sae))
-    run = distributed.broadcast_from_rank0(lambda: RunDir.claim(options.out_dir, config, resume=options.resume))
-    run.settle_machine(config.model.dtype)
-    model = load_model(config.model, config.data.context_length)
-    planned = planned_arms(config, model.d_model)
-    text = distributed.broadcast_from_rank0(lambda: read_text(config, model))
-    activations = harvest_activations(config, model, text)
-    with distributed.held_by_rank0(run.locked(config)):
-        checkpoint = Checkpoint(run.checkpoint, minutes=options.checkpoint_minutes, interrupts=interrupts)
-        checkpoint.start(activations.key, lambda: run.begin(config, activations.provenance))
-        bank = train_arms(
-            planned, config, activations, run, checkpoint, wandb=options.wandb, shard_latents=options.shard_latents
-        )
-        controls = partial(post_hoc, config, bank, activations)
-        evaluate_arms(config.evaluation, bank, activations, model, run, checkpoint, controls)
-        if not distributed.is_rank0():
-            return
-        outputs = build_outputs(run.root)
-        write_checksums(run.root)
-        checkpoint.discard()
-    log(outputs.notes.read_text())
-    log(f"results: {run.root}/  report: {outputs.report}")
-    if bank.failures:
-        raise LegatoError(f"{len(bank.failures)} arms failed ({', '.join(bank.failures)}): see {run.root}/failed")
-
-
-def main(arguments: list[str]) -> int:
-    try:
-        config, options = parse(arguments)
-    except UsageError as error:
-        if distributed.is_rank0():
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    keep_freed_memory()
-    return run_command(
-        lambda interrupts: run_experiment(config, options, interrupts),
-        debug=options.debug,
-        go_on="the same command goes on where it stopped",
-    )
-
+from legato.experiment.run import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

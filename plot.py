@@ -4,12 +4,14 @@ Reads saved results only; writes figures/comparison.html, one page with everythi
 figures/compare_*.png. `python plot.py RUN [RUN...]` compares the folders named.
 """
 
-import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from legato.common.errors import LegatoError, UsageError
+from legato.common.command import Interrupts
+from legato.common.command_line import Command, Task, call
+from legato.common.errors import UsageError
+from legato.common.record import option, record, words
 from legato.report.runs.page import write_comparison
 from legato.results.integrity import blame_unverified_files
 from legato.results.saved_run import SavedRun
@@ -18,35 +20,28 @@ from legato.results.saved_run import SavedRun
 labels: dict[str, str] = {}
 
 
-def main(arguments: list[str]) -> int:
-    try:
-        compare(arguments)
-    except LegatoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    return 0
+HERE = Path(__file__).resolve().parent
 
 
-def compare(arguments: list[str]) -> None:
-    here = Path(__file__).resolve().parent
-    parser = _Parser(description="Compare runs of experiment.py by their saved results.")
-    parser.add_argument("runs", nargs="*", type=Path, help="run folders (default: the run_* folders beside plot.py)")
-    parser.add_argument(
-        "--out", type=Path, default=here / "figures", help="folder for the page and the figures (default: %(default)s)"
-    )
-    options = parser.parse_args(arguments)
-    runs = {labels.get(path.name, path.name): SavedRun.open(path) for path in options.runs or _found(here)}
-    try:
-        with blame_unverified_files([run.path for run in runs.values()]):
-            for path in write_comparison(runs, options.out).values():
-                print(path)
-    except OSError as error:
-        raise UsageError(f"{options.out} cannot be written ({error.strerror}): choose another --out") from error
+@record
+class Plot(Task):
+    """Compare runs of experiment.py by their saved results."""
+
+    runs: tuple[Path, ...] = words("run folders (default: the run_* folders beside plot.py)", "RUN", default=())
+    out: Path = option(HERE / "figures", "folder for the page and the figures")
+
+    def run(self, interrupts: Interrupts) -> None:
+        runs = {labels.get(path.name, path.name): SavedRun.open(path) for path in self.runs or _found(HERE)}
+        try:
+            with blame_unverified_files([run.path for run in runs.values()]):
+                for path in write_comparison(runs, self.out).values():
+                    print(path)
+        except OSError as error:
+            raise UsageError(f"{self.out} cannot be written ({error.strerror}): choose another --out") from error
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}: see --help")
+def main(arguments: Sequence[str] | None = None) -> int:
+    return call(Command.of("plot.py", Plot), arguments, "plot.py")
 
 
 def _found(here: Path) -> list[Path]:
@@ -64,4 +59,4 @@ def _found(here: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

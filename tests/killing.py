@@ -18,13 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 POLL_SECONDS = 0.002
 PATIENCE_SECONDS = 300.0
-PRELOADED = [
-    "legato.experiment.train",
-    "legato.results.matched.compare",
-    "legato.report.text.notes",
-    "legato.report.run_page",
-    "legato.report.registry",
-]
+PRELOADED = ["legato.experiment.run"]
 TIMES = ("wall_seconds", "tokens_per_second")
 MEMBERS = "--temporal=hysteresis,tsae,gated,shuffled"
 OPTIONS = {

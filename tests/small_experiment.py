@@ -41,6 +41,9 @@ class SmallExperiment:
     capture: pytest.CaptureFixture[str]
 
     def run(self, *flags: str) -> int:
+        return experiment_main()(self.flags(*flags))
+
+    def flags(self, *flags: str) -> list[str]:
         options = {
             "model": self.model,
             "dataset": self.corpus,
@@ -56,7 +59,7 @@ class SmallExperiment:
             "temporal": "",
             "controls": "",
         }
-        return experiment_main()([*(f"--{key}={value}" for key, value in options.items()), "--no-ablation", *flags])
+        return [*(f"--{key}={value}" for key, value in options.items()), "--no-ablation", *flags]
 
     def error(self, *flags: str, code: int = 2) -> str:
         """The one line on stderr of a run that must fail with `code`."""

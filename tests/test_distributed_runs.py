@@ -18,9 +18,8 @@ from tiny_models import save_tiny_model
 
 from legato.common import distributed
 from legato.data import store as store_format
+from legato.experiment import run as experiment_run
 from legato.experiment.checkpoint import Checkpoint
-from legato.report import registry as figures
-from legato.report import run_page as html
 from legato.sae.autoencoder import SparseAutoencoder
 
 
@@ -28,8 +27,8 @@ def experiment(flags: list[str], cache: Path, dies: tuple[int, int] | None = Non
     """dies: a rank, and the step of the training after which it sends itself a signal."""
     os.environ["LEGATO_CACHE"] = str(cache)
     vars(store_format)["SHARD_BYTES"] = 20_000
-    for module, name in ((figures, "write_figures"), (html, "write_report")):
-        vars(module)[name] = lambda root: root
+    for writer in ("write_figures", "write_report"):
+        vars(experiment_run)[writer] = lambda root: root
     if dies is not None:
         after_step = Checkpoint.after_step
 

@@ -53,7 +53,7 @@ def test_mistakes(tmp_path, capsys):
         return shown
 
     assert "does not exist" in error("import", tmp_path / "absent", tmp_path / "out")
-    assert "invalid choice: 'onnx'" in error("export", tmp_path / "sae", "--to=onnx", "--out=x")
+    assert "--to onnx is unknown: choose one of saelens, " in error("export", tmp_path / "sae", "--to=onnx", "--out=x")
     assert "only topk SAEs" in error("export", tmp_path / "sae", "--to=sparsify", f"--out={tmp_path / 'x'}", code=1)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("")

@@ -9,31 +9,33 @@ import huggingface_hub
 import pytest
 from small_experiment import experiment_main, zero_parameters
 
+from legato.cli import main
 from legato.common.errors import UsageError
 from legato.data.documents import Document
 from legato.data.language_model import LanguageModel
 from legato.experiment.config import ExperimentConfig
 from legato.experiment.inputs import read_text
+from legato.experiment.run import Experiment
 
 
 @pytest.mark.parametrize(
     ("flags", "what", "to_do"),
     [
-        (["--widnow=8"], "unrecognized arguments: --widnow=8", "see --help"),
-        (["surplus"], "unrecognized arguments: surplus", "see --help"),
+        (["--widnow=8"], "No such option '--widnow'", "--help"),
+        (["surplus"], "unexpected extra argument (surplus)", "--help"),
         (["--preset=gtp2"], "preset 'gtp2' is unknown", "choose one of demo, "),
-        (["--k=many"], "--k: invalid integer value: 'many'", "see --help"),
+        (["--k=many"], "--k many must be a valid integer", ""),
         (["--k=65"], "--k 65 exceeds --d_sae 64", "lower k or widen the SAE"),
-        (["--seeds=1,1"], "--seeds (1, 1)", "must be different whole numbers"),
-        (["--tokens=0"], "--tokens 0 is too small", "use 1 or more"),
-        (["--lr=0"], "--lr 0.0 does not train", "use a positive learning rate"),
-        (["--lr=nan"], "--lr nan does not train", "use a positive learning rate"),
-        (["--coefficient=nan"], "coefficient nan", "use 0 or more"),
-        (["--temporal=slow"], "--temporal 'slow' is unknown", "choose one of "),
-        (["--grid=2,4"], "--grid '2,4'", "such as 2,8,32x0.1,1"),
-        (["--held_out=1"], "leaves one side without text", "use a share between 0 and 1"),
-        (["--site=resid"], "--site 'resid' is unknown", "choose one of resid_post"),
-        (["--layer=-1"], "--layer -1 does not exist", "layers count from 0"),
+        (["--seeds=1,1"], "--seeds 1,1 must be different values", "at least one"),
+        (["--tokens=0"], "--tokens 0 must be greater than or equal to 1", ""),
+        (["--lr=0"], "--lr 0 must be greater than", "0"),
+        (["--lr=nan"], "--lr nan must be a finite number", ""),
+        (["--coefficient=nan"], "--coefficient nan must be a finite number", ""),
+        (["--temporal=slow"], "--temporal slow is unknown", "choose one of "),
+        (["--grid=2,4"], "--grid 2,4 is not WINDOWSxCOEFFICIENTS", "such as 2,8,32x0.1,1"),
+        (["--held_out=1"], "--held_out 1 must be less than", "1"),
+        (["--site=resid"], "--site resid is unknown", "choose one of resid_post"),
+        (["--layer=-1"], "--layer -1 must be greater than or equal to 0", ""),
         (["--layer=4"], "layer 4", "0 to 3"),
         (["--context_length=65"], "--context_length 65 is longer than", "(64)"),
         (["--batch_rows=1000"], "fewer than one batch of 1000", "give more text or lower --batch_rows"),
@@ -52,7 +54,7 @@ def test_a_mistaken_flag(small, flags, what, to_do):
 
 def test_a_missing_out_dir_flag(small, capsys):
     assert experiment_main()([]) == 2
-    assert capsys.readouterr().err == "error: the following arguments are required: --out_dir: see --help\n"
+    assert capsys.readouterr().err == "error: Missing option '--out_dir': see experiment.py --help\n"
 
 
 def test_a_folder_that_is_no_model(small):
@@ -172,9 +174,30 @@ def test_debug_shows_where_it_happened(small):
 
 
 def test_help_names_the_presets_and_every_stage(small, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        small.run("--help")
-    assert stopped.value.code == 0
+    assert small.run("--help") == 0
     shown = capsys.readouterr().out
     for word in ("--out_dir", "--model", "--dataset", "--grid", "gemma-2-2b", "window16"):
         assert word in shown
+
+
+@pytest.mark.usefixtures("no_pages")
+def test_legato_run_is_the_same_command(small, capsys):
+    assert small.run() == 0
+    weights = (small.out_dir / "saes" / "baseline" / "sae_weights.safetensors").read_bytes()
+    assert main(["run", *small.flags(f"--out_dir={small.out_dir}_2")]) == 0
+    again = small.out_dir.with_name(f"{small.out_dir.name}_2")
+    assert (again / "saes" / "baseline" / "sae_weights.safetensors").read_bytes() == weights
+    capsys.readouterr()
+    assert main(["run", "--widnow=8"]) == 2
+    assert capsys.readouterr().err.endswith("Did you mean '--window'?: see legato run --help\n")
+
+
+def test_flags_go_before_the_preset_and_the_preset_before_the_defaults():
+    asked = Experiment.of(
+        out_dir="a", preset="smoke", k="8", seeds="0,2", tokens="20_000_000", temporal="", store=False
+    )
+    training = asked.config.training
+    assert (training.k, training.d_sae, training.lr, training.tokens) == (8, 1024, 5e-3, 20_000_000)
+    assert (training.seeds, asked.config.arms.temporal, asked.config.data.store) == ((0, 2), (), False)
+    assert asked.config.to_dict()["training"]["seeds"] == [0, 2]
+    assert (asked.options.out_dir, asked.options.checkpoint_minutes) == ("a", 5.0)

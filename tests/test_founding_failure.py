@@ -96,7 +96,7 @@ def test_zero_steps(small):
     calibration = [TrainBatch.of(random_batch(), Identity(), fast_matmul_dtype())]
     with pytest.raises(LegatoError, match="0 training steps were taken"):
         trainer.finish(Identity(), calibration)
-    assert "--tokens 0 is too small" in small.error("--tokens=0")
+    assert "--tokens 0 must be greater than or equal to 1" in small.error("--tokens=0")
     assert not small.out_dir.exists()
 
 

@@ -1,6 +1,5 @@
 """The synthetic bed: what is planted is there, recovery by hand, ranks, and a small study from end to end."""
 
-import argparse
 import json
 import math
 from dataclasses import replace
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from legato import LegatoError, SparseAutoencoder, UsageError, evaluate
+from legato.common.command import Interrupts
 from legato.sae.architectures import BatchTopK
 from legato.sae.codes import SparseCodes
 from legato.synthetic import (
@@ -21,10 +21,9 @@ from legato.synthetic import (
     Match,
     Sources,
     StudyConfig,
-    add_arguments,
+    Synthetic,
     code_correlation,
     decoder_cosine,
-    main,
     study,
 )
 from legato.synthetic.command import read_arms, read_sources
@@ -200,7 +199,7 @@ def test_a_side_gives_batches_as_a_store_does():
     "options", [{"d_in": 1}, {"families": ()}, {"noise": -1.0}, {"noise_persistence": 1.0}, {"length": 2}]
 )
 def test_impossible_beds_are_refused(options):
-    with pytest.raises(UsageError, match="synthetic bed"):
+    with pytest.raises(UsageError, match=f"^--{next(iter(options))} .* must"):
         replace(SMALL, **options)
 
 
@@ -379,10 +378,8 @@ def test_evaluate_takes_a_bed_as_it_is():
 
 def test_the_command_writes_everything_and_repeats_itself(tmp_path, capsys):
     def run(name):
-        parser = argparse.ArgumentParser()
-        add_arguments(parser)
-        options = "--arms baseline,topk --sources mixed:12,iid:8 --seeds 1 --d_in 16 --rows 16 --steps 4 --no-sweep"
-        main(parser.parse_args([*options.split(), "--out_dir", str(tmp_path / name)]))
+        options = {"arms": "baseline,topk", "sources": "mixed:12,iid:8", "seeds": 1, "d_in": 16, "rows": 16, "steps": 4}
+        Synthetic(out_dir=tmp_path / name, sweep=False, **options).run(Interrupts())
         assert sorted(path.name for path in (tmp_path / name).iterdir()) == [
             "synthetic.json",
             "synthetic.png",

@@ -9,6 +9,7 @@ evaluate_saved.py  `legato evaluate`: saved SAEs, whoever trained them, through 
 inputs.py          What an experiment reads: model, text, activations and where they came from.
 presets.py         Presets of the experiment: by name, the options in which each differs from the demo's.
 recipes.py         The recipes of --temporal by name: what each changes about the baseline.
+run.py             The whole experiment, one call per stage: `legato run`, and experiment.py.
 run_log.py         What a person and a tracker see of a running stage.
 train.py           The training stage of experiment.py: the bank in one or several passes, saved, and gone on
                    with after a cut.

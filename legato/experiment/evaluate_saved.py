@@ -4,7 +4,6 @@ The folder it writes is a run's: metrics.json, features/, arrays/, redundancy/, 
 saes/ holds a copy of each SAE as it was judged.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import os
@@ -13,12 +12,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from legato.common import distributed
 from legato.common.command import Interrupts
+from legato.common.command_line import Task
 from legato.common.errors import LegatoError, UsageError
 from legato.common.progress import log, progress_bar
+from legato.common.record import option, record, words
 from legato.data.documents import load_documents, split_held_out
 from legato.data.harvest import harvest
 from legato.data.language_model import LanguageModel
@@ -26,7 +27,7 @@ from legato.data.store import ActivationStore
 from legato.data.tokens import TokenSet, tokenise
 from legato.experiment.arms import Arm, seeded
 from legato.experiment.checkpoint import DEFAULT_MINUTES, Checkpoint
-from legato.experiment.config import DataConfig, EvaluationConfig, ModelConfig
+from legato.experiment.config import DataConfig, DType, EvaluationConfig, ModelConfig, Site
 from legato.experiment.evaluate import Bank, TrainedArm, evaluate_arms
 from legato.experiment.inputs import CHARACTERS_PER_TOKEN, Activations, load_model, origin
 from legato.report.build import build_outputs
@@ -212,81 +213,87 @@ def judged_arms(config: EvaluateConfig, saes: Mapping[str, SparseAutoencoder]) -
     return arms
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "saes",
-        nargs="+",
-        metavar="[NAME=]SAE",
-        help="saved SAEs of any format that legato reads; the first is what the others are compared with. NAME:k16 "
-        "says that an SAE is NAME at another sparsity, NAME:seed1 another seed",
-    )
-    add_place_arguments(parser, rows=512)
-    parser.add_argument("--ce_rows", type=int, default=24, help="contexts for the language model's loss; 0: none")
-    parser.add_argument("--out", type=Path, help="new folder for the results (default: judged_<name>)")
+_SAID = "(default: what the SAE says)"
 
 
-def add_place_arguments(parser: argparse.ArgumentParser, *, rows: int) -> None:
-    """The model, its layer and the text whose activations an SAE is given: what `opened` reads."""
-    said = "(default: what the SAE says)"
-    parser.add_argument("--model", help=f"the language model: a hub id, a local folder, 'demo' {said}")
-    parser.add_argument("--layer", type=int, help=f"decoder layer, from 0 {said}")
-    parser.add_argument("--site", help=f"what is read there: resid_post, mlp_out or attn_out {said}")
-    parser.add_argument("--dtype", default="auto", help="dtype of the model: auto, bfloat16 or float32")
-    parser.add_argument("--dataset", help="the text: 'demo', a file, a folder, a hub id (default: the SAE's, or demo)")
-    parser.add_argument("--text_column", default="text", help="column that holds the text")
-    parser.add_argument("--context_length", type=int, help=f"tokens per context {said}")
-    parser.add_argument("--rows", type=int, default=rows, help="contexts to use (default: %(default)s)")
-    parser.add_argument(
-        "--held_out",
-        type=float,
-        help="use the share of documents that experiment.py holds out with this share (default: that of "
-        "experiment.py where it trained the SAE on this text, else all documents)",
+@record
+class Place:
+    """The model, its layer and the text whose activations an SAE is given."""
+
+    model: str | None = option(None, f"the language model: a hub id, a local folder, 'demo' {_SAID}")
+    layer: int | None = option(None, f"decoder layer, from 0 {_SAID}", ge=0)
+    site: Site | None = option(None, f"what is read there: resid_post, mlp_out or attn_out {_SAID}")
+    dtype: DType = option("auto", "dtype of the model: auto, bfloat16 or float32")
+    dataset: str | None = option(None, "the text: 'demo', a file, a folder, a hub id (default: the SAE's, or demo)")
+    text_column: str = option("text", "column that holds the text")
+    context_length: int | None = option(None, f"tokens per context {_SAID}", ge=8)
+    rows: int = option(64, "contexts to use", ge=2)
+    held_out: float | None = option(
+        None,
+        "use the share of documents that experiment.py holds out with this share (default: that of experiment.py where "
+        "it trained the SAE on this text, else all documents)",
+        gt=0,
+        lt=1,
     )
 
+    def opened(
+        self, specifications: Sequence[str], *, ce_rows: int = 0
+    ) -> tuple[dict[str, SparseAutoencoder], EvaluateConfig]:
+        """The SAEs that were asked for, and where they are judged: as asked, else as the SAEs say."""
+        found = named(specifications)
+        sources = {name: source for name, (source, _) in found.items()}
+        saes = {name: SparseAutoencoder.load(source) for name, source in sources.items()}
+        origins = {name: origin_of(sae) for name, sae in saes.items()}
+        if self.layer is None and self.site is not None:
+            raise UsageError("--site needs the layer too: add --layer")
+        layer, site = (self.layer, self.site or "resid_post")
+        if layer is None:
+            layer, site = _agreed("layer", {name: origin.place() for name, origin in origins.items()})
+        model = self.model or _agreed("model", {name: origin.model for name, origin in origins.items()})
+        dataset = self.dataset or _first(origins, "dataset") or "demo"
+        held_out = self.held_out
+        if held_out is None and any(origin.by_legato and origin.dataset == dataset for origin in origins.values()):
+            held_out = _first(origins, "held_out") or DataConfig().held_out
+        if held_out is not None and not 0 < held_out < 1:
+            raise UsageError(f"--held_out {held_out} is no share of the text: use one between 0 and 1")
+        context_length = self.context_length or _first(origins, "context_length") or DataConfig().context_length
+        config = EvaluateConfig(
+            sources,
+            ModelConfig(model, layer, site, self.dtype),
+            DataConfig(dataset, self.text_column, context_length),
+            held_out,
+            EvaluationConfig(self.rows, ce_rows, controls=()),
+            {name: _sha256(sae) for name, sae in saes.items()},
+            {name: stated for name, (_, stated) in found.items() if stated is not None},
+        )
+        return saes, config
 
-@distributed.process_group()
-def main(options: argparse.Namespace) -> None:
-    saes, config = distributed.rank0_first(lambda: opened(options))
-    out = options.out or Path(f"judged_{next(iter(saes))}")
-    try:
-        run = evaluate_saved(config, saes, out)
-    finally:
-        if distributed.is_rank0() and (out / "notes.txt").is_file():
-            print(f"\n{results_table(SavedRun.open(out))}")
-    log(f"\nresults: {run.root}/  report: {run.root / 'report.html'}")
 
+@record
+class Evaluate(Place, Task):
+    """Judge saved SAEs on a model and a text."""
 
-def opened(options: argparse.Namespace) -> tuple[dict[str, SparseAutoencoder], EvaluateConfig]:
-    """The SAEs that were asked for, and where they are judged: as asked, else as the SAEs say."""
-    found = named(options.saes)
-    sources = {name: source for name, (source, _) in found.items()}
-    saes = {name: SparseAutoencoder.load(source) for name, source in sources.items()}
-    origins = {name: origin_of(sae) for name, sae in saes.items()}
-    if options.layer is None and options.site is not None:
-        raise UsageError("--site needs the layer too: add --layer")
-    layer, site = (options.layer, options.site or "resid_post")
-    if layer is None:
-        layer, site = _agreed("layer", {name: origin.place() for name, origin in origins.items()})
-    model = options.model or _agreed("model", {name: origin.model for name, origin in origins.items()})
-    dataset = options.dataset or _first(origins, "dataset") or "demo"
-    held_out = options.held_out
-    if held_out is None and any(origin.by_legato and origin.dataset == dataset for origin in origins.values()):
-        held_out = _first(origins, "held_out") or DataConfig().held_out
-    if held_out is not None and not 0 < held_out < 1:
-        raise UsageError(f"--held_out {held_out} is no share of the text: use one between 0 and 1")
-    context_length = options.context_length
-    if context_length is None:
-        context_length = _first(origins, "context_length") or DataConfig().context_length
-    config = EvaluateConfig(
-        sources,
-        ModelConfig(model, layer, site, options.dtype),
-        DataConfig(dataset, options.text_column, context_length),
-        held_out,
-        EvaluationConfig(options.rows, options.ce_rows, controls=()),
-        {name: _sha256(sae) for name, sae in saes.items()},
-        {name: stated for name, (_, stated) in found.items() if stated is not None},
+    saes: tuple[str, ...] = words(
+        "saved SAEs of any format that legato reads; the first is what the others are compared with. NAME:k16 says "
+        "that an SAE is NAME at another sparsity, NAME:seed1 another seed",
+        "[NAME=]SAE",
     )
-    return saes, config
+    rows: int = option(512, "contexts to use", ge=2)
+    ce_rows: int = option(24, "contexts for the language model's loss; 0: none", ge=0)
+    out: Path | None = option(None, "new folder for the results (default: judged_<name>)")
+
+    go_on: ClassVar[str] = "the same command goes on where it stopped"
+
+    @distributed.process_group()
+    def run(self, interrupts: Interrupts) -> None:
+        saes, config = distributed.rank0_first(lambda: self.opened(self.saes, ce_rows=self.ce_rows))
+        out = self.out or Path(f"judged_{next(iter(saes))}")
+        try:
+            run = evaluate_saved(config, saes, out)
+        finally:
+            if distributed.is_rank0() and (out / "notes.txt").is_file():
+                print(f"\n{results_table(SavedRun.open(out))}")
+        log(f"\nresults: {run.root}/  report: {run.root / 'report.html'}")
 
 
 def _sha256(sae: SparseAutoencoder) -> str:

@@ -4,11 +4,50 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
 from legato.common.errors import LegatoError
 from legato.common.safe_read import read_json
 
 _LEVELS = 20  # a run writes 6
 _LARGEST = 2**63  # beyond it a number is no count of anything, and no column holds it
+
+
+class _Section(BaseModel):
+    """What readers rely on; anything else may stand beside it."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _Recipe(_Section):
+    role: str | None = None
+    method: str | None = None
+    group: str | None = None
+    term: str | None = None
+
+
+class _Training(_Section):
+    recipe: _Recipe | None = None
+
+
+class _RateBin(_Section):
+    __pydantic_extra__: dict[str, float | None]
+    bin: list[float] = Field(min_length=2, max_length=2)
+    latents: int
+    interval95: Any = None
+
+
+class _Consistency(_Section):
+    by_rate_bin: list[_RateBin] | None = None
+
+
+class _Arm(_Section):
+    __pydantic_extra__: dict[str, dict[str, Any] | None]
+    training: _Training | None = None
+    consistency: _Consistency | None = None
+
+
+_ARMS = TypeAdapter(dict[str, _Arm])
 
 
 def read_metrics(path: Path) -> dict[str, dict[str, Any]]:
@@ -19,47 +58,18 @@ def read_metrics(path: Path) -> dict[str, dict[str, Any]]:
     if paths := [name for name in metrics if not name or name.startswith(".") or set(name) & set("/\\\0")]:
         raise LegatoError(f"{path} names an arm {paths[0]!r}, which is a path: rename it")
     try:
-        faults = [f"{name} has {fault}" for name, arm in metrics.items() for fault in _faults(arm)]
+        _ARMS.validate_python(metrics)
+        large = next((each for each in _numbers(metrics) if abs(each[1]) > _LARGEST), None)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        place, value = ".".join(map(str, fault["loc"])), repr(fault["input"])[:80]
+        said = f": {fault['msg']}".replace(": Input should be", ", not")
+        raise LegatoError(f"{path} is damaged: {place} is {value}{said}") from error
     except RecursionError as error:
         raise LegatoError(f"{path} is damaged: it is nested too deeply") from error
-    if faults:
-        raise LegatoError(f"{path} is damaged: {faults[0]}")
+    if large:
+        raise LegatoError(f"{path} is damaged: {large[0]} is {str(large[1])[:20]}...")
     return metrics
-
-
-def _faults(arm: dict[str, Any]) -> Iterator[str]:
-    for section, content in arm.items():
-        if not isinstance(content, dict | None):
-            yield f"a section {section!r} that is none"
-            return
-    for key, number in _numbers(arm):
-        if abs(number) > _LARGEST:
-            yield f"{str(number)[:20]}... for {key}"
-    recipe: Any = (arm.get("training") or {}).get("recipe")
-    if not isinstance(recipe, dict | None):
-        yield "a recipe that is none"
-        recipe = None
-    if strange := [
-        key for key in ("role", "method", "group", "term") if not isinstance((recipe or {}).get(key), str | None)
-    ]:
-        yield f"a recipe whose {strange[0]} is no word"
-    bins = (arm.get("consistency") or {}).get("by_rate_bin")
-    if not isinstance(bins, list | None) or not all(_is_bin(row) for row in bins or ()):
-        yield "a by_rate_bin that holds no bins of firing rates"
-
-
-def _is_bin(row: Any) -> bool:
-    if not isinstance(row, dict):
-        return False
-    edges = row.get("bin")
-    others = [value for key, value in row.items() if key not in ("bin", "interval95")]
-    return (
-        isinstance(edges, list)
-        and len(edges) == 2
-        and all(isinstance(edge, int | float) for edge in edges)
-        and all(isinstance(value, int | float | None) for value in others)
-        and isinstance(row.get("latents"), int)
-    )
 
 
 def _numbers(tree: Any, key: str = "", levels: int = _LEVELS) -> Iterator[tuple[str, int]]:

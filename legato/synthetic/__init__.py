@@ -25,7 +25,7 @@ activation source like a store, so `train_bank` and `legato.evaluate` take it as
 """
 
 from legato.synthetic.bed import Bed, BedConfig
-from legato.synthetic.command import add_arguments, main
+from legato.synthetic.command import Synthetic
 from legato.synthetic.recovery import Match, code_correlation, decoder_cosine
 from legato.synthetic.sources import FAMILIES, Family, Sources
 from legato.synthetic.study import Judgement, StudyConfig, study, train_on
@@ -39,10 +39,9 @@ __all__ = [
     "Match",
     "Sources",
     "StudyConfig",
-    "add_arguments",
+    "Synthetic",
     "code_correlation",
     "decoder_cosine",
-    "main",
     "study",
     "train_on",
 ]

@@ -3,15 +3,16 @@
 Shape legend: B rows, L positions, D width, F sources, R all rows, P active pairs.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from legato.common.errors import UsageError
+from legato.common.record import record
 from legato.data.activations import ActivationBatch, ActivationSource
 from legato.sae.codes import SparseCodes
 from legato.synthetic.sources import FAMILIES, Family, Sources, fire
@@ -20,7 +21,7 @@ BLOCK_ROWS = 32
 BOS_NORM = 30.0  # in units of the usual norm: an invalid position that would wreck a mean if it were not masked
 
 
-@dataclass(frozen=True)
+@record
 class BedConfig:
     """families: (family, number of sources) in turn. d_in: width they share.
 
@@ -31,24 +32,15 @@ class BedConfig:
     rows, held_out_rows: of the two sides, same sources and directions. seed: of everything that is drawn.
     """
 
-    families: tuple[tuple[Family, int], ...] = ((FAMILIES["mixed"], 256),)
-    d_in: int = 128
-    noise: float = 0.35
-    noise_persistence: float = 0.0
-    length: int = 128
-    document_length: float = 512.0
-    rows: int = 1024
-    held_out_rows: int = 512
+    families: tuple[tuple[Family, Annotated[int, Field(ge=1)]], ...] = Field(((FAMILIES["mixed"], 256),), min_length=1)
+    d_in: int = Field(128, ge=2)
+    noise: float = Field(0.35, ge=0)
+    noise_persistence: float = Field(0.0, ge=0, lt=1)
+    length: int = Field(128, ge=3)
+    document_length: float = Field(512.0, ge=2)
+    rows: int = Field(1024, ge=1)
+    held_out_rows: int = Field(512, ge=1)
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("d_in", 2), ("length", 3), ("document_length", 2), ("rows", 1), ("held_out_rows", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(f"synthetic bed: {name} {getattr(self, name)} is too small, use {least} or more")
-        if not self.families or min(count for _, count in self.families) < 1:
-            raise UsageError("synthetic bed: there must be at least one source of each family")
-        if not (0 <= self.noise < math.inf and 0 <= self.noise_persistence < 1):
-            raise UsageError("synthetic bed: noise must be a number from 0 on, noise_persistence from 0 to less than 1")
 
     @property
     def l0(self) -> float:

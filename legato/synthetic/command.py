@@ -1,15 +1,20 @@
 """`legato synthetic`: recovery of planted sources, and how metrics rank them, into one folder."""
 
-import argparse
+import itertools
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
+from legato.common.command import Interrupts
+from legato.common.command_line import Task
 from legato.common.errors import UsageError
 from legato.common.files import write_atomically
 from legato.common.hardware import keep_freed_memory
 from legato.common.progress import log, progress_bar
+from legato.common.record import option, record
 from legato.experiment.arms import planned_arms
 from legato.experiment.config import ExperimentConfig
 from legato.results.run_dir import environment
@@ -42,94 +47,87 @@ SWEEP = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `legato synthetic`."""
-    bed, training = BedConfig(), StudyConfig()
-    parser.description = "Train SAEs on sources that are known, and report what they recover and what metrics rank."
-    parser.add_argument("--out_dir", required=True, help="new folder for synthetic.json, .txt and .png")
-    parser.add_argument(
-        "--arms",
-        default="hysteresis,topk,hysteresis_topk,hysteresis:shuffled,hysteresis_topk:shuffled",
-        help="arms beside the baseline, as in experiment.py --temporal; NAME:shuffled trains NAME on shuffled tokens",
-    )
-    parser.add_argument(
-        "--sources", default="mixed:256", help=f"FAMILY[:COUNT],... of {', '.join(FAMILIES)} (default: mixed:256)"
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="beds, each with an SAE per arm (default: 3)")
-    parser.add_argument("--d_in", type=int, default=bed.d_in, help=f"width of the activations (default: {bed.d_in})")
-    parser.add_argument("--d_sae", type=int, help="latents per SAE (default: as many as there are sources)")
-    parser.add_argument("--k", type=int, help="active latents per token (default: the sources' own L0)")
-    parser.add_argument(
-        "--noise",
-        type=float,
-        default=bed.noise,
-        help=f"dense noise by direction, in units of a source's magnitude (default: {bed.noise}: a detector that knows "
-        "the true directions finds half of the firings)",
-    )
-    parser.add_argument("--noise_persistence", type=float, default=0.0, help="its lag-1 correlation (default: 0)")
-    parser.add_argument("--rows", type=int, default=bed.rows, help=f"rows to train on (default: {bed.rows})")
-    parser.add_argument("--steps", type=int, default=training.steps, help=f"steps (default: {training.steps})")
-    parser.add_argument("--lr", type=float, default=training.lr, help=f"learning rate (default: {training.lr})")
-    parser.add_argument("--release", type=float, default=0.5, help="of hysteresis, as in experiment.py (default: 0.5)")
-    parser.add_argument(
-        "--sweep",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="also beds of sources that are all alike, over noise and persistence",
-    )
+_BED, _STUDY = BedConfig(), StudyConfig()
 
 
-def main(args: argparse.Namespace) -> None:
-    """Run the study, write synthetic.json, synthetic.txt and synthetic.png. Raises UsageError for bad options."""
-    out_dir = Path(args.out_dir)
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise UsageError(f"--out_dir {out_dir} is not an empty folder: choose a new one")
-    if args.seeds < 1:
-        raise UsageError(f"--seeds {args.seeds} leaves nothing to do: use 1 or more")
-    families = read_sources(args.sources)
-    bed = BedConfig(
-        families=families,
-        d_in=args.d_in,
-        noise=args.noise,
-        noise_persistence=args.noise_persistence,
-        rows=args.rows,
+@record
+class Synthetic(Task):
+    """Train and judge SAEs where the truth is known."""
+
+    out_dir: Path = option(..., "new folder for synthetic.json, .txt and .png")
+    arms: str = option(
+        "hysteresis,topk,hysteresis_topk,hysteresis:shuffled,hysteresis_topk:shuffled",
+        "arms beside the baseline, as in experiment.py --temporal; NAME:shuffled trains NAME on shuffled tokens",
     )
-    n_sources = sum(count for _, count in families)
-    training = StudyConfig(tuple(range(args.seeds)), steps=args.steps, lr=args.lr)
-    arms = read_arms(args.arms, n_sources if args.d_sae is None else args.d_sae, args.k, bed, args.release)
-    keep_freed_memory()
-    points = SWEEP if args.sweep else ()
-    with progress_bar("synthetic", args.seeds * (1 + len(points))) as progress:
-        done = 0
+    sources: str = option("mixed:256", f"FAMILY[:COUNT],... of {', '.join(FAMILIES)}")
+    seeds: int = option(3, "beds, each with an SAE per arm", ge=1)
+    d_in: int = option(_BED.d_in, "width of the activations")
+    d_sae: int | None = option(None, "latents per SAE (default: as many as there are sources)")
+    k: int | None = option(None, "active latents per token (default: the sources' own L0)")
+    noise: float = option(
+        _BED.noise,
+        "dense noise by direction, in units of a source's magnitude; at the default a detector that knows the true "
+        "directions finds half of the firings",
+    )
+    noise_persistence: float = option(0.0, "the noise's lag-1 correlation")
+    rows: int = option(_BED.rows, "rows to train on")
+    steps: int = option(_STUDY.steps, "training steps")
+    lr: float = option(_STUDY.lr, "learning rate")
+    release: float = option(0.5, "of hysteresis, as in experiment.py")
+    sweep: bool = option(True, "also beds of sources that are all alike, over noise and persistence")
 
-        def one_more() -> None:
-            nonlocal done
-            done += 1
-            progress(done)
+    def run(self, interrupts: Interrupts) -> None:
+        """Write synthetic.json, synthetic.txt and synthetic.png. Raises UsageError for bad options."""
+        out = self.out_dir
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UsageError(f"--out_dir {out} is not an empty folder: choose a new one")
+        results = self._studied()
+        results["options"] = to_jsonable_python(asdict(self))
+        results["environment"] = environment()
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "synthetic.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
+        text = tables(results)
+        write_atomically(out / "synthetic.txt", text.encode())
+        draw(results, out / "synthetic.png")
+        log(text)
+        log(f"results: {out}/")
 
-        results = study(bed, arms, training, release=args.release, progress=one_more)
-        in_order = [arm for arm in arms if not arm.shuffle_positions]
-        results["sweep"] = []
-        for point in points:
-            family = replace(FAMILIES["iid"], persistence=(point.persistence, point.persistence))
-            alike = replace(
-                bed,
-                families=((family, n_sources),),
-                noise=point.noise * bed.noise,
-                noise_persistence=point.noise_persistence,
-                **SWEEP_ROWS,
-            )
-            found = study(alike, in_order, training, release=args.release, progress=one_more)
-            results["sweep"].append({"persistence": point.persistence, **_summary(found)})
-    results["options"] = {key: value for key, value in vars(args).items() if _is_plain(value)}
-    results["environment"] = environment()
-    out_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(out_dir / "synthetic.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
-    text = tables(results)
-    write_atomically(out_dir / "synthetic.txt", text.encode())
-    draw(results, out_dir / "synthetic.png")
-    log(text)
-    log(f"results: {out_dir}/")
+    def _studied(self) -> dict[str, Any]:
+        """The study of the bed that was asked for, and what is kept of those of the sweep."""
+        families = read_sources(self.sources)
+        bed = BedConfig(
+            families=families,
+            d_in=self.d_in,
+            noise=self.noise,
+            noise_persistence=self.noise_persistence,
+            rows=self.rows,
+        )
+        n_sources = sum(count for _, count in families)
+        training = StudyConfig(tuple(range(self.seeds)), steps=self.steps, lr=self.lr)
+        arms = read_arms(self.arms, n_sources if self.d_sae is None else self.d_sae, self.k, bed, self.release)
+        keep_freed_memory()
+        points = SWEEP if self.sweep else ()
+        with progress_bar("synthetic", self.seeds * (1 + len(points))) as progress:
+            done = itertools.count(1)
+
+            def studied(bed: BedConfig, arms: list[SAEConfig]) -> dict[str, Any]:
+                return study(bed, arms, training, release=self.release, progress=lambda: progress(next(done)))
+
+            results = studied(bed, arms)
+            in_order = [arm for arm in arms if not arm.shuffle_positions]
+            results["sweep"] = []
+            for point in points:
+                family = replace(FAMILIES["iid"], persistence=(point.persistence, point.persistence))
+                alike = replace(
+                    bed,
+                    families=((family, n_sources),),
+                    noise=point.noise * bed.noise,
+                    noise_persistence=point.noise_persistence,
+                    **SWEEP_ROWS,
+                )
+                found = studied(alike, in_order)
+                results["sweep"].append({"persistence": point.persistence, **_summary(found)})
+        return results
 
 
 def read_sources(text: str) -> tuple[tuple[Family, int], ...]:
@@ -184,7 +182,3 @@ def _summary(found: dict[str, Any]) -> dict[str, Any]:
             for name, arm in found["arms"].items()
         },
     }
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (str, int, float, bool))

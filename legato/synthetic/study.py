@@ -3,17 +3,18 @@
 Shape legend: F planted sources.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from legato.common.errors import LegatoError, UsageError
 from legato.common.hardware import fast_matmul_dtype
+from legato.common.record import DIFFERENT, record
 from legato.data.activations import Normaliser
 from legato.evaluation import metrics
 from legato.experiment.arms import recipe
@@ -49,20 +50,14 @@ RECOVERED = 0.5  # code correlation from which a latent is taken for its source
 CALIBRATION_BATCHES = 8
 
 
-@dataclass(frozen=True)
+@record
 class StudyConfig:
     """seeds: one bed and one SAE per arm each, both drawn with it. The rest as in TrainConfig."""
 
-    seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = 300
-    batch_rows: int = 16
-    lr: float = 1.5e-2
-
-    def __post_init__(self) -> None:
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise UsageError(f"seeds {self.seeds} must be different whole numbers from 0 on")
-        if self.steps < 1 or self.batch_rows < 1 or not 0 < self.lr < math.inf:
-            raise UsageError("steps, batch_rows and lr must be positive")
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], DIFFERENT] = (0, 1, 2)
+    steps: int = Field(300, ge=1)
+    batch_rows: int = Field(16, ge=1)
+    lr: float = Field(1.5e-2, gt=0)
 
 
 @dataclass(frozen=True)
