@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 from legato.common.files import sha256_file, sha256_json
 from legato.data.activations import ActivationBatch
-from legato.data.store import Manifest, ShardLayout, bytes_of
 
 FIRST, SECOND, LAST = (f"shard_0000{number}.safetensors" for number in range(3))
 Change = Callable[[Path], object]
@@ -179,16 +178,7 @@ STORES = [
 
 def set_number(store: Path, value: float, row: int = 0) -> None:
     """One number of the first shard's activations, which the manifest vouches for: what a broken memory may leave."""
-    manifest = Manifest.read(store)
-    assert manifest is not None
-    layout = ShardLayout.of(manifest, len(manifest.rows_of(0)))
-    offset, row_bytes = layout.fields["acts"]
-    content = bytearray((store / FIRST).read_bytes())
-    for position in range(0, row_bytes, 4 * manifest.d_in):
-        start = offset + row * row_bytes + position
-        content[start : start + 4] = bytes(bytes_of(torch.tensor([value])))
-    (store / FIRST).write_bytes(content)
-    _shards(lambda shards: shards[FIRST].update(sha256=sha256_file(store / FIRST)))(store)
+    _vouched(_tensors(lambda tensors: tensors["acts"][row, :, 0].fill_(value)), FIRST)(store)
 
 
 def sound_batch(width: int = 48) -> ActivationBatch:

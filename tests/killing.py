@@ -40,7 +40,7 @@ def _child(arguments: list[str], cache: str, output: str) -> None:
     """The command as a shell would start it, but for stores of many small shards, and a conversion of model.gguf that
     only copies the folder `model` beside it, slowly, and for the number of figures."""
     from legato.data import gguf as demo_model
-    from legato.data import store as store_format
+    from legato.data import store_manifest
     from legato.report import registry as figures
 
     def convert(gguf: Path, folder: Path) -> None:
@@ -49,7 +49,7 @@ def _child(arguments: list[str], cache: str, output: str) -> None:
             time.sleep(0.05)
 
     os.environ["LEGATO_CACHE"] = cache
-    vars(store_format)["SHARD_BYTES"] = 20_000
+    vars(store_manifest)["SHARD_BYTES"] = 20_000
     vars(demo_model)["_convert_gguf"] = convert
     vars(figures)["FIGURES"] = figures.FIGURES[:4]
     with open(output, "a") as stream:

@@ -18,8 +18,7 @@ from tiny_models import tiny_network, tiny_tokenizer
 
 from legato.common.errors import LegatoError, UsageError
 from legato.data import store as activation_store
-from legato.data import store as store_format
-from legato.data import store as store_writer
+from legato.data import store_manifest
 from legato.data.activations import ActivationBatch, ActivationStream, Normaliser
 from legato.data.harvest import harvest
 from legato.data.language_model import LanguageModel
@@ -63,7 +62,7 @@ def token_set(rows: int = 23, length: int = 4) -> TokenSet:
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five rows a shard, so 23 rows are four full shards and one of three."""
-    monkeypatch.setattr(store_format, "SHARD_BYTES", 5 * 4 * (4 * WIDTH + 9) + 1)
+    monkeypatch.setattr(store_manifest, "SHARD_BYTES", 5 * 4 * (4 * WIDTH + 9) + 1)
 
 
 @pytest.fixture
@@ -205,7 +204,7 @@ def test_goes_on_after_kill_9(model: Any, tmp_path: Path) -> None:
         from pathlib import Path
         sys.path.insert(0, sys.argv[2])
         import test_activations as t
-        t.store_format.SHARD_BYTES = 5 * 4 * (4 * t.WIDTH + 9) + 1
+        t.store_manifest.SHARD_BYTES = 5 * 4 * (4 * t.WIDTH + 9) + 1
 
         def die_at(rows):
             if rows >= 16:
@@ -223,7 +222,7 @@ def test_goes_on_after_kill_9(model: Any, tmp_path: Path) -> None:
     told: list[int] = []
     store = harvest(model, token_set(), layer=3, path=tmp_path / "killed", batch_rows=1, progress=told.append)
     assert told[0] in (11, 16)
-    assert not list((tmp_path / "killed").glob("*.partial"))
+    assert not list((tmp_path / "killed").glob(".*.tmp"))
     whole = harvest(model, token_set(), layer=3, path=tmp_path / "whole")
     assert_same(store.read_rows(range(23)), whole.read_rows(range(23)))
     for name in (path.name for path in (tmp_path / "whole").glob("*.safetensors")):
@@ -255,7 +254,7 @@ def test_a_full_disk_is_an_error_and_leaves_an_unfinished_store(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_writer._OpenShard, "write", full)
+        patch.setattr(activation_store, "save_file", full)
         with pytest.raises(LegatoError, match=r"cannot write activations to .*: No space left on device"):
             harvest(model, token_set(), layer=3, path=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "manifest.json"]

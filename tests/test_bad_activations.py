@@ -38,7 +38,7 @@ def tokens() -> TokenSet:
 def sound(model, tokens, tmp_path_factory) -> Path:
     """A store of 3 shards, the last one shorter."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("legato.data.store.SHARD_BYTES", 8 * 16 * (48 * 4 + 9))
+        patch.setattr("legato.data.store_manifest.SHARD_BYTES", 8 * 16 * (48 * 4 + 9))
         store = harvest(model, tokens, layer=1, path=tmp_path_factory.mktemp("sound") / "store")
     assert len(list(store.path.glob("shard_*"))) == 3
     return store.path
@@ -71,7 +71,7 @@ def test_bad_store(case: BadStore, sound, model, tokens, tmp_path, capsys):
         said = one_line(lambda: harvest(model, tokens, layer=1, path=store))
         assert case.harvested in said
         assert str(store) in said
-        assert not list(store.glob("*.partial"))
+        assert not list(store.glob(".*.tmp"))
 
 
 def test_a_store_that_is_no_folder(tmp_path, model, tokens):

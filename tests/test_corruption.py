@@ -211,7 +211,7 @@ def tokens():
 
 
 def test_every_file_of_an_activation_store(model, tokens, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("legato.data.store.SHARD_BYTES", 8 * 16 * (48 * 2 + 9))
+    monkeypatch.setattr("legato.data.store_manifest.SHARD_BYTES", 8 * 16 * (48 * 2 + 9))
     store = harvest(model, tokens, layer=1, path=tmp_path / "store")
     sound = store.read_rows(range(len(store)))
     assert len(files_of(store.path)) >= 4

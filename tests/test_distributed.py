@@ -14,7 +14,7 @@ from tiny_models import VOCABULARY, save_tiny_model
 
 from legato.common import distributed
 from legato.common.errors import LegatoError
-from legato.data import store as store_format
+from legato.data import store_manifest
 from legato.data.harvest import harvest
 from legato.data.language_model import LanguageModel
 from legato.data.store import ActivationStore
@@ -91,7 +91,7 @@ def token_set(rows: int = 23) -> TokenSet:
 
 
 def harvest_to(model: Path, path: Path, killed: bool = False) -> None:
-    vars(store_format)["SHARD_BYTES"] = 3 * 16 * (48 * 4 + 9)
+    vars(store_manifest)["SHARD_BYTES"] = 3 * 16 * (48 * 4 + 9)
     with distributed.process_group():
 
         def progress(done: int) -> None:
@@ -110,7 +110,7 @@ def content(store: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("n_ranks", [2, 4])
 def test_ranks_harvest_the_bytes_of_one_process(n_ranks, tmp_path, monkeypatch):
-    monkeypatch.setattr(store_format, "SHARD_BYTES", store_format.SHARD_BYTES)
+    monkeypatch.setattr(store_manifest, "SHARD_BYTES", store_manifest.SHARD_BYTES)
     model = save_tiny_model(tmp_path / "model", "gpt2", pad_token_id=None)
     run_ranks(1, harvest_to, model, tmp_path / "one", folder=tmp_path)
     run_ranks(n_ranks, harvest_to, model, tmp_path / "many", folder=tmp_path)

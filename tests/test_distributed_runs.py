@@ -17,18 +17,18 @@ from small_experiment import ROOT, experiment_main, write_corpus
 from tiny_models import save_tiny_model
 
 from legato.common import distributed
-from legato.data import store as store_format
-from legato.experiment import run as experiment_run
+from legato.data import store_manifest
 from legato.experiment.checkpoint import Checkpoint
+from legato.report import build
 from legato.sae.autoencoder import SparseAutoencoder
 
 
 def experiment(flags: list[str], cache: Path, dies: tuple[int, int] | None = None, signum: int = signal.SIGKILL) -> int:
     """dies: a rank, and the step of the training after which it sends itself a signal."""
     os.environ["LEGATO_CACHE"] = str(cache)
-    vars(store_format)["SHARD_BYTES"] = 20_000
+    vars(store_manifest)["SHARD_BYTES"] = 20_000
     for writer in ("write_figures", "write_report"):
-        vars(experiment_run)[writer] = lambda root: root
+        vars(build)[writer] = lambda run: run.path
     if dies is not None:
         after_step = Checkpoint.after_step
 

@@ -24,7 +24,7 @@ from synthetic_run import write_synthetic_run
 from legato.common.errors import LegatoError
 from legato.common.safe_read import read_arrays, read_json, read_table, read_yaml
 from legato.data.documents import load_documents, split_held_out
-from legato.data.store import Manifest
+from legato.data.store_manifest import StoreManifest
 from legato.results.integrity import check_all, write_checksums
 from legato.results.run_dir import RunDir
 from legato.results.saved_run import SavedRun, read_log
@@ -284,14 +284,14 @@ def test_lines_of_a_log(tmp_path, lines):
 @fuzz
 @given(path=PATHS, value=VALUES)
 def test_values_of_a_store(tmp_path, path, value):
-    manifest = Manifest.new(
+    manifest = StoreManifest.new(
         "0" * 64, n_rows=4, context_length=8, d_in=4, dtype=torch.float32, provenance={"model": "m"}
     )
     manifest.write(tmp_path)
     content = json.loads((tmp_path / "manifest.json").read_text())
     new = replaced(content, path, value)
     (tmp_path / "manifest.json").write_text(json.dumps(new))
-    assert tolerated(lambda: Manifest.read(tmp_path)) in (False, _is_unsealed(new) or new == content)
+    assert tolerated(lambda: StoreManifest.read(tmp_path)) in (False, _is_unsealed(new) or new == content)
 
 
 def _is_unsealed(manifest: object) -> bool:

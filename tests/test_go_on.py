@@ -112,7 +112,7 @@ def test_a_bank_in_two_passes_goes_on_in_either(run, monkeypatch):
 
 def test_a_run_cut_off_before_it_was_sealed_is_sealed_by_the_same_command(run, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("legato.experiment.run.seal", lambda root: signal.raise_signal(signal.SIGTERM))
+        patch.setattr("legato.experiment.run.write_checksums", lambda root: signal.raise_signal(signal.SIGTERM))
         run.error(*FLAGS, code=143)
     assert (run.out_dir / "final_info.json").is_file()
     assert run.run(*FLAGS) == 0

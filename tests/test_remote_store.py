@@ -26,7 +26,7 @@ def machine(tmp_path, monkeypatch):
         monkeypatch.setenv("LEGATO_CACHE", str(tmp_path / name))
 
     go_to("first")
-    monkeypatch.setattr("legato.data.store.SHARD_BYTES", 20_000)  # several shards
+    monkeypatch.setattr("legato.data.store_manifest.SHARD_BYTES", 20_000)  # several shards
     yield go_to
     fsspec.filesystem("memory").store.clear()
 

@@ -6,7 +6,8 @@ command.py      What every command of Legato does with an error: one line on std
 command_line.py The words of a command line, taken apart by click, become the fields of records.
 distributed.py  Several processes as one run, where `torchrun` started them.
 errors.py       Errors a user can act on: one line that says what is wrong and what to do.
-files.py        The user's cache folder, and files that are either whole or absent.
+files.py        The user's cache folder, and files that are either whole or absent, and known to be what was
+                written.
 hardware.py     What this machine is good at, decided by measuring; and products whose bits do not depend on how
                 many cores it has.
 progress.py     What a command says while it works: lines, and a bar of progress.

@@ -5,18 +5,18 @@ written last, so files beside it that it does not name are leftovers of a write 
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from legato.common.errors import LegatoError
-from legato.common.files import sha256_file, sha256_json, sync_to_disk, write_atomically
+from legato.common.files import Manifest, sha256_json, sync_to_disk, write_atomically
 
 Tensors = Mapping[str, Tensor]
+SUFFIX = ".safetensors"
 
 
 class DamagedError(LegatoError):
@@ -37,40 +37,33 @@ def write_checksummed(
     that are there already. Raises OSError and SafetensorError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = {name: _write_tensors(path, name, named) for name, named in (tensors or {}).items()}
-    body = {"kind": kind, "files": {**(files or {}), **written}, "content": content}
+    written = [write_tensors(path.with_name(name + SUFFIX), named) for name, named in (tensors or {}).items()]
+    body = {"kind": kind, "files": {**(files or {}), **file_hashes(path, written)}, "content": content}
     write_atomically(path, json.dumps({"sha256": sha256_json(body), **body}).encode())
 
 
-def file_hashes(path: Path, files: Collection[Path]) -> dict[str, Any]:
-    """What `write_checksummed` needs to know of .safetensors files beside `path` or in folders there."""
-    return {file.relative_to(path.parent).with_suffix("").as_posix(): {"sha256": sha256_file(file)} for file in files}
-
-
-def _write_tensors(path: Path, name: str, named: Tensors) -> dict[str, Any]:
-    file = _tensor_file(path, name)
-    save_file({key: tensor.contiguous() for key, tensor in named.items()}, file)
+def write_tensors(file: Path, tensors: Tensors) -> Path:
+    """A .safetensors file that is on the disk, and means something once a sealed file names it."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
     sync_to_disk(file)
-    return {"sha256": sha256_file(file), "tensors": list(named)}
+    return file
 
 
-def read_sealed(
-    path: Path, *, kind: str, names: Collection[str] | None = None
-) -> tuple[Any, dict[str, dict[str, Tensor]]]:
-    """(content, tensors by name) of `write_checksummed`. Raises DamagedError, naming the file; FileNotFoundError.
+def file_hashes(path: Path, files: Iterable[Path]) -> dict[str, Any]:
+    """What `write_checksummed` needs to know of .safetensors files beside `path` or in folders there."""
+    hashed = Manifest.of(path.parent, [file.relative_to(path.parent).as_posix() for file in files]).sha256
+    return {name.removesuffix(SUFFIX): {"sha256": digest} for name, digest in hashed.items()}
 
-    names: of the tensor files only these are checked and read.
-    """
-    body = _sealed_body(path, kind)
-    tensors = {}
-    for name, file in body["files"].items():
-        if names is not None and name not in names:
-            continue
-        _check_file(path, name, file)
-        with safe_open(_tensor_file(path, name), framework="pt") as stored:
-            # Copies, so that the memory is torch's own: aligned, and not a view of the file.
-            tensors[name] = {key: stored.get_tensor(key).clone() for key in file["tensors"]}
-    return body["content"], tensors
+
+def read_sealed(path: Path, *, kind: str) -> tuple[Any, dict[str, dict[str, Tensor]]]:
+    """(content, tensors by name) of `write_checksummed`. Raises DamagedError, naming the file; FileNotFoundError."""
+    content, manifest = _sealed(path, kind)
+    _check(manifest, manifest.sha256)
+    # Copies, so that the memory is torch's own: aligned, and not a view of the file.
+    return content, {
+        name.removesuffix(SUFFIX): {key: tensor.clone() for key, tensor in load_file(path.parent / name).items()}
+        for name in manifest.sha256
+    }
 
 
 def verify_checksummed(path: Path, *, kind: str, folders: Collection[str] | None = None) -> Any:
@@ -78,24 +71,22 @@ def verify_checksummed(path: Path, *, kind: str, folders: Collection[str] | None
 
     A folder beside `path` that holds files of it must hold no others. folders: only files in these are checked.
     """
-    body = _sealed_body(path, kind)
-    files = {_tensor_file(path, name): file for name, file in body["files"].items()}
-    for place in {place.parent for place in files} - {path.parent}:
-        for other in set(place.glob("*.safetensors")) - files.keys():
+    content, manifest = _sealed(path, kind)
+    files = [path.parent / name for name in manifest.sha256]
+    for place in {file.parent for file in files} - {path.parent}:
+        for other in set(place.glob(f"*{SUFFIX}")).difference(files):
             raise DamagedError(f"{other} does not belong there")
-    for name, file in body["files"].items():
-        if folders is None or _tensor_file(path, name).parent.name in folders:
-            _check_file(path, name, file)
-    return body["content"]
+    _check(manifest, [name for name in manifest.sha256 if folders is None or Path(name).parent.name in folders])
+    return content
 
 
-def _check_file(path: Path, name: str, file: Mapping[str, Any]) -> None:
-    place = _tensor_file(path, name)
-    if not place.is_file() or sha256_file(place) != file["sha256"]:
-        raise DamagedError(f"{place} is missing or damaged")
+def _check(manifest: Manifest, names: Iterable[str]) -> None:
+    for name in manifest.damaged(names):
+        raise DamagedError(f"{manifest.folder / name} is missing or damaged")
 
 
-def _sealed_body(path: Path, kind: str) -> dict[str, Any]:
+def _sealed(path: Path, kind: str) -> tuple[Any, Manifest]:
+    """The content of a sealed file, and the files that it names."""
     try:
         body = json.loads(path.read_text())
         sealed = body.pop("sha256") == sha256_json(body)
@@ -108,8 +99,4 @@ def _sealed_body(path: Path, kind: str) -> dict[str, Any]:
         raise DamagedError(f"{path} is damaged")
     if found != kind:
         raise DamagedError(f"{path} was written by another version of legato ({found}, not {kind})")
-    return body
-
-
-def _tensor_file(path: Path, name: str) -> Path:
-    return path.parent / f"{name}.safetensors"
+    return body["content"], Manifest(path.parent, {n + SUFFIX: file["sha256"] for n, file in body["files"].items()})

@@ -1,7 +1,4 @@
-"""The user's cache folder, and files that are either whole or absent.
-
-Putting a saved SAE in its place, whole or not at all.
-"""
+"""The user's cache folder, and files that are either whole or absent, and known to be what was written."""
 
 import hashlib
 import json
@@ -12,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,8 @@ from legato.common.errors import LegatoError
 
 LOCK_PATIENCE_SECONDS = 1.0
 HASH_BLOCK_BYTES = 4 * 2**20
+MANIFEST = "checksums.json"
+SCRATCH = ".tmp"
 
 
 def cache_dir() -> Path:
@@ -61,22 +61,6 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sha256_files(paths: Iterable[Path]) -> list[str | None]:
-    """SHA-256 of each file in the order given, None for one that cannot be read; one thread a processor.
-
-    A device or a FIFO, which may never end, counts as one that cannot be read.
-    """
-
-    def digest(path: Path) -> str | None:
-        try:
-            return sha256_file(path) if path.is_file() else None
-        except OSError:
-            return None
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(digest, paths))
-
-
 def sha256_json(content: Any) -> str:
     """SHA-256 of plain values, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -91,19 +75,87 @@ def sync_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write the file so that a reader, or a crash at any moment, sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A place to write a file or a folder, which becomes `path`, on the disk, when the block ends without an error.
+
+    A reader, or a crash at any moment, sees the old content or the new, never a part. What a killed process leaves is
+    hidden beside `path`: `leftovers` finds it. Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=SCRATCH, dir=path.parent))
+    new, old = scratch / "new", scratch / "old"
     try:
-        temporary.write_bytes(content)
-        sync_to_disk(temporary)
-        temporary.replace(path)
+        yield new
+        for written in [*new.rglob("*"), new]:
+            sync_to_disk(written)
+        if new.is_dir() and path.exists():  # only a file takes the place of another by itself
+            path.replace(old)
+        try:
+            new.replace(path)
+        except OSError:
+            if old.exists():
+                old.replace(path)
+            raise
+        sync_to_disk(path.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def sweep(leftovers: Iterable[Path]) -> None:
+    """Delete what `whole` left of processes that were killed. Only who alone writes there may do so."""
+    for leftover in leftovers:
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file as `whole` does. Raises OSError that names it."""
+    try:
+        with whole(path) as new:
+            new.write_bytes(content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-MANIFEST = "checksums.json"
+@dataclass(frozen=True)
+class Manifest:
+    """SHA-256 of files, by their names in a folder. How a manifest is kept is up to who keeps it."""
+
+    folder: Path
+    sha256: dict[str, str]
+
+    @classmethod
+    def of(cls, folder: Path, names: Iterable[str] | None = None) -> "Manifest":
+        """Hash these files, or all of the folder, as they are now; one thread a processor. Raises OSError."""
+        names = files_in(folder) if names is None else list(names)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return cls(folder, dict(zip(names, pool.map(lambda name: sha256_file(folder / name), names), strict=True)))
+
+    def damaged(self, names: Iterable[str] | None = None) -> list[str]:
+        """Which of these files, or of all, are missing or not what they were.
+
+        A device or a FIFO, which may never end, counts as missing.
+        """
+
+        def is_sound(name: str) -> bool:
+            path = self.folder / name
+            try:
+                return path.is_file() and sha256_file(path) == self.sha256.get(name)
+            except OSError:
+                return False
+
+        names = list(self.sha256 if names is None else names)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return [name for name, sound in zip(names, pool.map(is_sound, names), strict=True) if not sound]
+
+    def rebuilt(self, names: Iterable[str]) -> "Manifest":
+        """With these files as they are now, whatever they were."""
+        return Manifest(self.folder, {**self.sha256, **Manifest.of(self.folder, names).sha256})
+
+
+def files_in(folder: Path) -> list[str]:
+    """Names of all files in a folder and in the folders there, in order."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
@@ -112,89 +164,27 @@ def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
     Whole means: a manifest with the SHA-256 of every file, all of which still match. The result appears under its name
     at once (rename); of several processes that want it, one fills it and the others wait.
     """
-    if _is_whole(folder):
+    if _is_unaltered(folder):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_name(f"{folder.name}.lock")):
-            if not _is_whole(folder):
-                _fill(folder, fill)
+            if not _is_unaltered(folder):
+                sweep(folder.parent.glob(f".{folder.name}-*"))
+                with whole(folder) as new:
+                    new.mkdir()
+                    fill(new)
+                    (new / MANIFEST).write_text(json.dumps(Manifest.of(new).sha256, indent=1))
     except OSError as error:
         raise LegatoError(f"cannot write {folder} ({error.strerror}): make room, or set LEGATO_CACHE") from error
     return folder
 
 
-def _fill(folder: Path, fill: Callable[[Path], None]) -> None:
-    for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        fresh = Path(scratch, "fresh")
-        fresh.mkdir()
-        fill(fresh)
-        files = sorted(path for path in fresh.rglob("*") if path.is_file())
-        names = [path.relative_to(fresh).as_posix() for path in files]
-        checksums = dict(zip(names, sha256_files(files), strict=True))
-        Path(fresh, MANIFEST).write_text(json.dumps(checksums, indent=1))
-        for path in [*files, fresh / MANIFEST]:
-            sync_to_disk(path)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(fresh, folder)
-
-
-def _is_whole(folder: Path) -> bool:
+def _is_unaltered(folder: Path) -> bool:
     try:
-        checksums = json.loads(Path(folder, MANIFEST).read_text())
+        checksums = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError, RecursionError):
         return False
-    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    if not isinstance(checksums, dict) or not checksums or {*checksums, MANIFEST} != files:
+    if not isinstance(checksums, dict) or not checksums or sorted([*checksums, MANIFEST]) != files_in(folder):
         return False
-    return sha256_files(folder / name for name in checksums) == list(checksums.values())
-
-
-@contextmanager
-def _staging(path: Path) -> Iterator[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-@contextmanager
-def new_folder(path: Path, marker: str) -> Iterator[Path]:
-    """An empty folder to write into, which becomes `path` when the block ends without an error.
-
-    A folder with a file called marker, an SAE saved before, is replaced; any other that is not empty is refused.
-    """
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / marker).is_file()):
-        raise LegatoError(f"{path} exists and is not a SAE folder; choose another place to save to")
-    try:
-        with _staging(path) as staging:
-            new = staging / "new"
-            new.mkdir()
-            yield new
-            if path.exists():
-                os.replace(path, staging / "old")
-            try:
-                os.replace(new, path)
-            except OSError:
-                if (staging / "old").exists():
-                    os.replace(staging / "old", path)
-                raise
-    except OSError as error:
-        raise LegatoError(f"cannot save the SAE in {path}: {error.strerror or error}") from error
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A file to write, which becomes `path` when the block ends without an error."""
-    if path.is_dir():
-        raise LegatoError(f"{path} is a folder; name a file in it to save to")
-    try:
-        with _staging(path) as staging:
-            yield staging / path.name
-            os.replace(staging / path.name, path)
-    except OSError as error:
-        raise LegatoError(f"cannot save the SAE in {path}: {error.strerror or error}") from error
+    return not Manifest(folder, checksums).damaged()

@@ -13,7 +13,9 @@ hub_datasets.py    Data sets of a hub, streamed record by record; a connection t
 language_model.py  Any Hugging Face causal language model, frozen: read it at one layer, splice back into it,
                    unembed.
 model_files.py     Finding and opening a language model: where its name leads, its device and dtype.
-store.py           A finished store of activations, read row by row.
+store.py           A store of activations on the disk, or at a URL: read row by row, and written shard by shard.
+store_manifest.py  How a store of activations lies on the disk: safetensors shards of whole rows, and a manifest
+                   with their SHA-256.
 tokens.py          Documents -> rows of tokens with a mask and a document number, packed so that no text is lost
                    or repeated.
 wikitext.py        MediaWiki source -> plain prose, for the packaged demo corpus.

@@ -14,21 +14,11 @@ import numpy as np
 
 from legato.common import distributed
 from legato.common.errors import LegatoError, UsageError
-from legato.common.files import cache_dir, locked
+from legato.common.files import SCRATCH, cache_dir, locked, sweep
 from legato.data.activations import BATCH_ROWS, OUTLIER_FACTOR, ActivationStream
 from legato.data.language_model import LanguageModel
-from legato.data.store import (
-    DTYPES,
-    LOCK,
-    MANIFEST,
-    ActivationStore,
-    Manifest,
-    StoreWriter,
-    is_url,
-    key_at,
-    local_copy_of,
-    put_store,
-)
+from legato.data.store import ActivationStore, StoreWriter, is_url, key_at, local_copy_of, put_store
+from legato.data.store_manifest import DTYPES, LOCK, MANIFEST, StoreManifest
 from legato.data.tokens import TokenSet
 
 
@@ -68,20 +58,20 @@ def harvest(
         stream.median_norm = manifest.provenance["median_norm"]
         _fill(stream, folder, replace(manifest, rank=distributed.rank()), batch_rows, progress)
         distributed.barrier()
-        distributed.broadcast_from_rank0(lambda: Manifest.united(folder))
+        distributed.broadcast_from_rank0(lambda: StoreManifest.united(folder))
         if is_url(path):
             distributed.broadcast_from_rank0(lambda: put_store(folder, path))
     return ActivationStore.open(folder, verify=False)
 
 
-def _claim(stream: ActivationStream, path: Path) -> Manifest:
+def _claim(stream: ActivationStream, path: Path) -> StoreManifest:
     """The manifest of the stream's store at `path`, less what is damaged there; a new one in an empty folder."""
     key = stream.key()
-    manifest = Manifest.united(path)
+    manifest = StoreManifest.united(path)
     if manifest is None:
-        if any(entry.name != LOCK for entry in path.iterdir()):
+        if any(entry.name != LOCK and entry.suffix != SCRATCH for entry in path.iterdir()):
             raise UsageError(f"{path} is not empty and holds no activations: choose another folder")
-        manifest = Manifest.new(
+        manifest = StoreManifest.new(
             key,
             n_rows=stream.n_rows,
             context_length=stream.context_length,
@@ -102,8 +92,7 @@ def _claim(stream: ActivationStream, path: Path) -> Manifest:
         stream.language_model.dtype,
     ):
         raise LegatoError(f"{path / MANIFEST} is damaged: delete {path} and harvest again")
-    for leftover in path.glob("*.partial"):
-        leftover.unlink()
+    sweep([*path.glob(f".*{SCRATCH}"), *path.glob("*.partial")])  # the latter of an earlier version
     for name in manifest.damaged_shards(path):
         print(f"{path / name} is missing or damaged: it is harvested again", file=sys.stderr, flush=True)
         del manifest.shards[name]
@@ -111,7 +100,7 @@ def _claim(stream: ActivationStream, path: Path) -> Manifest:
 
 
 def _fill(
-    stream: ActivationStream, path: Path, manifest: Manifest, batch_rows: int, progress: Callable[[int], None]
+    stream: ActivationStream, path: Path, manifest: StoreManifest, batch_rows: int, progress: Callable[[int], None]
 ) -> None:
     """Compute the rows of every shard that the manifest lacks; of several ranks each its share of the shards.
 

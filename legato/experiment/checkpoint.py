@@ -4,8 +4,8 @@
     step_00000120/           the SAEs in training after that step: state.json and <arm>/*.safetensors
     evaluation/<part>.json   a finished part of the evaluation, its arrays in <part>.safetensors
 
-Every file is sealed (see sealed.py). Of the steps the last two are kept; one that is damaged is passed over for the one
-before. The folder goes when the run is finished.
+Every file is sealed (see checksummed.py). Of the steps the last two are kept; one that is damaged is passed over for
+the one before. The folder goes when the run is finished.
 """
 
 import json
@@ -25,7 +25,6 @@ from legato.common import distributed
 from legato.common.checksummed import DamagedError, file_hashes, read_sealed, verify_checksummed, write_checksummed
 from legato.common.command import Interrupted, Interrupts
 from legato.common.errors import UsageError
-from legato.common.files import sha256_file
 from legato.sae.partition import Sharded
 from legato.training.bank import BankState
 from legato.training.config import SAEConfig, TrainConfig
@@ -285,11 +284,6 @@ def _delete_step(folder: Path) -> None:
     """What makes it a saved step goes first: a process killed within leaves none that looks damaged."""
     (folder / "state.json").unlink(missing_ok=True)
     shutil.rmtree(folder)
-
-
-def checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 by file name of a folder's files."""
-    return {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
 
 
 def cut(path: Path, length: int) -> None:

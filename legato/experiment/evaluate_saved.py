@@ -5,7 +5,6 @@ saes/ holds a copy of each SAE as it was judged.
 """
 
 import dataclasses
-import hashlib
 import os
 import re
 from collections import Counter
@@ -37,6 +36,7 @@ from legato.results.older import older_identities
 from legato.results.run_dir import RunDir
 from legato.results.saved_run import SavedRun
 from legato.sae.autoencoder import SparseAutoencoder
+from legato.sae.formats.safetensors_file import sha256_of
 from legato.sae.provenance import Provenance, origin_of
 
 
@@ -263,7 +263,7 @@ class Place:
             DataConfig(dataset, self.text_column, context_length),
             held_out,
             EvaluationConfig(self.rows, ce_rows, controls=()),
-            {name: _sha256(sae) for name, sae in saes.items()},
+            {name: sha256_of(sae.stored()) for name, sae in saes.items()},
             {name: stated for name, (_, stated) in found.items() if stated is not None},
         )
         return saes, config
@@ -294,15 +294,6 @@ class Evaluate(Place, Task):
             if distributed.is_rank0() and (out / "notes.txt").is_file():
                 print(f"\n{results_table(SavedRun.open(out))}")
         log(f"\nresults: {run.root}/  report: {run.root / 'report.html'}")
-
-
-def _sha256(sae: SparseAutoencoder) -> str:
-    """Of all that an SAE is, in whatever format it was found."""
-    stored = sae.stored()
-    digest = hashlib.sha256(repr({**vars(stored), "weights": list(stored.weights)}).encode())
-    for tensor in stored.weights.values():
-        digest.update(tensor.contiguous().numpy().data)
-    return digest.hexdigest()
 
 
 def named(specifications: Sequence[str]) -> dict[str, tuple[str, Stated | None]]:

@@ -10,11 +10,12 @@ from typing import Any
 
 from legato.common import distributed
 from legato.common.errors import LegatoError
+from legato.common.files import Manifest
 from legato.common.hardware import fast_matmul_dtype
 from legato.common.progress import log, progress_bar
 from legato.data.activations import Normaliser
 from legato.experiment.arms import PlannedArm
-from legato.experiment.checkpoint import Checkpoint, Progress, SavedBank, checksums, cut
+from legato.experiment.checkpoint import Checkpoint, Progress, SavedBank, cut
 from legato.experiment.config import ExperimentConfig
 from legato.experiment.evaluate import CALIBRATION_BATCHES, Bank, TrainedArm
 from legato.experiment.inputs import Activations
@@ -104,7 +105,7 @@ def _progress_found(run: RunDir, checkpoint: Checkpoint) -> Progress:
     progress = checkpoint.progress
     for name, record in list(progress.trained.items()):
         folder = run.sae(name)
-        if not folder.is_dir() or checksums(folder) != record["files"]:
+        if Manifest.of(folder).sha256 != record["files"]:
             log(f"{folder} is missing or damaged: it is trained again")
             del progress.trained[name]
     for name, failure in progress.failed.items():  # where the earlier attempt was cut off before it moved it
@@ -195,7 +196,8 @@ def _train_pass(
         ranks = distributed.gather_dicts(
             {
                 "trained": {
-                    name: {"training": arm.training, "files": checksums(run.sae(name))} for name, arm in own.items()
+                    name: {"training": arm.training, "files": Manifest.of(run.sae(name)).sha256}
+                    for name, arm in own.items()
                 },
                 "failed": {trainer.arm.name: _failure(trainer.steps_done, reason) for trainer, reason in result.failed},
             }

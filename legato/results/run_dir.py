@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from legato.common import distributed
 from legato.common.errors import LegatoError, UsageError
-from legato.common.files import write_atomically
+from legato.common.files import sweep, write_atomically
 from legato.common.hardware import fast_matmul_dtype, processor_name, settle_matmul_dtype
 
 LOCK = ".lock"
@@ -189,8 +189,7 @@ class RunDir:
 
     def _sweep(self) -> None:
         """Delete what a process that was killed was writing."""
-        for leftover in [*self.root.glob(".*.tmp"), *self.root.glob("saes/.*"), *self.checkpoint.rglob(".*.tmp")]:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        sweep([*self.root.glob(".*.tmp"), *self.root.glob("saes/.*"), *self.checkpoint.rglob(".*.tmp")])
 
     def write_failure(self, arm: str, tensors: Mapping[str, torch.Tensor], steps: int, reason: str) -> None:
         """What is left of an arm that failed: its weights after the last good step, and why it stopped."""

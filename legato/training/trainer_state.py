@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from legato.common import distributed
-from legato.common.files import sync_to_disk
+from legato.common.checksummed import write_tensors
 from legato.sae.partition import Partition, Sharded
 from legato.training.step import PER_LATENT
 
@@ -31,10 +30,7 @@ def write_trainer_state(
         return _write_blocks(folder, tensors, partition, n_latents)
     if partition.rank > 0:
         return []
-    path = folder / "whole.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    sync_to_disk(path)
-    return [path]
+    return [write_tensors(folder / "whole.safetensors", tensors)]
 
 
 def _write_blocks(folder: Path, tensors: Mapping[str, Tensor], partition: Sharded, n_latents: int) -> list[Path]:

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from legato.common.errors import LegatoError, UsageError
-from legato.common.files import new_folder
 from legato.common.safe_read import as_dict, read_json_object, read_state_dict, write_json
 from legato.sae.formats.hook_names import layer_and_site
 from legato.sae.formats.weights import (
@@ -29,6 +28,7 @@ from legato.sae.formats.weights import (
     fold_decoder_norm,
     has_unit_rows,
     known,
+    new_sae,
     usable_numbers,
     with_input_bias,
 )
@@ -255,7 +255,7 @@ def write_dictionary_learning(folder: Path, stored: SAEWeights) -> None:
         **({"group_sizes": budget["group_sizes"].tolist()} if "group_sizes" in state else {}),
     }
     config = {"trainer": trainer, "buffer": {"ctx_len": details.get("context_length")}, LEGATO_KEY: details}
-    with new_folder(folder, WEIGHTS_FILENAME) as new:
+    with new_sae(folder, WEIGHTS_FILENAME) as new:
         torch.save(state, new / WEIGHTS_FILENAME)
         write_json(new / CONFIG_FILENAME, config)
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from legato.common.errors import LegatoError, UsageError
-from legato.common.files import new_folder, sha256_file, sha256_json
+from legato.common.files import Manifest, sha256_json
 from legato.common.safe_read import as_dict, read_json_object, read_safetensors, write_json
 from legato.sae.formats.saelens_training import THRESHOLD_AT_THE_END, training_normaliser, with_threshold
 from legato.sae.formats.weights import (
@@ -26,6 +26,7 @@ from legato.sae.formats.weights import (
     check_weights,
     fold_decoder_norm,
     known,
+    new_sae,
     usable_numbers,
 )
 
@@ -34,6 +35,8 @@ WEIGHTS_FILENAME = "sae_weights.safetensors"
 LEGATO_FILENAME = "legato.json"
 FORMAT_KEY, FORMAT = "format", "legato-sae-1"
 CHECKSUMS_KEY = "sha256"  # in legato.json: of the two files beside it, and of the rest of itself
+
+_VOUCHED_FOR = (CFG_FILENAME, WEIGHTS_FILENAME)
 
 # The layout written here. SAELens parses a folder whose metadata.sae_lens_version is below 6 as its older, flat layout.
 SAELENS_VERSION = "6.54.0"
@@ -153,11 +156,12 @@ def write_saelens_folder(
         cfg["rescale_acts_by_decoder_norm"] = False
     cfg["architecture"] = stored_as
 
-    with new_folder(path, CFG_FILENAME) as folder:
+    with new_sae(path, CFG_FILENAME) as folder:
         save_file(weights, folder / WEIGHTS_FILENAME)
         write_json(folder / CFG_FILENAME, cfg)
         if legato is not None:
-            write_json(folder / LEGATO_FILENAME, {**legato, **_seal(folder, legato)})
+            sums = {LEGATO_FILENAME: sha256_json(legato), **Manifest.of(folder, _VOUCHED_FOR).sha256}
+            write_json(folder / LEGATO_FILENAME, {**legato, FORMAT_KEY: FORMAT, CHECKSUMS_KEY: sums})
     return path
 
 
@@ -220,19 +224,15 @@ def _read_legato(folder: Path) -> dict[str, Any] | None:
     sums, format_of = as_dict(content.get(CHECKSUMS_KEY)), content.get(FORMAT_KEY)
     if sums and format_of not in (None, FORMAT):
         raise LegatoError(f"{folder / LEGATO_FILENAME} is of format {format_of!r}, not {FORMAT!r}: use a newer legato")
-    for name, digest in _seal(folder, legato)[CHECKSUMS_KEY].items():
-        if format_of is None or sums.get(name) != digest:
-            raise LegatoError(
-                f"{folder / name} is damaged, or not what was saved with this {LEGATO_FILENAME}: save the SAE again, "
-                f"or take {FORMAT_KEY!r} and {CHECKSUMS_KEY!r} out of {LEGATO_FILENAME} to read it as it is"
-            )
+    damaged = Manifest(folder, sums).damaged(_VOUCHED_FOR)
+    if format_of is None or sums.get(LEGATO_FILENAME) != sha256_json(legato):
+        damaged.insert(0, LEGATO_FILENAME)
+    for name in damaged:
+        raise LegatoError(
+            f"{folder / name} is damaged, or not what was saved with this {LEGATO_FILENAME}: save the SAE again, "
+            f"or take {FORMAT_KEY!r} and {CHECKSUMS_KEY!r} out of {LEGATO_FILENAME} to read it as it is"
+        )
     return legato
-
-
-def _seal(folder: Path, legato: Mapping[str, Any]) -> dict[str, Any]:
-    """What legato.json says beside its content: its format, and the SHA-256 of its content and of the files."""
-    sums = {name: sha256_file(folder / name) for name in (CFG_FILENAME, WEIGHTS_FILENAME)}
-    return {FORMAT_KEY: FORMAT, CHECKSUMS_KEY: {LEGATO_FILENAME: sha256_json(legato), **sums}}
 
 
 def _details(metadata: Mapping[str, Any], saved_as: str) -> dict[str, Any]:

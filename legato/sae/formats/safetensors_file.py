@@ -10,9 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from legato.common.errors import LegatoError, UsageError
-from legato.common.files import new_file
 from legato.common.safe_read import read_safetensors, safetensors_header
-from legato.sae.formats.weights import NUMBERS, WEIGHT_SHAPES, SAEWeights, check_weights, usable_numbers
+from legato.sae.formats.weights import NUMBERS, WEIGHT_SHAPES, SAEWeights, check_weights, new_sae, usable_numbers
 
 HEADER = "legato"
 SUFFIX = ".safetensors"
@@ -49,12 +48,20 @@ def write_one_file(path: Path, stored: SAEWeights) -> None:
         raise UsageError(f"{path} would be one file of tensors: give it a name that ends in {SUFFIX}")
     if path.is_file() and not is_one_file(path):
         raise UsageError(f"{path} exists and is not an SAE of Legato's; choose another place to save to")
-    numbers = {name: getattr(stored, name) for name in NUMBERS.get(stored.architecture, ())}
-    header = {"architecture": stored.architecture, **numbers, "details": stored.details}
+    header = {**_header(stored), "sha256": sha256_of(stored)}
     tensors = {name: tensor.contiguous() for name, tensor in stored.weights.items()}
-    header["sha256"] = _digest_of(header, tensors)
-    with new_file(path) as new:
+    with new_sae(path, marker=None) as new:
         save_file(tensors, new, metadata={HEADER: json.dumps(header, allow_nan=False)})
+
+
+def sha256_of(stored: SAEWeights) -> str:
+    """SHA-256 of all that an SAE is, in whatever format it was found."""
+    return _digest_of(_header(stored), stored.weights)
+
+
+def _header(stored: SAEWeights) -> dict[str, Any]:
+    numbers = {name: getattr(stored, name) for name in NUMBERS.get(stored.architecture, ())}
+    return {"architecture": stored.architecture, **numbers, "details": stored.details}
 
 
 def _digest_of(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

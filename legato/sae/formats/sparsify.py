@@ -11,10 +11,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from legato.common.errors import LegatoError
-from legato.common.files import new_folder
 from legato.common.safe_read import as_dict, read_json_object, read_safetensors, write_json
 from legato.sae.formats.hook_names import layer_and_site
-from legato.sae.formats.weights import SAEWeights, check_weights, has_unit_rows, known, usable_numbers, with_input_bias
+from legato.sae.formats.weights import (
+    SAEWeights,
+    check_weights,
+    has_unit_rows,
+    known,
+    new_sae,
+    usable_numbers,
+    with_input_bias,
+)
 
 CFG_FILENAME = "cfg.json"
 WEIGHTS_FILENAME = "sae.safetensors"
@@ -105,6 +112,6 @@ def write_sparsify(folder: Path, stored: SAEWeights) -> None:
         "d_in": D,
         LEGATO_KEY: stored.details,
     }
-    with new_folder(folder, WEIGHTS_FILENAME) as new:
+    with new_sae(folder, WEIGHTS_FILENAME) as new:
         save_file(tensors, new / WEIGHTS_FILENAME)
         write_json(new / CFG_FILENAME, cfg)

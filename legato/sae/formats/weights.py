@@ -3,14 +3,17 @@
 Shape legend: D activation width, F latents.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from legato.common.errors import LegatoError
+from legato.common.files import whole
 
 WEIGHT_SHAPES: dict[str, dict[str, str]] = {
     "standard": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D"},
@@ -162,3 +165,24 @@ def _shifted(weights: Mapping[str, Tensor], sign: int) -> dict[str, Tensor]:
         **weights,
         **{name: (weights[name].double() + by_F).float() for name, by_F in shifts.items() if name in weights},
     }
+
+
+@contextmanager
+def new_sae(path: Path, marker: str | None) -> Iterator[Path]:
+    """A place to write an SAE, which becomes `path`, whole or not at all, when the block ends without an error.
+
+    marker: the file that tells a folder with an SAE, which is replaced; any other that is not empty is refused. None:
+    the SAE is one file.
+    """
+    if marker is None and path.is_dir():
+        raise LegatoError(f"{path} is a folder; name a file in it to save to")
+    is_taken = path.is_file() or (path.is_dir() and any(path.iterdir()))
+    if marker is not None and is_taken and not (path / marker).is_file():
+        raise LegatoError(f"{path} exists and is not a SAE folder; choose another place to save to")
+    try:
+        with whole(path) as new:
+            if marker is not None:
+                new.mkdir()
+            yield new
+    except OSError as error:
+        raise LegatoError(f"cannot save the SAE in {path}: {error.strerror or error}") from error
