@@ -29,11 +29,12 @@ def run_of(**arms) -> SavedRun:
 def test_a_gain_at_the_same_cost_is_called_one():
     run = run_of(baseline=metrics_of(), contrastive=metrics_of(excess=0.12, fvu=0.213))
     [found] = compare(run)
-    assert (found.arm, found.outcome, found.matched) == ("contrastive", "longer", True)
+    assert (found.arm, found.outcome, found.matched) == ("contrastive", "higher", True)
     assert "0.120 against 0.080 (+0.040, 1.5 times" in found.details[0]
     assert (
-        headline(run) == "contrastive (1.5 times) holds its features longer than the baseline at matched sparsity and "
-        "reconstruction."
+        headline(run)
+        == "contrastive: 1.5 times the baseline's kappa excess at lag 1 (0.120 against 0.080), at matched "
+        "sparsity and reconstruction."
     )
 
 
@@ -58,9 +59,10 @@ def test_a_gain_that_remains_on_shuffled_text_is_called_mechanism():
     assert "17% of the gain is made by its mechanism" in b.details[-1]
     assert "the control on shuffled text was not run" in c.details[-1]
     first, second = headline(run).split(". ")
-    assert first.startswith("a holds its features longer")
+    assert first.startswith("a: a higher kappa excess at lag 1 than the baseline (0.200 against 0.080), at matched")
     assert "but 67% of that gain is made by the mechanism" in first
-    assert second.startswith("b (2.5 times) and c (2.5 times) hold their features longer")
+    assert second.startswith("Above the baseline's kappa excess at lag 1 (0.080), at matched")
+    assert second.endswith("b 0.200 (2.5 times) and c 0.200 (2.5 times).")
     limits = "\n".join(scope(run))
     assert "is for a 0.090 of 0.200 and b 0.030 of 0.200." in limits
     assert "gain of c may be made by the mechanism: the shuffled control was not run" in limits
@@ -77,12 +79,18 @@ def test_the_first_questions_are_answered_with_the_costs_named():
     assert "leaves 21.0% of the variance unexplained, recovers 90.0%" in train[1]
     assert cost[0] == "Is contrastive as good as the baseline?"
     assert cost[1].startswith("Not in alive latents: FVU -2.0%, CE score +0.0%, alive latents -5.0%")
-    assert hold[1].startswith("Yes, but mostly by its mechanism: kappa excess 0.160 against 0.080, 2.0 times.")
-    assert "On shuffled text it keeps 0.060, so its mechanism makes 75% of the gain" in hold[1]
+    assert hold == (
+        "Do its features hold?",
+        "More than the baseline's, but mostly by its mechanism: kappa excess at lag 1 0.160 against 0.080, 2.0 times. "
+        "On shuffled text it keeps 0.060, so its mechanism makes 75% of the gain by itself, the order of the text the "
+        "rest.",
+    )
     assert "contrastive 70% phrase, 20% token, 10% dense." in like[1]
 
     same = dict(answers(run_of(baseline=base, contrastive=metrics_of())))
-    assert same["Do its features hold longer?"] == "No: kappa excess 0.080 against 0.080."
+    assert (
+        same["Do its features hold?"] == "About as much as the baseline's: kappa excess at lag 1 0.080 against 0.080."
+    )
     assert same["Is contrastive as good as the baseline?"].startswith("Yes: FVU +0.0%")
     assert [question for question, _ in answers(run_of(only=metrics_of()))] == ["Did it train?"]
 
@@ -102,15 +110,15 @@ def test_a_failed_arm_and_saes_that_were_not_trained_here_are_told_so(tmp_path):
     ("change", "outcome", "matched"),
     [
         ({"excess": 0.0879}, "same", True),  # 9.9 % above with one seed: within what is called no difference
-        ({"excess": 0.0881}, "longer", True),
-        ({"excess": 0.05}, "shorter", True),
-        ({"excess": 0.12, "fvu": 0.2164}, "longer", False),  # 3.05 % above the baseline's FVU
-        ({"excess": 0.12, "fvu": 0.15}, "longer", True),  # a better reconstruction is no cost
-        ({"excess": 0.12, "l0": 33.7}, "longer", False),  # 5.3 % more latents per token
+        ({"excess": 0.0881}, "higher", True),
+        ({"excess": 0.05}, "lower", True),
+        ({"excess": 0.12, "fvu": 0.2164}, "higher", False),  # 3.05 % above the baseline's FVU
+        ({"excess": 0.12, "fvu": 0.15}, "higher", True),  # a better reconstruction is no cost
+        ({"excess": 0.12, "l0": 33.7}, "higher", False),  # 5.3 % more latents per token
         ({"excess": 0.9, "l0": 6.0}, "collapsed", False),
         ({"excess": 0.9, "alive": 0.4}, "collapsed", False),
         ({"excess": None}, "unknown", False),
-        ({"excess": 0.12, "fvu": math.nan}, "longer", False),
+        ({"excess": 0.12, "fvu": math.nan}, "higher", False),
     ],
 )
 def test_outcome_and_fairness(change, outcome, matched):
@@ -126,7 +134,7 @@ def test_several_seeds_are_judged_by_their_standard_error():
     base = seeds("baseline", 0.07, 0.09)
     near, far = seeds("near", 0.09, 0.11), seeds("far", 0.11, 0.13)
     found = {c.arm: c for c in compare(run_of(**base, **near, **far))}
-    assert {arm: c.outcome for arm, c in found.items()} == {"near": "same", "far": "longer"}
+    assert {arm: c.outcome for arm, c in found.items()} == {"near": "same", "far": "higher"}
     assert "2 and 2 seeds, standard error of the difference 0.014" in found["far"].details[0]
 
 
@@ -243,3 +251,18 @@ def test_a_torn_log_line_and_gaps_are_survived(tmp_path):
     assert columns["step"].tolist() == [1.0, 2.0]
     assert columns["loss"][0] == 2.0
     assert math.isnan(columns["loss"][1])
+
+
+def test_a_name_that_looks_like_a_template_is_told_as_it_is():
+    name = "{{ 7 * 7 }} {% if %}\n\n<b>"
+    base, arm = ({"role": role, "method": m, "group": m} for role, m in (("baseline", "baseline"), ("named", name)))
+    run = SavedRun(Path("run_1"), arms_of({"baseline": metrics_of(**base), name: metrics_of(excess=0.12, **arm)}))
+    assert headline(run).startswith("{{ 7 * 7 }} {% if %} <b>: 1.5 times the baseline's")
+    assert "{{ 7 * 7 }} {% if %} <b>: 1.5 times" in notes(run)
+    assert len(answers(run)) == 3
+
+
+def test_sections_that_lack_a_number_are_refused():
+    run = run_of(baseline=metrics_of() | {"specialisation": {"note": None, "by_name": {}, "by_latent": {}}})
+    with pytest.raises(LookupError, match="latents"):
+        notes(run)

@@ -100,7 +100,9 @@ def test_the_page_needs_nothing_but_itself(full_run):
     page = Page(write_report(full_run).read_text())
     assert page.loads == []
     assert len(page.ids) == len(set(page.ids))
-    assert re.search(r"window_variance \(\d\.\d times\) holds its features longer", page.text)
+    assert re.search(
+        r"window_variance: \d\.\d times the baseline's kappa excess at lag 1 \(0\.\d+ against 0\.\d+\)", page.text
+    )
     assert page.text.count("is not in this report") == 1  # the feature browser, which has tests of its own
     assert all(spec.title in page.text for spec in FIGURES if spec.on_page)
 
@@ -127,7 +129,9 @@ def test_what_was_not_saved_is_named_and_nothing_else_is_lost(small_run, absent,
     spec = next(spec for spec in FIGURES if spec.name == figure)
     assert f"{spec.title} is not in this report" in page.text
     assert reason in page.text
-    assert re.search(r"window_variance \(\d\.\d times\) holds its features longer", page.text)
+    assert re.search(
+        r"window_variance: \d\.\d times the baseline's kappa excess at lag 1 \(0\.\d+ against 0\.\d+\)", page.text
+    )
 
 
 def test_one_arm_without_consistency_or_loss_score_still_gives_a_report(small_run):

@@ -93,7 +93,7 @@ def report_html(run: SavedRun) -> str:
         sections=sections,
         islands=[json_island("plot-data", plots), plotly_island()] if plots else [],
         script=script("plots.js") if plots else "",
-        raw_stream=raw_stream_sentence(run) or "",
+        raw_stream=raw_stream_sentence(run),
         not_measured=[c.heading for c in COLUMNS if any(c.of(arm) is None for arm in run.arms)],
         settings=flat(run.config.get("config") or run.config),
         measured=[pair for part in ("resolved", "environment") for pair in flat(run.config.get(part) or {})],
@@ -154,7 +154,7 @@ def _cards(run: SavedRun, styles: Mapping[str, ArmStyle]) -> list[dict[str, Any]
             )
             if (value := mean(one, key)) is not None and top > 0
         ]
-        outcome = comparison.headline.removeprefix(comparison.arm).strip()
+        outcome = comparison.headline.removeprefix(comparison.arm).lstrip(": ")
         cards.append(
             {
                 "arm": comparison.arm,

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from legato.report.text.matched_tables import Table
 from legato.report.text.verdict import KAPPA_EXCESS
+from legato.report.text.words import form, render
 from legato.results.saved_run import Arm, SavedRun
 
 
@@ -26,7 +27,7 @@ class Column:
 
 
 def number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    return form(value, f".{digits}f")
 
 
 COLUMNS = (
@@ -45,16 +46,14 @@ def results_table(run: SavedRun) -> str:
     """A plain-text table, a row per arm, with a legend below it."""
     headings = ("arm", *(column.heading for column in COLUMNS))
     rows = [[arm.name, *(column.text(arm) for column in COLUMNS)] for arm in run.arms]
-    raw = raw_stream_sentence(run)
-    legend = (
-        "kappa excess, AC excess: lag 1, over the null that shuffles tokens inside a document. beyond position:\n"
-        "kappa over the null that keeps only position. half-life: median over latents, in tokens. alive: fires on\n"
-        "the held-out text at all."
-    )
-    return "\n".join([Table("", headings, rows).text(), "", legend, *([raw] if raw else [])])
+    return render("results", table=Table("", headings, rows), raw=_raw_stream(run)).rstrip("\n")
 
 
-def raw_stream_sentence(run: SavedRun) -> str | None:
-    """The AC excess of the language model's own activations, which that of the codes is to be seen against."""
-    raw = run.arms[0].series("consistency.raw_stream.ac.excess_within")
-    return None if raw is None else f"AC excess of the activations themselves, mean over dimensions: {raw[0]:.3f}."
+def raw_stream_sentence(run: SavedRun) -> str:
+    """The AC excess of the language model's own activations; empty where it was not measured."""
+    return render("raw_stream", raw=_raw_stream(run)).strip()
+
+
+def _raw_stream(run: SavedRun) -> float | None:
+    excess = run.arms[0].series("consistency.raw_stream.ac.excess_within")
+    return None if excess is None else float(excess[0])

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from legato.report.text.words import paragraphs
 from legato.results.matched.compare import HOW, MIN_LATENTS_IN_BIN, bins_ahead, widest
 from legato.results.matched.points import ALL, MEASURES
 
@@ -116,27 +117,21 @@ def _reached(row: Mapping[str, Any]) -> str:
 
 def legend(matched: Mapping[str, Any]) -> list[str]:
     """What the columns mean, how each method was matched and what was not, a sentence each."""
-    seeds = matched["baseline"]["seeds"]
-    number = "One seed, so no interval over seeds" if len(seeds) == 1 else f"Means over {len(seeds)} seeds"
-    found = [
-        f"{number}. Ratios are to the baseline; [95 % interval]: the wider of a bootstrap over documents "
-        "and of the spread over seeds, where there are several.",
-        "FVU, CE (loss score), alive (latents): the baseline's value, then each method's change relative to it. bins: "
-        f"firing-rate bins with {MIN_LATENTS_IN_BIN} latents or more on both sides where both excesses are above the "
-        "baseline's. absent: the share of the gain that is gone on position-shuffled activations, the smaller of the "
-        "two; only of gains of a tenth or more.",
-        *(f"Left out: {what}." for what in matched["left_out"]),
-    ]
+    ways: dict[tuple[str, str], list[str]] = {}
     for place, what in (("at_l0", "L0"), ("at_fvu", "FVU")):
-        ways: dict[str, list[str]] = {}
         for name, method in matched["methods"].items():
             at = method[place]
             way = HOW[at["along"]] if at["matched"] else f"not matched ({next(iter(at['reasons'].values()))})"
             partly = at["matched"] and at["reasons"]
             some = f" ({len(at['seeds'])} of {len(method['seeds'])} seeds)" if partly else ""
-            ways.setdefault(way, []).append(name + some)
-        found += [f"{what} {way}: {', '.join(names)}." for way, names in ways.items()]
-    return found
+            ways.setdefault((what, way), []).append(name + some)
+    return paragraphs(
+        "matched",
+        seeds=len(matched["baseline"]["seeds"]),
+        latents_in_bin=MIN_LATENTS_IN_BIN,
+        left_out=matched["left_out"],
+        ways=ways,
+    )
 
 
 def _as_trained(values: Mapping[str, Any]) -> list[str]:

@@ -1,13 +1,12 @@
-"""What a reader asks of a run first, each answered in a sentence or two from the saved results.
+"""Answer what a reader asks of a run first, each in a sentence or two from the saved results.
 
 Did it train, is it as good as the baseline, do its features hold, what are they like. The answers speak of the
 baseline and of the first method that was asked for; the other methods stand in the tables.
 """
 
-from collections.abc import Sequence
-
-from legato.report.text.verdict import KAPPA_EXCESS, SHUFFLED_EXCESS, Comparison, compare
-from legato.results.saved_run import Arm, SavedRun, joined, mean, seed_groups
+from legato.report.text.verdict import compare
+from legato.report.text.words import paragraphs
+from legato.results.saved_run import Arm, SavedRun, mean, seed_groups
 from legato.results.tolerances import SAME
 
 KINDS_TOLD = 3
@@ -21,100 +20,35 @@ def answers(run: SavedRun) -> list[tuple[str, str]]:
     base = groups[run.baseline.group] if run.baseline else groups[run.arms[0].group]
     found = next(iter(compare(run)), None)
     arms = groups[found.arm] if found else []
-    told = [("Did it train?" if _was_trained(run) else "What was judged?", _trained(run, base))]
-    if found:
-        told.append((f"Is {found.arm} as good as the baseline?", _cost(arms, base)))
-        told.append(("Do its features hold longer?", _hold(run, found, arms, base)))
-    told.append(("What are its features like?", _kinds(arms[:1], base[:1])))
-    return [(question, answer) for question, answer in told if answer]
-
-
-def _was_trained(run: SavedRun) -> bool:
-    return any(arm.value("training.training_steps") is not None for arm in run.trained)
-
-
-def _trained(run: SavedRun, base: Sequence[Arm]) -> str:
-    folder = run.path / "failed"
-    failed = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    count = len(run.trained)
-    if not _was_trained(run):
-        told = f"{count} saved SAE{'s' * (count > 1)}, on held-out text."
-    elif failed:
-        told = f"Not all of it: {joined(failed)} failed (failed/ has the reason); {count} SAEs did."
-    else:
-        told = f"Yes, {'all ' * (count > 1)}{count} SAE{'s' * (count > 1)}: no loss or metric went out of bounds."
-    fvu, score, alive = (mean(base, key) for key, *_ in _COSTS)
-    parts = [f"leaves {fvu:.1%} of the variance unexplained"] if fvu is not None else []
-    parts += [f"recovers {score:.1%} of the language model's loss"] if score is not None else []
-    parts += [f"uses {alive:.1%} of its latents"] if alive is not None else []
-    return (
-        f"{told} The {'baseline' if run.baseline else f'first, {base[0].group},'} {joined(parts)}." if parts else told
-    )
-
-
-def _cost(arms: Sequence[Arm], base: Sequence[Arm]) -> str:
-    """What it costs beside the baseline at the L0 it has, relative."""
-    worse, told = [], []
-    for key, name, better in _COSTS:
-        ours, theirs = mean(arms, key), mean(base, key)
-        if ours is None or not theirs:
-            continue
-        change = ours / theirs - 1
-        told.append(f"{name} {change:+.1%}")
-        worse += [name] if better * change < -SAME else []
-    if not told:
-        return ""
+    failed = run.path / "failed"
+    # What it costs beside the baseline at the L0 it has, relative.
+    both = [(name, better, mean(arms, key), mean(base, key)) for key, name, better in _COSTS]
+    costs = [(name, better, ours / theirs - 1) for name, better, ours, theirs in both if ours is not None and theirs]
     l0 = [value for side in (arms, base) if (value := mean(side, "core.l0")) is not None]
-    at = f", with {l0[0]:.1f} active latents a token against {l0[1]:.1f}" if len(l0) == 2 else ""
-    return f"{f'Not in {joined(worse)}' if worse else 'Yes'}: {', '.join(told)}{at}."
-
-
-def _hold(run: SavedRun, found: Comparison, arms: Sequence[Arm], base: Sequence[Arm]) -> str:
-    if found.outcome == "collapsed":
-        return f"Not comparable: {found.details[0]}"
-    ours, theirs, left = mean(arms, KAPPA_EXCESS), mean(base, KAPPA_EXCESS), mean(arms, SHUFFLED_EXCESS)
-    if ours is None or theirs is None:
-        return ""
-    numbers = f"kappa excess {ours:.3f} against {theirs:.3f}"
-    if found.outcome != "longer":
-        return " ".join([f"{'No' if found.outcome == 'same' else 'No, less long'}: {numbers}.", *_targets(run, found)])
-    told = [f"{'Yes, but mostly by its mechanism' if found.mostly_mechanism else 'Yes'}: {numbers}"]
-    told[0] += f", {found.times:.1f} times." if found.times is not None else "."
-    if left is None or found.mechanism is None:
-        told.append("How much of that its mechanism makes by itself was not measured.")
-    else:
-        told.append(
-            f"On shuffled text it keeps {abs(left):.3f}, so its mechanism makes {found.mechanism:.0%} of the gain by "
-            "itself, the order of the text the rest."
-        )
-    return " ".join([*told, *_targets(run, found)])
-
-
-def _targets(run: SavedRun, found: Comparison) -> list[str]:
-    """How many of the targets the method meets, and which it misses."""
-    rows = ((run.matched or {}).get("methods", {}).get(found.arm) or {}).get("verdict") or []
+    rows = ((run.matched or {}).get("methods", {}).get(found.arm if found else "") or {}).get("verdict") or []
     known = [row for row in rows if row["met"] is not None]
-    if not known:
-        return []
-    missed = [f"{row['criterion']} {row['bound']}" for row in known if not row["met"]]
-    which = f"; missed: {', '.join(missed)}" if missed else ""
-    return [f"It meets {len(known) - len(missed)} of {len(rows)} targets at the baseline's L0{which}."]
-
-
-def _kinds(arms: Sequence[Arm], base: Sequence[Arm]) -> str:
-    shares = {arm.name: found for arm in (*arms, *base) if (found := _shares(arm))}
-    if not shares:
-        return ""
-    told = [f"{name} {', '.join(found)}" for name, found in shares.items()]
-    return (
-        f"Most common kinds of latents: {'; '.join(told)}. Whether they mean anything, no number says: look at some in "
-        "the feature browser (report.html, Features)."
+    told = paragraphs(
+        "summary",
+        was_trained=any(arm.value("training.training_steps") is not None for arm in run.trained),
+        failed=sorted(path.name for path in failed.iterdir()) if failed.is_dir() else [],
+        saes=len(run.trained),
+        has_baseline=run.baseline is not None,
+        base={"name": base[0].group}
+        | {name: mean(base, key) for name, (key, *_) in zip(("fvu", "score", "alive"), _COSTS, strict=True)},
+        found=found,
+        changes=[(name, change) for name, _, change in costs],
+        worse=[name for name, better, change in costs if better * change < -SAME],
+        l0=l0 if len(l0) == 2 else None,
+        all_targets=len(rows),
+        targets=len(known),
+        missed=[f"{row['criterion']} {row['bound']}" for row in known if not row["met"]],
+        kinds={arm.name: shares for arm in (*arms[:1], *base[:1]) if (shares := _shares(arm))},
     )
+    return list(zip(told[::2], told[1::2], strict=True))
 
 
-def _shares(arm: Arm) -> list[str]:
+def _shares(arm: Arm) -> list[tuple[str, float]]:
     """The commonest kinds of latents by the rule for single latents, with their share."""
-    section = arm.metrics.get("specialisation") or {}
-    kinds = section.get("by_latent") or {}
+    kinds = (arm.metrics.get("specialisation") or {}).get("by_latent") or {}
     ranked = sorted(kinds, key=lambda kind: -kinds[kind]["share_of_latents"])
-    return [f"{kinds[kind]['share_of_latents']:.0%} {kind}" for kind in ranked[:KINDS_TOLD] if kinds[kind]["latents"]]
+    return [(kind, kinds[kind]["share_of_latents"]) for kind in ranked[:KINDS_TOLD] if kinds[kind]["latents"]]

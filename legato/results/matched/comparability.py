@@ -14,8 +14,8 @@ _TEXT = ("dataset", "text_column", "held_out", "context_length", "bos", "held_ou
 _WHY_PLACE = {
     "model": "Another model has other activations, and may have another tokenizer: FVU, L0 and CE score are on another "
     "scale, and a lag of one token is another stretch of text.",
-    "layer": "Another layer has other activations, which hold longer or less long by themselves.",
-    "site": "Another site has other activations, which hold longer or less long by themselves.",
+    "layer": "Another layer has other activations, which hold more or less by themselves.",
+    "site": "Another site has other activations, which hold more or less by themselves.",
 }
 _WHY_TEXT = "How long features hold depends on the text, and rare latents on how much of it there is."
 
