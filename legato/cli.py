@@ -53,8 +53,9 @@ class Check(Task):
     runs: tuple[Path, ...] = words("folders of finished runs", "RUN")
 
     def run(self, interrupts: Interrupts) -> None:
-        for path in self.runs:
-            log(f"{path}: {check_all(path)} files are as the run wrote them")
+        with blame_unverified_files(self.runs):
+            for path in self.runs:
+                log(f"{path}: {check_all(path)} files are as the run wrote them")
 
 
 @record

@@ -7,9 +7,9 @@ _CHOOSE = "choose one of"
 EXPERIMENT = flags(
     "experiment",
     [
-        ("--widnow=8", "No such option '--widnow'", "--help"),
+        ("--widnow=8", "No such option", "--window"),
         ("surplus", "unexpected extra argument (surplus)", "--help"),
-        ("--temp=legato", "No such option '--temp'", "--help"),
+        ("--temp=legato", "No such option", "--temporal"),
         ("--preset=gtp2", "preset 'gtp2' is unknown", "choose one of demo, "),
         ("--preset=", "preset '' is unknown", "choose one of demo, "),
         ("--out_dir=", "--out_dir '' must have at least 1 character", ""),

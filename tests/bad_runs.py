@@ -192,7 +192,7 @@ _CHANGED: list[tuple[str, Callable[[Path], object], tuple[str, ...]]] = [
 _FLAGS = flags(
     "legato",
     [
-        ("comapre", "No such command 'comapre'. Did you mean 'compare'?", "see legato --help"),
+        ("comapre", "No such command 'comapre'", "see legato --help"),
         ("--verbose", "see legato --help", ""),
         ("compare", "Missing argument 'RUN...'", "see legato compare --help"),
         ("report", "Missing argument 'RUN...'", "see legato report --help"),
@@ -229,7 +229,7 @@ _PLOT = flags(
     "plot",
     [
         ("nowhere", "nowhere is not a finished run", "metrics.json"),
-        ("--outt=x", "No such option '--outt'. Did you mean '--out'?", "see plot.py --help"),
+        ("--outt=x", "No such option", "see plot.py --help"),
     ],
 )
 

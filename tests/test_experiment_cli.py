@@ -21,7 +21,7 @@ from legato.experiment.run import Experiment
 @pytest.mark.parametrize(
     ("flags", "what", "to_do"),
     [
-        (["--widnow=8"], "No such option '--widnow'", "--help"),
+        (["--widnow=8"], "No such option", "--window"),
         (["surplus"], "unexpected extra argument (surplus)", "--help"),
         (["--preset=gtp2"], "preset 'gtp2' is unknown", "choose one of demo, "),
         (["--k=many"], "--k many must be a valid integer", ""),
@@ -189,7 +189,7 @@ def test_legato_run_is_the_same_command(small, capsys):
     assert (again / "saes" / "baseline" / "sae_weights.safetensors").read_bytes() == weights
     capsys.readouterr()
     assert main(["run", "--widnow=8"]) == 2
-    assert capsys.readouterr().err.endswith("Did you mean '--window'?: see legato run --help\n")
+    assert capsys.readouterr().err.endswith(": see legato run --help\n")
 
 
 def test_flags_go_before_the_preset_and_the_preset_before_the_defaults():

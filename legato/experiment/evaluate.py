@@ -24,7 +24,6 @@ from legato.evaluation.latents.table import write_features
 from legato.evaluation.position.shift_test import SHIFTS, offset_test
 from legato.evaluation.redundancy.pairs import redundancy
 from legato.evaluation.redundancy.table import write_redundancy
-from legato.evaluation.specialisation.kinds import specialise
 from legato.evaluation.sums.code_buffer import coded
 from legato.experiment.arms import Arm, seeded
 from legato.experiment.checkpoint import Checkpoint
@@ -295,6 +294,10 @@ def _add_specialisation(results: Mapping[Arm, dict[str, Any]], model: LanguageMo
     """The kinds of latents of the trained arms, in clusters that they share."""
     if not results:
         return
+    from legato.evaluation.specialisation.kinds import (
+        specialise,
+    )  # scikit-learn takes a second that --help need not wait
+
     recipes: dict[str, list[str]] = {}
     for arm in results:
         recipes.setdefault(arm.group, []).append(arm.name)
