@@ -67,8 +67,11 @@ def check(acts: str, out: Path) -> None:
     for file in sorted(out.glob("*.safetensors")):
         for name, path in place(out / file.stem):
             sae = SparseAutoencoder.load(path)
-            print(f"| {name} | {sae.architecture} | {difference(computed(sae, given), load_file(file))} |", flush=True)
-        for to in ("saelens", "dictionary_learning", *(("sparsify",) if sae.architecture == "topk" else ())):
+            print(
+                f"| {name} | {sae.architecture.name} | {difference(computed(sae, given), load_file(file))} |",
+                flush=True,
+            )
+        for to in ("saelens", "dictionary_learning", *(("sparsify",) if sae.architecture.name == "topk" else ())):
             folder = out / "exported" / f"{file.stem}.{to}" / ("" if to == "saelens" else PLACES[to])
             export(sae, folder, to)
 

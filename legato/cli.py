@@ -228,7 +228,7 @@ def _described(sae: SparseAutoencoder) -> str:
     known = {"source": "of", "model": "on", "layer": "layer", "module_path": "at"}
     details = {**sae.details, "source": (sae.details.get("source") or {}).get("format")}
     said = [f"{word} {details[key]}" for key, word in known.items() if details.get(key) is not None]
-    return ", ".join([f"{sae.architecture} SAE, width {sae.d_in}, {sae.d_sae:,} latents", *said])
+    return ", ".join([f"{sae.architecture.name} SAE, width {sae.d_in}, {sae.d_sae:,} latents", *said])
 
 
 COMMANDS = click.Group(

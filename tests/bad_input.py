@@ -13,6 +13,7 @@ from small_experiment import RESULTS, experiment_main, script_main, write_corpus
 from synthetic_run import write_synthetic_run
 from tiny_models import save_tiny_model
 
+from legato.sae.architectures import architecture_named
 from legato.sae.autoencoder import SparseAutoencoder
 
 SECONDS = 30  # most cases take 0.1 s; this many is a hang
@@ -117,12 +118,19 @@ def sound(tmp_path_factory) -> World:
     return World(model, corpus, sae, run, folder)
 
 
-def random_sae(architecture: str = "jumprelu", *, d_in: int = D, d_sae: int = 64, **parts: object) -> SparseAutoencoder:
+def random_sae(
+    architecture: str = "jumprelu",
+    *,
+    d_in: int = D,
+    d_sae: int = 64,
+    details: dict[str, object] | None = None,
+    **numbers: object,
+) -> SparseAutoencoder:
     draw = torch.Generator().manual_seed(0)
     W_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=draw), dim=1)
-    own = {"threshold": torch.full((d_sae,), 0.1)} if architecture == "jumprelu" else {}
+    kind = architecture_named(architecture).of(numbers, {"threshold": torch.full((d_sae,), 0.1)})
     return SparseAutoencoder(
-        architecture, W_dec.T.contiguous(), torch.zeros(d_sae), W_dec, torch.zeros(d_in), **own | parts
+        W_dec.T.contiguous(), torch.zeros(d_sae), W_dec, torch.zeros(d_in), kind, {} if details is None else details
     )
 
 

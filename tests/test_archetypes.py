@@ -13,6 +13,7 @@ import torch
 
 from legato import SparseAutoencoder, evaluate, metrics
 from legato.data.activations import ActivationBatch
+from legato.sae.architectures import ReLU
 from legato.synthetic.sources import Sources, fire
 
 ROWS, L = 600, 128
@@ -48,7 +49,7 @@ def identity_sae(scale_F=None, decoder_scale_F=None):
     scale_F = ones if scale_F is None else scale_F
     decoder_scale_F = ones if decoder_scale_F is None else decoder_scale_F
     zeros = torch.zeros(len(NAMES))
-    return SparseAutoencoder("standard", torch.diag(scale_F), zeros, torch.diag(decoder_scale_F), zeros)
+    return SparseAutoencoder(torch.diag(scale_F), zeros, torch.diag(decoder_scale_F), zeros, ReLU())
 
 
 def mean_correlation_of_a_shuffled_chain(n, rho):

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from dense_parts import Flicker, SoftThreshold
 from test_train import ARMS, CONFIG, InMemory, planted_batches
 
 from legato.common.checksummed import DamagedError, read_sealed, write_checksummed
@@ -22,7 +23,8 @@ from legato.training.losses import WindowVariance
 STEPS = 30
 SHORT = dataclasses.replace(CONFIG, steps=STEPS, dead_after_tokens=600)
 BAD = SAEConfig("explodes", BatchTopK(4), 64, (WindowVariance(window=4, coefficient=float("nan")),))
-BANK = [*ARMS, dataclasses.replace(ARMS[4], name="shuffled", shuffle_positions=True), BAD]
+DENSE = SAEConfig("dense", SoftThreshold(k=4), 64, (Flicker(),), groups=((0.25, 0.3), (1.0, 0.7)))
+BANK = [*ARMS, DENSE, dataclasses.replace(ARMS[4], name="shuffled", shuffle_positions=True), BAD]
 
 
 @pytest.fixture(scope="module")

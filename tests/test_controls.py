@@ -15,6 +15,7 @@ from legato.evaluation.controls import (
     with_hysteresis,
 )
 from legato.evaluation.evaluate import evaluate
+from legato.sae.architectures import Hysteresis, HysteresisTopK, JumpReLU, TopK
 from legato.sae.autoencoder import SparseAutoencoder
 from legato.sae.codes import SparseCodes
 
@@ -107,14 +108,14 @@ def sticky_batches(n=2, rows=3, length=32):
 def sae():
     W_dec = torch.nn.functional.normalize(torch.randn(F, D, generator=torch.Generator().manual_seed(1)), dim=-1)
     return SparseAutoencoder(
-        "jumprelu", W_dec.T.contiguous(), torch.zeros(F), W_dec, 0.1 * torch.ones(D), threshold=torch.full((F,), 1.2)
+        W_dec.T.contiguous(), torch.zeros(F), W_dec, 0.1 * torch.ones(D), JumpReLU(threshold=torch.full((F,), 1.2))
     )
 
 
 def test_post_hoc_hysteresis_keeps_the_budget_and_holds(sae):
     batches = list(sticky_batches())
     held = with_hysteresis(sae, batches, k=K, release=0.5)
-    assert held.architecture == "hysteresis"
+    assert held.architecture == Hysteresis(release=0.5)
     assert torch.equal(held.W_dec, sae.W_dec)
     tokens = sum(int(batch.mask_BL.sum()) for batch in batches)
     assert sum(len(held.encode_sparse(batch)) for batch in batches) / tokens == pytest.approx(K, rel=0.02)
@@ -130,10 +131,10 @@ def test_controls_have_their_settings_and_cost_what_they_buy(sae):
     batches = list(sticky_batches())
     controls = {kind: post_hoc_control(kind, sae, batches, k=K, release=0.5) for kind in CONTROLS}
     assert controls["ema"].training == {"post_hoc": {"control": "ema", "alpha": 0.5, "cutoff": 0.01}}
-    topk = replace(sae, architecture="topk", threshold=None, k=K)
+    topk = replace(sae, architecture=TopK(K))
     assert post_hoc_control("ema", topk, batches, k=K, release=0.5) is None  # thresholds are what it is made of
     held = post_hoc_control("hysteresis", topk, batches, k=K, release=0.5)
-    assert held.judged == replace(topk, architecture="hysteresis_topk", release=0.5)
+    assert held.judged == replace(topk, architecture=HysteresisTopK(K, release=0.5))
 
     bank = {"baseline": sae, **{f"baseline_{kind}": control.judged for kind, control in controls.items()}}
     results = evaluate(bank, batches)

@@ -18,6 +18,7 @@ from legato.evaluation.core.splice import TokenLosses, splice_losses
 from legato.evaluation.evaluate import evaluate
 from legato.evaluation.latents.table import read_features, write_features
 from legato.evaluation.sae_sums import SAESums
+from legato.sae.architectures import TopK
 from legato.sae.autoencoder import SparseAutoencoder
 from legato.sae.codes import SparseCodes
 
@@ -196,7 +197,7 @@ def test_a_loss_that_is_not_finite_is_an_error():
 
 def sae(k=4, seed=0):
     W_FD = torch.nn.functional.normalize(torch.randn(F, D, generator=torch.Generator().manual_seed(seed)), dim=1)
-    return SparseAutoencoder("topk", W_FD.T.clone(), torch.zeros(F), W_FD.clone(), torch.zeros(D), k=k)
+    return SparseAutoencoder(W_FD.T.clone(), torch.zeros(F), W_FD.clone(), torch.zeros(D), TopK(k))
 
 
 def batches(n=3, rows=4, outlier=False):

@@ -22,6 +22,7 @@ from legato.data.activations import ActivationBatch
 from legato.data.language_model import LanguageModel
 from legato.evaluation.evaluate import evaluate
 from legato.report import build
+from legato.sae.architectures import Hysteresis, JumpReLU
 from legato.sae.autoencoder import SparseAutoencoder
 
 ROWS, LENGTH, WIDTH, LATENTS = 7, 16, 48, 64
@@ -49,12 +50,13 @@ def place(tmp_path_factory) -> Path:
 def plain(threshold: float = 2.0) -> SparseAutoencoder:
     generator = torch.Generator().manual_seed(0)
     W_dec = torch.nn.functional.normalize(torch.randn(LATENTS, WIDTH, generator=generator), dim=-1)
-    thresholds = torch.full((LATENTS,), threshold)
-    return SparseAutoencoder("jumprelu", W_dec.T.clone(), torch.zeros(LATENTS), W_dec, torch.zeros(WIDTH), thresholds)
+    above = JumpReLU(threshold=torch.full((LATENTS,), threshold))
+    return SparseAutoencoder(W_dec.T.clone(), torch.zeros(LATENTS), W_dec, torch.zeros(WIDTH), above)
 
 
 def held() -> SparseAutoencoder:
-    return replace(plain(), architecture="hysteresis", release=0.4)
+    sae = plain()
+    return replace(sae, architecture=Hysteresis(release=0.4, threshold=sae.architecture.threshold))
 
 
 class Breaking:

@@ -7,6 +7,7 @@ from test_export import acts, assert_equal, random_sae
 from tiny_models import save_tiny_model
 
 from legato.cli import main
+from legato.sae.architectures import HysteresisTopK, TopK
 from legato.sae.autoencoder import SparseAutoencoder, export
 
 
@@ -30,7 +31,7 @@ def test_an_sae_with_state_goes_out_without_it(tmp_path, capsys, monkeypatch):
     model = save_tiny_model(tmp_path / "model", "gpt2", pad_token_id=None)
     W_dec = torch.nn.functional.normalize(torch.randn(64, 48, generator=torch.Generator().manual_seed(0)), dim=1)
     weights = (W_dec.T.contiguous(), torch.zeros(64), W_dec, torch.zeros(48))
-    sae = SparseAutoencoder("hysteresis_topk", *weights, k=4, release=0.5, details={"layer": 2, "model": str(model)})
+    sae = SparseAutoencoder(*weights, HysteresisTopK(4, release=0.5), {"layer": 2, "model": str(model)})
     sae.save(tmp_path / "held")
     words = ["export", str(tmp_path / "held"), "--to=dictionary_learning", f"--out={tmp_path / 'out'}"]
     assert main(words) == 1
@@ -39,7 +40,7 @@ def test_an_sae_with_state_goes_out_without_it(tmp_path, capsys, monkeypatch):
     assert main([*words, "--stateless", *place]) == 0
     shown = capsys.readouterr().out
     assert "L0 4.0 for both" in shown
-    assert SparseAutoencoder.load(tmp_path / "out").architecture == "topk"
+    assert SparseAutoencoder.load(tmp_path / "out").architecture == TopK(4)
 
 
 def test_mistakes(tmp_path, capsys):

@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from legato.common.errors import LegatoError
+from legato.sae.architectures import TopK, architecture_named
 from legato.sae.autoencoder import EXPORT_FORMATS, SparseAutoencoder, export
 
 D, F, K = 16, 48, 5
@@ -36,12 +37,12 @@ def random_sae(architecture, *, unit_rows=True, details=DETAILS, **change):
         for name, value in OWN[architecture].items()
     }
     return SparseAutoencoder(
-        architecture,
         W_dec.T.contiguous() + 0.1 * torch.randn(D, F, generator=generator),
         0.3 * torch.randn(F, generator=generator),
         W_dec,
         0.3 * torch.randn(D, generator=generator),
-        **{"details": details, **own, **change},
+        architecture_named(architecture)(**own | change),
+        details,
     )
 
 
@@ -59,9 +60,10 @@ def assert_same_codes(sae, encode, decode):
 
 def assert_equal(one, other):
     assert (one.architecture, one.details) == (other.architecture, other.details)
-    for name in ("W_enc", "b_enc", "W_dec", "b_dec", "k", "release", "window", "tail", *PER_LATENT):
-        ours, theirs = getattr(one, name), getattr(other, name)
-        assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs, name
+    tensors, theirs = one.stored().weights, other.stored().weights
+    assert tensors.keys() == theirs.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, theirs[name]), name
 
 
 @pytest.mark.parametrize("to", ["saelens", "safetensors"])
@@ -90,12 +92,12 @@ def test_dictionary_learning_and_back(tmp_path, architecture):
     back = SparseAutoencoder.load(export(sae, tmp_path / "run", to="dictionary_learning"))
     if architecture == "jumprelu":
         assert_equal(back, sae)
-    assert (back.architecture, back.details, back.k) == (sae.architecture, sae.details, sae.k)
+    assert (back.architecture, back.details) == (sae.architecture, sae.details)
     assert torch.equal(back.W_enc, sae.W_enc)
     assert torch.equal(back.W_dec, sae.W_dec)
-    for name in ("b_enc", "b_gate"):
-        if getattr(sae, name) is not None:
-            torch.testing.assert_close(getattr(back, name), getattr(sae, name), rtol=0, atol=3e-7)
+    for name, bias in sae.stored().weights.items():
+        if name in ("b_enc", "b_mag", "b_gate"):
+            torch.testing.assert_close(back.stored().weights[name], bias, rtol=0, atol=3e-7)
     assert_same_codes(sae, back.encode, back.decode)
 
 
@@ -103,7 +105,7 @@ def test_sparsify_and_back(tmp_path):
     sae = random_sae("topk")
     folder = export(sae, tmp_path / "run" / "layers.3", to="sparsify")
     back = SparseAutoencoder.load(folder)
-    assert (back.architecture, back.k, back.details) == ("topk", K, DETAILS)
+    assert (back.architecture, back.details) == (TopK(K), DETAILS)
     assert_same_codes(sae, back.encode, back.decode)
     cfg = json.loads((folder / "cfg.json").read_text())
     assert (cfg["d_in"], cfg["num_latents"], cfg["k"], cfg["transcode"]) == (D, F, K, False)

@@ -38,7 +38,7 @@ def random_batch(**changes) -> ActivationBatch:
 def random_sae(**changes) -> SparseAutoencoder:
     W_dec = torch.nn.functional.normalize(torch.randn(F, D, generator=torch.Generator().manual_seed(1)), dim=1)
     parts = {"W_enc": W_dec.T, "b_enc": torch.zeros(F), "W_dec": W_dec, "b_dec": torch.zeros(D)}
-    return SparseAutoencoder("standard", **parts | changes)
+    return SparseAutoencoder(**parts | changes, architecture=ReLU())
 
 
 class Identity:

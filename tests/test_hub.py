@@ -12,6 +12,7 @@ import torch
 from legato.cli import main
 from legato.common.errors import LegatoError, UsageError
 from legato.interop.hub import from_pretrained, model_card, push_to_hub
+from legato.sae.architectures import Hysteresis
 from legato.sae.autoencoder import SparseAutoencoder
 
 COMMIT = "c" * 40
@@ -24,14 +25,12 @@ METRICS = {
 def an_sae(**details):
     W_dec = torch.nn.functional.normalize(torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
     return SparseAutoencoder(
-        "hysteresis",
         W_dec.T.clone(),
         torch.zeros(8),
         W_dec,
         torch.zeros(4),
-        torch.ones(8),
-        release=0.5,
-        details=details,
+        Hysteresis(release=0.5, threshold=torch.ones(8)),
+        details,
     )
 
 
@@ -163,7 +162,7 @@ def test_a_place_on_the_hub_opens_where_a_path_does(tmp_path, capsys):
     saved = {path.name: path.read_bytes() for path in an_sae().save(tmp_path / "sae").iterdir()}
     Hub.files = {f"x/one/{name}": content for name, content in saved.items()} | {"x/two/ae.pt": b"much"}
     assert main(["import", "me/sae/x/one", str(tmp_path / "mine")]) == 0, capsys.readouterr().err
-    assert SparseAutoencoder.load(tmp_path / "mine").architecture == "hysteresis"
+    assert SparseAutoencoder.load(tmp_path / "mine").architecture.name == "hysteresis"
     assert not list((tmp_path / "cache").rglob("ae.pt"))
     load = SparseAutoencoder.load
     missing = one_line(UsageError, load, "me/sae/y")

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from legato.common.errors import LegatoError, UsageError
+from legato.sae.architectures import TopK
 from legato.sae.autoencoder import SparseAutoencoder
 
 D, F, K = 16, 48, 5
@@ -132,7 +133,7 @@ def test_sparsify(tmp_path, num_latents):
     weights = write_sparsify(folder, num_latents=num_latents)
     sae = SparseAutoencoder.load(folder)
     assert_codes(sae, sparsify_encode(acts(), weights), weights)
-    assert (sae.architecture, sae.k) == ("topk", K)
+    assert sae.architecture == TopK(K)
     details = sae.details
     assert (details["model"], details["layer"], details["site"]) == ("EleutherAI/pythia-160m", 7, "mlp_out")
     assert details["context_length"] == 2048

@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from small_experiment import write_corpus
@@ -13,6 +12,7 @@ from legato.cli import main
 from legato.common.errors import UsageError
 from legato.experiment.evaluate_saved import EvaluateConfig, judged_arms, named
 from legato.results.saved_run import SavedRun
+from legato.sae.architectures import Hysteresis, JumpReLU
 from legato.sae.autoencoder import SparseAutoencoder
 
 WIDTH, LATENTS = 48, 64
@@ -26,19 +26,20 @@ def place(tmp_path_factory):
     write_corpus(folder / "corpus")
     sae = random_sae()
     sae.save(folder / "plain")
-    SparseAutoencoder(
-        "hysteresis", sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, threshold=sae.threshold, release=0.4
-    ).save(folder / "held")
+    held = Hysteresis(release=0.4, threshold=sae.architecture.threshold)
+    replace(sae, architecture=held).save(folder / "held")
     return folder
 
 
 def random_sae(width=WIDTH, **details):
     generator = torch.Generator().manual_seed(0)
     W_dec = torch.nn.functional.normalize(torch.randn(LATENTS, width, generator=generator), dim=-1)
-    threshold = torch.full((LATENTS,), 2.0)
-    return SparseAutoencoder(
-        "jumprelu", W_dec.T.clone(), torch.zeros(LATENTS), W_dec, torch.zeros(width), threshold, details=details
-    )
+    above_2 = JumpReLU(threshold=torch.full((LATENTS,), 2.0))
+    return SparseAutoencoder(W_dec.T.clone(), torch.zeros(LATENTS), W_dec, torch.zeros(width), above_2, details)
+
+
+def silent():
+    return replace(random_sae(), architecture=JumpReLU(threshold=torch.full((LATENTS,), 1e9)))
 
 
 @pytest.fixture
@@ -238,10 +239,7 @@ def test_mistakes(evaluate, place, tmp_path):
 
 
 def test_an_sae_that_cannot_be_judged_leaves_the_others(evaluate, place, tmp_path):
-    sae = random_sae()
-    SparseAutoencoder(
-        "jumprelu", sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, torch.full((LATENTS,), np.float32(1e9))
-    ).save(tmp_path / "silent")
+    silent().save(tmp_path / "silent")
     assert "1 of 2 SAEs cannot be judged (silent: no latent fires" in failure(
         evaluate, place / "plain", tmp_path / "silent", code=1
     )
@@ -275,8 +273,7 @@ def test_what_was_cut_off_goes_on(evaluate, place, tmp_path, monkeypatch):
 
 
 def test_nothing_that_can_be_judged_is_said_again(evaluate, place, tmp_path):
-    silent = replace(random_sae(), threshold=torch.full((LATENTS,), 1e9))
-    silent.save(tmp_path / "silent")
+    silent().save(tmp_path / "silent")
     for _ in range(2):
         shown = failure(evaluate, tmp_path / "silent", code=1)
         assert "no SAE could be judged: silent: no latent fires" in shown

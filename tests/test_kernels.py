@@ -20,7 +20,7 @@ from legato.sae.architectures import (
     WindowTopK,
     hysteresis_topk,
 )
-from legato.sae.architectures.base import OPENING
+from legato.sae.architectures.forward import OPENING
 from legato.sae.autoencoder import SparseAutoencoder
 from legato.sae.kernels import gradients
 from legato.sae.kernels import pairs as kernels
@@ -251,16 +251,14 @@ def test_choices_along_the_sequence_equal_the_plain_loop_in_training_and_inferen
     assert (on_BLF.view(-1, F) != plain_NF)[mask_BL.view(-1)].any()  # spent on other pairs
 
     p = parameters
-    sae = SparseAutoencoder(
-        W_enc=p.W_enc_FD.T.contiguous(), b_enc=p.b_enc_F, W_dec=p.W_dec_FD, b_dec=p.b_dec_D, **sparsity.frozen([pre])
-    )
+    sae = SparseAutoencoder(p.W_enc_FD.T.contiguous(), p.b_enc_F, p.W_dec_FD, p.b_dec_D, sparsity.inference([pre]))
     codes_BLF = sae.encode(batch.x_ND.view(B, L, D), mask_BL, doc_BL)
     assert torch.equal(codes_BLF > 0, on_BLF)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_held_top_from_rounded_values_is_exact(dtype):
-    # The state of the rounded pass may differ from the exact one; what it nominates must still hold the exact choice.
+    # The state of the rounded pass may differ from the exact one; its candidates must still hold the exact choice.
     generator = torch.Generator().manual_seed(0)
     tokens, width, latents, k = 256, 24, 128, 8
     x_ND = torch.randn(tokens, width, generator=generator).cumsum(0) / 4
@@ -293,17 +291,15 @@ def test_hysteresis_budget_and_inference_equal_the_plain_loop():
         found_NF = torch.zeros(B * L, F, dtype=torch.bool)
         found_NF[pairs.token_P, pairs.latent_P] = True
         assert torch.equal(found_NF.view(B, L, F), on_BLF)
-    assert sparsity.frozen([pre])["threshold"].tolist() == pytest.approx([threshold] * F, rel=0.02)
+    assert sparsity.inference([pre]).threshold.tolist() == pytest.approx([threshold] * F, rel=0.02)
 
     p = parameters
     sae = SparseAutoencoder(
-        "hysteresis",
         p.W_enc_FD.T.contiguous(),
         p.b_enc_F,
         p.W_dec_FD,
         p.b_dec_D,
-        threshold=torch.full((F,), threshold, dtype=torch.float64),
-        release=0.5,
+        Hysteresis(release=0.5, threshold=torch.full((F,), threshold, dtype=torch.float64)),
     )
     codes_BLF = sae.encode(batch.x_ND.view(B, L, D), mask_BL, doc_BL)
     assert torch.equal(codes_BLF > 0, on_BLF)

@@ -14,6 +14,7 @@ from legato.data.tokens import TokenSet
 from legato.evaluation.latents.table import read_features
 from legato.evaluation.position.shift_test import Agreement, offset_test
 from legato.report.text.latents import offset_lines
+from legato.sae.architectures import TopK
 from legato.sae.autoencoder import SparseAutoencoder
 from legato.sae.codes import SparseCodes
 
@@ -36,7 +37,7 @@ def text(rows=5, length=24, doc_BL=None):
 def random_sae(k=4):
     generator = torch.Generator().manual_seed(0)
     W = torch.nn.functional.normalize(torch.randn(F, D, generator=generator), dim=-1)
-    return SparseAutoencoder("topk", W.T.contiguous(), torch.zeros(F), W, torch.zeros(D), k=k)
+    return SparseAutoencoder(W.T.contiguous(), torch.zeros(F), W, torch.zeros(D), TopK(k))
 
 
 class Firing:

@@ -96,7 +96,7 @@ def test_trained_finished_saved_and_opened(tmp_path):
     assert float((leak_F - 0.3).abs().max()) > 0.05  # it learns
     batches = moving_batches(4)
     sae = trainer.finish(normaliser, [TrainBatch.of(batch, normaliser, fast_matmul_dtype()) for batch in batches])
-    assert sae.architecture == "persistent"
+    assert sae.architecture.name == "persistent"
     opened = SparseAutoencoder.load(sae.save(tmp_path / "sae"))
     [batch] = batches[:1]
     batch.mask_BL[:, 5] = False
@@ -108,7 +108,7 @@ def test_trained_finished_saved_and_opened(tmp_path):
     power = (batch.acts_BLD[batch.mask_BL] - batch.acts_BLD[batch.mask_BL].mean(0)).square().sum()
     assert error / power < 1.5 * log[-1]["fvu"] + 0.05
     plain = sae.stateless(batch)
-    assert plain.architecture == "jumprelu"
+    assert plain.architecture.name == "jumprelu"
     assert plain.details["stateless"]["l0"] == pytest.approx(float((codes_BLF > 0).sum() / batch.mask_BL.sum()))
 
 

@@ -77,7 +77,7 @@ def test_all_blocks_run_and_leave_what_the_page_says(page):
 
 
 def test_the_page_s_term_is_its_own_derivative(page):
-    """`sparse` is the value of `loss` and its gradient at the active codes."""
+    """`sparse` is the value of `loss` and its gradient at the active codes, in their order."""
     term = page[1]["Alone"]()
     generator = torch.Generator().manual_seed(0)
     codes_BLF = torch.rand(2, 6, 5, generator=generator) * (torch.rand(2, 6, 5, generator=generator) > 0.5)

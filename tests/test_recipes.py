@@ -38,13 +38,13 @@ def test_names_combine():
         "matryoshka_topk_window_variance_slowness",
     ]
     both = made["hysteresis_contrastive"]
-    assert both.sparsity == Hysteresis(16, release=0.5)
+    assert both.architecture == Hysteresis(16, release=0.5)
     assert [type(term) for term in both.terms] == [Contrastive]
     assert not both.shuffle_positions
     shuffled = made["hysteresis_shuffled"]
-    assert (shuffled.sparsity, shuffled.terms, shuffled.shuffle_positions) == (both.sparsity, (), True)
+    assert (shuffled.architecture, shuffled.terms, shuffled.shuffle_positions) == (both.architecture, (), True)
     many = made["matryoshka_topk_window_variance_slowness"]
-    assert (many.sparsity, many.groups) == (TopK(16), MATRYOSHKA)
+    assert (many.architecture, many.groups) == (TopK(16), MATRYOSHKA)
     assert [term.name for term in many.terms] == ["window_variance", "slowness"]
     assert isinstance(many.terms[0], WindowVariance)
 
@@ -80,8 +80,8 @@ def test_sweeps_of_the_baseline_and_of_named_arms_for_every_seed():
         *("hysteresis", "hysteresis_k8", "hysteresis_k24", "topk"),
     ]
     assert list(made) == [*names, *(f"{name}_seed7" for name in names)]
-    assert made["baseline_k8"].sparsity == BatchTopK(8)
-    assert made["hysteresis_k24_seed7"].sparsity == Hysteresis(24, release=0.5)
+    assert made["baseline_k8"].architecture == BatchTopK(8)
+    assert made["hysteresis_k24_seed7"].architecture == Hysteresis(24, release=0.5)
     assert {arm.seed for name, arm in made.items() if name.endswith("_seed7")} == {7}
 
 

@@ -6,19 +6,18 @@ import torch
 
 from legato.common.errors import LegatoError, UsageError
 from legato.data.activations import ActivationBatch, Normaliser
+from legato.sae.architectures import Gated, Hysteresis, JumpReLU, ReLU
 from legato.sae.autoencoder import SparseAutoencoder
 
 
 def hysteresis_sae(**changes) -> SparseAutoencoder:
     """Two latents that read a dimension each: on from 2, held down to 1."""
     parts = {
-        "architecture": "hysteresis",
         "W_enc": torch.eye(2),
         "b_enc": torch.zeros(2),
         "W_dec": torch.eye(2),
         "b_dec": torch.zeros(2),
-        "threshold": torch.full((2,), 2.0),
-        "release": 0.5,
+        "architecture": Hysteresis(release=0.5, threshold=torch.full((2,), 2.0)),
         "details": {"model": "demo"},
     }
     return SparseAutoencoder(**parts | changes)
@@ -40,8 +39,8 @@ def test_stateless_approximation_by_hand():
     on_LF = sae.encode(batch.acts_BLD, batch.mask_BL, batch.doc_BL)[0] > 0
     assert on_LF.T.tolist() == [[True, True, True, False, False], [False, False, True, False, False]]
     plain = sae.stateless(batch)
-    assert (plain.architecture, plain.release) == ("jumprelu", None)
-    assert plain.threshold.tolist() == [1.5, 1.5]
+    assert plain.architecture == JumpReLU()
+    assert plain.architecture.threshold.tolist() == [1.5, 1.5]
     difference = plain.details["stateless"]
     assert difference["l0"] == pytest.approx(4 / 5)
     assert difference["same_pairs"] == pytest.approx(2 / 6)
@@ -55,8 +54,10 @@ def test_stateless_counts_valid_tokens_only_and_is_saved_with_its_difference(tmp
     batch = batch_of([9.0, 3.0, 1.5, 0.1], [9.0, 0.2, 0.3, 0.4], mask=[False, True, True, True])
     path = hysteresis_sae().stateless(batch).save(tmp_path / "sae")
     plain = SparseAutoencoder.load(path)
-    assert plain.architecture == "jumprelu"
-    assert plain.threshold.tolist() == pytest.approx([0.4, 0.4])  # 3.0 and 1.5 are on, the next value is 0.4
+    assert plain.architecture == JumpReLU()
+    assert plain.architecture.threshold.tolist() == pytest.approx(
+        [0.4, 0.4]
+    )  # 3.0 and 1.5 are on, the next value is 0.4
     stored = json.loads((path / "legato.json").read_text())
     assert stored["model"] == "demo"
     assert stored["stateless"]["same_pairs"] == 1
@@ -66,7 +67,7 @@ def test_stateless_counts_valid_tokens_only_and_is_saved_with_its_difference(tmp
 def test_what_has_no_stateless_approximation_says_so():
     batch = batch_of([3.0, 1.5], [0.0, 0.0])
     with pytest.raises(UsageError, match="keeps no state"):
-        hysteresis_sae(architecture="standard", threshold=None, release=None).stateless(batch)
+        hysteresis_sae(architecture=ReLU()).stateless(batch)
     with pytest.raises(LegatoError, match="no latent fires"):
         hysteresis_sae().stateless(batch_of([1.0, 1.0], [1.0, 1.0]))
 
@@ -74,7 +75,7 @@ def test_what_has_no_stateless_approximation_says_so():
 def test_hysteresis_is_saved_and_opened_as_itself(tmp_path):
     sae = hysteresis_sae(b_dec=torch.tensor([5.0, -1.0]))
     opened = SparseAutoencoder.load(sae.save(tmp_path / "sae"))
-    assert (opened.architecture, opened.release, opened.details) == ("hysteresis", 0.5, {"model": "demo"})
+    assert (opened.architecture, opened.details) == (Hysteresis(release=0.5), {"model": "demo"})
     acts_BLD = 3 * torch.randn(2, 50, 2, generator=torch.Generator().manual_seed(0))
     assert torch.equal(opened.encode(acts_BLD), sae.encode(acts_BLD))
 
@@ -90,26 +91,22 @@ def gated_sae(seed: int = 0) -> SparseAutoencoder:
     W_dec = torch.nn.functional.normalize(torch.randn(24, 6, generator=generator), dim=-1)
     b_dec = 3 * torch.randn(6, generator=generator)
     return SparseAutoencoder(
-        "gated",
         W_dec.T.contiguous(),
         0.3 * torch.randn(24, generator=generator) - W_dec @ b_dec,
         W_dec,
         b_dec,
-        b_gate=-1 - W_dec @ b_dec,
-        r_mag=0.3 * torch.randn(24, generator=generator),
+        Gated(b_gate=-1 - W_dec @ b_dec, r_mag=0.3 * torch.randn(24, generator=generator)),
     )
 
 
 def test_gated_codes_by_hand():
     # Gates: 3 - 2 > 0 and 1 - 2 < 0. Codes: 2 * 3 - 1 = 5, and nothing; with b_enc -7 an open gate passes nothing.
     sae = SparseAutoencoder(
-        "gated",
         torch.eye(2),
         torch.tensor([-1.0, 5.0]),
         torch.eye(2),
         torch.zeros(2),
-        b_gate=torch.full((2,), -2.0),
-        r_mag=torch.full((2,), 2.0).log(),
+        Gated(b_gate=torch.full((2,), -2.0), r_mag=torch.full((2,), 2.0).log()),
     )
     assert sae.encode(torch.tensor([[3.0, 1.0]]))[0].tolist() == pytest.approx([5.0, 0.0])
     shut = dataclasses.replace(sae, b_enc=torch.full((2,), -7.0))
@@ -126,9 +123,10 @@ def test_sparse_codes_of_a_gated_sae_are_the_dense_ones(tmp_path):
     assert 0.02 < (codes_BLF > 0).float().mean() < 0.5
     torch.testing.assert_close(sae.encode_sparse(batch).dense(), codes_BLF, atol=1e-4, rtol=1e-4)
     opened = SparseAutoencoder.load(sae.save(tmp_path / "sae"))
-    assert opened.architecture == "gated"
+    assert opened.architecture.name == "gated"
     assert torch.equal(opened.encode(acts_BLD, mask_BL), codes_BLF)
-    open_gates = dataclasses.replace(sae, b_gate=sae.b_gate + 1.5)  # no threshold is positive: all codes are computed
+    wide = dataclasses.replace(sae.architecture, b_gate=sae.architecture.b_gate + 1.5)
+    open_gates = dataclasses.replace(sae, architecture=wide)  # no threshold is positive: all codes are computed
     torch.testing.assert_close(open_gates.encode_sparse(batch).dense(), open_gates.encode(acts_BLD, mask_BL))
 
 

@@ -10,6 +10,7 @@ from tiny_models import save_tiny_model, tiny_tokens
 from legato.cli import main
 from legato.common.errors import UsageError
 from legato.interop import saebench_evals
+from legato.sae.architectures import architecture_named
 from legato.sae.autoencoder import SparseAutoencoder
 
 # sae-bench and what it imports warn of their own deprecations and of small data sets.
@@ -21,11 +22,8 @@ D, F = 48, 64
 def an_sae(architecture="hysteresis", norm=0.5):
     generator = torch.Generator().manual_seed(0)
     W_dec = norm * torch.nn.functional.normalize(torch.randn(F, D, generator=generator), dim=-1)
-    state = {"release": 0.4} if architecture == "hysteresis" else {}
-    threshold = torch.full((F,), 1.0)
-    return SparseAutoencoder(
-        architecture, W_dec.T.clone(), torch.full((F,), 0.1), W_dec, torch.ones(D), threshold, **state
-    )
+    kind = architecture_named(architecture).of({"release": 0.4}, {"threshold": torch.full((F,), 1.0)})
+    return SparseAutoencoder(W_dec.T.clone(), torch.full((F,), 0.1), W_dec, torch.ones(D), kind)
 
 
 def test_what_is_absent_is_named(monkeypatch, tmp_path):

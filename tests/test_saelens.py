@@ -11,6 +11,7 @@ from legato.common.errors import LegatoError, UsageError
 from legato.data.activations import ActivationBatch
 from legato.sae.autoencoder import SparseAutoencoder
 from legato.sae.formats.saelens import read_saelens_folder, write_saelens_folder
+from legato.sae.formats.weights import SAEWeights
 
 ROOT = Path(__file__).resolve().parents[1]
 D, F, K, RELEASE = 24, 80, 6, 0.4
@@ -24,7 +25,6 @@ ARCHITECTURES = (
     "hysteresis_topk",
     "window_topk",
     "persistent",
-    "batchtopk",
     "gated",
 )
 
@@ -51,9 +51,16 @@ def random_weights(architecture: str) -> dict:
         weights["window"] = WINDOW
     if architecture == "persistent":
         weights |= {"leak": 0.9 * torch.rand(F, generator=generator), "tail": TAIL}
-    if architecture == "batchtopk":
-        weights["threshold"] = 900.0
     return weights
+
+
+def write_folder(path, architecture, weights, *, apply_b_dec_to_input=True, **beside):
+    tensors = {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
+    numbers = {name: value for name, value in weights.items() if name not in tensors and value is not None}
+    stored = SAEWeights(
+        architecture=architecture, weights=tensors, apply_b_dec_to_input=apply_b_dec_to_input, numbers=numbers
+    )
+    return write_saelens_folder(path, stored, **beside)
 
 
 def reference_encode(acts_ND, architecture, weights, apply_b_dec_to_input=True):
@@ -65,7 +72,7 @@ def reference_encode(acts_ND, architecture, weights, apply_b_dec_to_input=True):
     if architecture == "topk":
         kth_N1 = pre_NF.sort(dim=1, descending=True).values[:, K - 1 : K]
         return torch.where(pre_NF >= kth_N1, pre_NF, 0.0).relu()
-    if architecture in ("jumprelu", "batchtopk"):
+    if architecture == "jumprelu":
         return torch.where(pre_NF > weights["threshold"], pre_NF, 0.0).relu()
     if architecture == "hysteresis_topk":  # the rows are one sequence
         codes_NF, on_F = torch.zeros_like(pre_NF), torch.zeros(F, dtype=torch.bool)
@@ -105,26 +112,22 @@ def raw_activations(rows=64):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_what_is_written_is_read_back(tmp_path, architecture):
     weights = random_weights(architecture)
-    write_saelens_folder(
+    write_folder(
         tmp_path / "sae",
-        architecture=architecture,
+        architecture,
+        weights,
         metadata={"model_name": "demo", "hook_name": "model.layers.9"},
         legato={"objective": {"temporal": "contrastive"}},
-        **weights,
     )
     folder = read_saelens_folder(tmp_path / "sae")
-    assert folder.architecture == {"batchtopk": "jumprelu"}.get(architecture, architecture)
-    assert folder.k == weights.pop("k", None)
-    assert folder.release == weights.pop("release", None)
-    assert folder.window == weights.pop("window", None)
-    assert folder.tail == weights.pop("tail", None)
+    assert folder.architecture == architecture
+    assert folder.numbers == {name: weights.pop(name) for name in folder.numbers}
     assert folder.apply_b_dec_to_input is True
     assert folder.metadata["hook_name"] == "model.layers.9"
     assert folder.legato == {"objective": {"temporal": "contrastive"}}
     assert folder.weights.keys() == weights.keys()
     for name, value in weights.items():
-        expected = torch.full((F,), value) if isinstance(value, float) else value
-        assert torch.equal(folder.weights[name], expected), name
+        assert torch.equal(folder.weights[name], value), name
     assert sorted(p.name for p in tmp_path.iterdir()) == ["sae"]  # no temporary left
 
 
@@ -136,9 +139,7 @@ def test_saelens_opens_it_and_computes_the_same(tmp_path, architecture, apply_b_
     import legato.interop.saelens  # noqa: F401  registers hysteresis
 
     weights = random_weights(architecture)
-    path = write_saelens_folder(
-        tmp_path / "sae", architecture=architecture, apply_b_dec_to_input=apply_b_dec_to_input, **weights
-    )
+    path = write_folder(tmp_path / "sae", architecture, weights, apply_b_dec_to_input=apply_b_dec_to_input)
     sae = SAE.load_from_disk(path)
     acts_ND = raw_activations()
     with torch.no_grad():
@@ -156,9 +157,7 @@ def test_saelens_opens_it_and_computes_the_same(tmp_path, architecture, apply_b_
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_legato_opens_it_and_computes_the_same(tmp_path, architecture, apply_b_dec_to_input):
     weights = random_weights(architecture)
-    path = write_saelens_folder(
-        tmp_path / "sae", architecture=architecture, apply_b_dec_to_input=apply_b_dec_to_input, **weights
-    )
+    path = write_folder(tmp_path / "sae", architecture, weights, apply_b_dec_to_input=apply_b_dec_to_input)
     sae = SparseAutoencoder.load(SparseAutoencoder.load(path).save(tmp_path / "again"))
     acts_ND = raw_activations()
     expected_NF = reference_encode(acts_ND, architecture, weights, apply_b_dec_to_input)
@@ -174,7 +173,7 @@ def test_hysteresis_opens_in_saelens_and_holds_along_each_sequence(tmp_path):
     SAE = pytest.importorskip("sae_lens", reason="sae-lens is not installed", exc_type=ImportError).SAE
     import legato.interop.saelens  # noqa: F401
 
-    path = write_saelens_folder(tmp_path / "sae", architecture="hysteresis", **random_weights("hysteresis"))
+    path = write_folder(tmp_path / "sae", "hysteresis", random_weights("hysteresis"))
     theirs, ours = SAE.load_from_disk(path), SparseAutoencoder.load(path)
     acts_BLD = raw_activations(rows=64).view(4, 16, D)
     with torch.no_grad():
@@ -187,7 +186,7 @@ def test_hysteresis_opens_in_saelens_and_holds_along_each_sequence(tmp_path):
     assert not torch.equal(rows_as_one > 0, expected_BLF > 0)  # so the state does end with the row
     # SAELens' own save keeps it, release included.
     theirs.save_model(tmp_path / "again")
-    assert SparseAutoencoder.load(tmp_path / "again").release == RELEASE
+    assert SparseAutoencoder.load(tmp_path / "again").architecture.release == RELEASE
     # The thresholds follow the decoder norms, as a jumprelu's do.
     doubled = SAE.load_from_disk(path)
     doubled.W_dec.data *= 2
@@ -217,7 +216,7 @@ def test_folder_has_exactly_the_keys_saelens_saves(tmp_path, architecture):
     own_field = {name: value for name, value in random_weights(architecture).items() if not hasattr(value, "shape")}
     theirs = sae_class(cfg_class(d_in=D, d_sae=F, **own_field))
     theirs.save_model(tmp_path / "theirs")
-    write_saelens_folder(tmp_path / "ours", architecture=architecture, **random_weights(architecture))
+    write_folder(tmp_path / "ours", architecture, random_weights(architecture))
     cfg = {who: json.loads((tmp_path / who / "cfg.json").read_text()) for who in ("theirs", "ours")}
     assert cfg["ours"].keys() == cfg["theirs"].keys()
     stored = {who: load_file(tmp_path / who / "sae_weights.safetensors") for who in ("theirs", "ours")}
@@ -246,9 +245,9 @@ def test_reads_what_saelens_writes_with_decoder_norms_unfolded(tmp_path):
 
 def test_saving_again_replaces_the_whole_folder(tmp_path):
     weights = random_weights("standard")
-    write_saelens_folder(tmp_path / "sae", architecture="standard", legato={"seed": 1}, **weights)
+    write_folder(tmp_path / "sae", "standard", weights, legato={"seed": 1})
     weights["b_dec"] = weights["b_dec"] + 1
-    write_saelens_folder(tmp_path / "sae", architecture="standard", **weights)
+    write_folder(tmp_path / "sae", "standard", weights)
     folder = read_saelens_folder(tmp_path / "sae")
     assert torch.equal(folder.weights["b_dec"], weights["b_dec"])
     assert folder.legato is None
@@ -257,7 +256,7 @@ def test_saving_again_replaces_the_whole_folder(tmp_path):
 def test_a_foreign_folder_is_not_replaced(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(LegatoError, match="not a SAE folder"):
-        write_saelens_folder(tmp_path, architecture="standard", **random_weights("standard"))
+        write_folder(tmp_path, "standard", random_weights("standard"))
     assert (tmp_path / "thesis.txt").exists()
 
 
@@ -265,25 +264,23 @@ def test_a_foreign_folder_is_not_replaced(tmp_path):
     ("architecture", "change", "message"),
     [
         ("standard", {"b_enc": None}, "missing b_enc"),
-        ("standard", {"threshold": 1.0}, "unexpected threshold"),
-        ("standard", {"k": 3}, "takes no k"),
-        ("topk", {"k": None}, "needs k"),
-        ("jumprelu", {"release": 0.5}, "takes no release"),
-        ("hysteresis", {"release": None}, "needs release"),
+        ("standard", {"threshold": torch.ones(F)}, "unexpected threshold"),
+        ("topk", {"k": None}, "without a usable k"),
+        ("hysteresis", {"release": None}, "above 0 and at most at 1"),
         ("hysteresis", {"release": 1.5}, "above 0 and at most at 1"),
-        ("hysteresis_topk", {"k": None}, "needs k"),
+        ("hysteresis_topk", {"k": None}, "without a usable k"),
         ("hysteresis_topk", {"k": F + 1}, "without a usable k"),
         ("window_topk", {"window": 0}, "whole number of tokens"),
         ("persistent", {"tail": 1.0}, "between 0 and 1"),
         ("jumprelu", {"b_dec": torch.zeros(D + 1)}, "b_dec has shape"),
-        ("jumprelu", {"threshold": float("nan")}, "not finite"),
+        ("jumprelu", {"threshold": torch.full((F,), torch.nan)}, "not finite"),
         ("matching_pursuit", {}, "choose one of"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path, architecture, change, message):
     weights = random_weights(architecture) | change
     with pytest.raises(LegatoError, match=message):
-        write_saelens_folder(tmp_path / "sae", architecture=architecture, **weights)
+        write_folder(tmp_path / "sae", architecture, weights)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -294,7 +291,7 @@ def edit_cfg(folder, **change):
 
 def test_folders_that_cannot_be_reproduced_are_refused(tmp_path):
     def fresh(name):
-        return write_saelens_folder(tmp_path / name, architecture="standard", **random_weights("standard"))
+        return write_folder(tmp_path / name, "standard", random_weights("standard"))
 
     with pytest.raises(UsageError, match=r"no cfg\.json"):
         read_saelens_folder(tmp_path / "absent")
@@ -311,7 +308,7 @@ def test_folders_that_cannot_be_reproduced_are_refused(tmp_path):
         with pytest.raises(LegatoError, match=message):
             read_saelens_folder(folder)
     for release in (None, 0.0, "high", float("nan")):
-        folder = write_saelens_folder(tmp_path / "h", architecture="hysteresis", **random_weights("hysteresis"))
+        folder = write_folder(tmp_path / "h", "hysteresis", random_weights("hysteresis"))
         edit_cfg(folder, release=release)
         with pytest.raises(LegatoError, match="release must lie above 0"):
             read_saelens_folder(folder)

@@ -10,7 +10,7 @@ import torch
 
 from legato import LegatoError, SparseAutoencoder, UsageError, evaluate
 from legato.common.command import Interrupts
-from legato.sae.architectures import BatchTopK
+from legato.sae.architectures import BatchTopK, JumpReLU, ReLU
 from legato.sae.codes import SparseCodes
 from legato.synthetic import (
     FAMILIES,
@@ -257,12 +257,11 @@ def test_code_correlation_by_hand():
 def true_sae(bed, threshold):
     F = bed.sources.count
     return SparseAutoencoder(
-        "jumprelu",
         bed.directions_FD.T.contiguous(),
         torch.zeros(F),
         bed.directions_FD.clone(),
         torch.zeros(bed.config.d_in),
-        threshold=torch.full((F,), threshold),
+        JumpReLU(threshold=torch.full((F,), threshold)),
     )
 
 
@@ -295,9 +294,7 @@ def test_memory_along_the_sequence_finds_more_of_persistent_sources_and_no_more_
 def test_an_sae_of_another_width_is_refused():
     bed = Bed.build(SMALL)
     with pytest.raises(LegatoError, match="width 9, the bed 24"):
-        Judgement.of(
-            SparseAutoencoder("standard", torch.ones(9, 4), torch.zeros(4), torch.ones(4, 9), torch.zeros(9)), bed
-        )
+        Judgement.of(SparseAutoencoder(torch.ones(9, 4), torch.zeros(4), torch.ones(4, 9), torch.zeros(9), ReLU()), bed)
 
 
 def test_the_bootstrap_draws_seeds_and_sources():

@@ -82,8 +82,8 @@ def test_every_arm_learns_and_logs_what_it_did(normaliser):
         assert records[-1]["fvu"] < 0.5 * records[0]["fvu"]
         assert records[-1]["grad_norm"] > 0
         assert sum(records[-1]["loss_terms"].values()) == pytest.approx(records[-1]["loss"])
-        if not isinstance(arm.sparsity, ReLU):
-            assert records[-1]["l0"] == pytest.approx(4, rel=0.2 if isinstance(arm.sparsity, STEERED) else 1e-3)
+        if not isinstance(arm.architecture, ReLU):
+            assert records[-1]["l0"] == pytest.approx(4, rel=0.2 if isinstance(arm.architecture, STEERED) else 1e-3)
     names = {record["arm"]: set(record["loss_terms"]) for record in log}
     assert names["variance"] == {"reconstruction", "window_variance"}
     assert names["relu"] == {"reconstruction", "sparsity"}
@@ -117,7 +117,7 @@ def test_the_normaliser_is_folded_into_what_is_saved(normaliser, tmp_path):
             power += float((x_ND - x_ND.mean(0)).square().sum())
             active += float((codes_BLF > 0).sum()) / len(x_ND) / len(held_out)
         assert error / power < 0.35
-        assert active == pytest.approx(4, rel=0.2 if isinstance(trainer.arm.sparsity, STEERED) else 0.1)
+        assert active == pytest.approx(4, rel=0.2 if isinstance(trainer.arm.architecture, STEERED) else 0.1)
 
 
 def test_a_frozen_decoder_stays_as_it_was_drawn(normaliser):
@@ -148,7 +148,7 @@ def test_shuffled_positions_take_the_order_away_and_nothing_else(normaliser):
 def test_every_temporal_term_trains_with_every_sparsity_and_with_groups(normaliser):
     """All names of --temporal that combine, in one bank: each term of each member takes part in its loss, from the
     coefficient's first step on, and every step stays finite."""
-    sparsities, groups, terms = map(names_of, ("sparsity", "groups", "term"))
+    sparsities, groups, terms = map(names_of, ("architecture", "groups", "term"))
     names = [
         "+".join(part for part in (sparsity, group, term) if part)
         for sparsity in ("", *sparsities)

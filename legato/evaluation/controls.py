@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from legato.common.errors import UsageError
-from legato.common.hardware import fast_matmul_dtype, fixed_matmul
 from legato.data.activations import ActivationBatch
-from legato.sae.architectures import Hysteresis, Preactivations
+from legato.sae.architectures import Hysteresis, HysteresisTopK, TopK
+from legato.sae.architectures.preactivations import Encoder
 from legato.sae.autoencoder import SparseAutoencoder
 from legato.sae.codes import SparseCodes
 from legato.sae.protocol import EvaluableSAE
@@ -130,15 +130,9 @@ def with_hysteresis(
 ) -> SparseAutoencoder:
     """A SAE with one threshold per latent as a hysteresis SAE of the same weights, never trained as one: its latents
     share the threshold that gives k active latents per token on the batches."""
-    bias_F = sae.b_enc + fixed_matmul(sae.b_dec[None], sae.W_enc)[0]
-    W_enc_FD, dtype = sae.W_enc.T.contiguous(), fast_matmul_dtype()
-    calibration = []
-    for batch in batches:
-        x_ND = batch.acts_BLD.flatten(0, 1).float() - sae.b_dec
-        pre_NF = fixed_matmul(x_ND.to(dtype), W_enc_FD.to(dtype).T, bias_F.to(dtype))
-        layout = Segments.of(batch.mask_BL, batch.doc_BL)
-        calibration.append(Preactivations(pre_NF, x_ND.numpy(), W_enc_FD.numpy(), bias_F.numpy(), layout))
-    return replace(sae, **Hysteresis(k, release=release).frozen(calibration))
+    encoder = Encoder(sae.W_enc, sae.b_enc, sae.b_dec)
+    calibration = [encoder.centred(batch.acts_BLD.float(), batch.mask_BL, batch.doc_BL) for batch in batches]
+    return replace(sae, architecture=Hysteresis(k, release=release).inference(calibration))
 
 
 @dataclass(frozen=True)
@@ -160,11 +154,11 @@ def post_hoc_control(
     settings: dict[str, Any]
     if kind == "hysteresis":
         settings = {"k": k, "release": release}
-        if sae.architecture == "topk":
-            judged: EvaluableSAE = replace(sae, architecture="hysteresis_topk", release=release)
+        if isinstance(sae.architecture, TopK):
+            judged: EvaluableSAE = replace(sae, architecture=HysteresisTopK(sae.architecture.k, release))
         else:
             judged = with_hysteresis(sae, calibration, k=k, release=release)
-    elif sae.architecture == "topk":
+    elif isinstance(sae.architecture, TopK):
         return None
     else:
         smoother = _SMOOTHERS[kind]

@@ -7,7 +7,7 @@ from typing import Any
 
 from legato.common.errors import UsageError
 from legato.experiment.config import ExperimentConfig
-from legato.experiment.recipes import RECIPES, Options
+from legato.experiment.recipes import Options, recipes
 from legato.sae.architectures import BatchTopK
 from legato.training.config import SAEConfig
 
@@ -80,10 +80,10 @@ def recipe(sae: SAEConfig) -> dict[str, Any]:
         "term": term.name if term else None,
         "window": term.window if term else None,
         "coefficient": term.coefficient if term else None,
-        "k": getattr(sae.sparsity, "k", None),
+        "k": getattr(sae.architecture, "k", None),
         "seed": sae.seed,
         "d_sae": sae.d_sae,
-        "sparsity": {"type": type(sae.sparsity).__name__, **vars(sae.sparsity)},
+        "sparsity": sae.architecture.settings(),
         "terms": [vars(each) for each in sae.terms],
         "term_warmup": sae.term_warmup if sae.terms else None,
         "groups": [list(group) for group in sae.groups],
@@ -101,7 +101,7 @@ def _changed(base: SAEConfig, name: str, options: Options) -> SAEConfig:
     """The baseline with the changes of a name of --temporal; its name tells the window and weight of a grid's term."""
     sae = base
     for part in name.split("+"):
-        fields = RECIPES[part].fields(options)
+        fields = recipes()[part].fields(options)
         sae = replace(sae, **{**fields, "terms": (*sae.terms, *fields.get("terms", ()))})
     if name == "window_variance":
         return replace(sae, name=f"{name}_w{sae.terms[0].window}_c{sae.terms[0].coefficient:g}")
@@ -114,12 +114,12 @@ def _first(sae: SAEConfig, role: str) -> PlannedArm:
 
 def _at_k(sae: SAEConfig, k: int) -> PlannedArm:
     """The same SAE with another budget, a member of its method's sweep."""
-    sparsity: Any = sae.sparsity
-    if not hasattr(sparsity, "k"):
+    architecture: Any = sae.architecture
+    if not hasattr(architecture, "k"):
         raise UsageError(f"--sweep_arms {sae.name}: it has no k to sweep")
     name = f"{sae.name}_k{k}"
     return PlannedArm(
-        Arm(name, name, sae.name, "sweep", sae.seed), replace(sae, name=name, sparsity=replace(sparsity, k=k))
+        Arm(name, name, sae.name, "sweep", sae.seed), replace(sae, name=name, architecture=replace(architecture, k=k))
     )
 
 

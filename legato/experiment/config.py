@@ -17,17 +17,17 @@ from legato.common.errors import UsageError
 from legato.common.record import COMMAS, DIFFERENT, as_flag, fields_of, one_of, option, record
 from legato.evaluation.controls import CONTROLS
 from legato.experiment.presets import PRESETS
-from legato.experiment.recipes import RECIPES, names_of
+from legato.experiment.recipes import names_of, recipes
 
 
 def _combination(name: str) -> str:
     """The name of an arm, or of several that can be combined: A+B."""
     parts = name.split("+")
     for part in parts:
-        if part not in RECIPES:
-            raise ValueError(f"is unknown: choose one of {', '.join(RECIPES)}")
-    for kind in ("sparsity", "groups"):
-        clash = [part for part in parts if RECIPES[part].kind == kind]
+        if part not in recipes():
+            raise ValueError(f"is unknown: choose one of {', '.join(recipes())}")
+    for kind in ("architecture", "groups"):
+        clash = [part for part in parts if recipes()[part].kind == kind]
         if len(clash) > 1:
             raise ValueError(f"asks for {' and '.join(clash)} at once: choose one of them")
     if len(set(parts)) < len(parts):
@@ -112,7 +112,7 @@ class ArmsConfig:
 
     temporal: Annotated[tuple[ArmName, ...], COMMAS] = option(
         ("legato", "tsae"),
-        f"named arms beside the baseline, comma-separated: {', '.join(RECIPES)}; A+B combines two",
+        f"named arms beside the baseline, comma-separated: {', '.join(recipes())}; A+B combines two",
     )
     window: int = option(8, "window of the named temporal terms, in tokens", ge=2)
     coefficient: float | None = option(

@@ -204,9 +204,9 @@ def judged_arms(config: EvaluateConfig, saes: Mapping[str, SparseAutoencoder]) -
     arms = {}
     for name, one in said.items():
         objective, sae = objectives[name], saes[name]
-        k = objective.get("k") or sae.k if one.k is None else one.k
+        k = objective.get("k") or getattr(sae.architecture, "k", None) or None if one.k is None else one.k
         sources = sorted(source for other, source in config.saes.items() if said[other].method == one.method)
-        recipe = {"architecture": sae.architecture, **objective, "d_sae": sae.d_sae, "k": k, "sources": sources}
+        recipe = {"architecture": sae.architecture.name, **objective, "d_sae": sae.d_sae, "k": k, "sources": sources}
         role = "sweep" if one.swept else "baseline" if one.method == baseline else "named"
         group = f"{one.method}_k{k:g}" if one.swept else one.method
         arms[name] = Arm(name, group, one.method, role, one.seed or 0, recipe=recipe)

@@ -1,10 +1,22 @@
 """The recipes of --temporal by name: what each changes about the baseline. `A+B` makes both changes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
-from legato.sae.architectures import Gated, Hysteresis, HysteresisTopK, JumpReLU, Persistent, ReLU, TopK, WindowTopK
+from legato.sae.architectures import (
+    Architecture,
+    Gated,
+    Hysteresis,
+    HysteresisTopK,
+    JumpReLU,
+    Persistent,
+    ReLU,
+    TopK,
+    WindowTopK,
+    all_architectures,
+)
 from legato.training.losses import (
     Contrastive,
     FusedLasso,
@@ -14,6 +26,7 @@ from legato.training.losses import (
     TsaeContrastive,
     WindowGroupLasso,
     WindowVariance,
+    losses,
 )
 
 LEGATO_TERM = Slowness(window=4, coefficient=0.05)  # beside hysteresis on TopK: docs/findings.md has the reasons
@@ -43,15 +56,15 @@ class Options:
 class Recipe:
     """A change to the baseline: fields of its SAEConfig; `terms` are added to those that it has.
 
-    kind: an arm has at most one recipe of the kind "sparsity" and one of the kind "groups".
+    kind: an arm has at most one recipe of the kind "architecture" and one of the kind "groups".
     """
 
     kind: str
     fields: Callable[[Options], dict[str, Any]]
 
 
-def _sparsity(make: Callable[[Options], Any]) -> Recipe:
-    return Recipe("sparsity", lambda o: {"sparsity": make(o)})
+def _architecture(make: Callable[[Options], Architecture]) -> Recipe:
+    return Recipe("architecture", lambda o: {"architecture": make(o)})
 
 
 def _term(make: Callable[[Options], TemporalLoss]) -> Recipe:
@@ -70,18 +83,18 @@ def _published_tsae(d_in: int) -> TsaeContrastive:
 
 RECIPES: dict[str, Recipe] = {
     "legato": Recipe(
-        "sparsity", lambda o: {"sparsity": HysteresisTopK(o.k, release=o.release), "terms": (LEGATO_TERM,)}
+        "architecture", lambda o: {"architecture": HysteresisTopK(o.k, release=o.release), "terms": (LEGATO_TERM,)}
     ),
-    "hysteresis": _sparsity(lambda o: Hysteresis(o.k, release=o.release)),
-    "hysteresis_topk": _sparsity(lambda o: HysteresisTopK(o.k, release=o.release)),
-    "window_topk": _sparsity(lambda o: WindowTopK(o.k, window=o.window)),
-    "persistent": _sparsity(lambda o: Persistent(o.k)),
-    "topk": _sparsity(lambda o: TopK(o.k)),
-    "jumprelu": _sparsity(lambda o: JumpReLU(o.k)),
-    "gated": _sparsity(lambda o: Gated(k=o.k)),
-    "relu": _sparsity(lambda o: ReLU(o.l1)),
+    "hysteresis": _architecture(lambda o: Hysteresis(o.k, release=o.release)),
+    "hysteresis_topk": _architecture(lambda o: HysteresisTopK(o.k, release=o.release)),
+    "window_topk": _architecture(lambda o: WindowTopK(o.k, window=o.window)),
+    "persistent": _architecture(lambda o: Persistent(o.k)),
+    "topk": _architecture(lambda o: TopK(o.k)),
+    "jumprelu": _architecture(lambda o: JumpReLU(o.k)),
+    "gated": _architecture(lambda o: Gated(k=o.k)),
+    "relu": _architecture(lambda o: ReLU(o.l1)),
     "window_group_lasso": Recipe(
-        "sparsity", lambda o: {"sparsity": ReLU(0.0), "terms": (WindowGroupLasso(o.window, o.l1 / o.d_in),)}
+        "architecture", lambda o: {"architecture": ReLU(0.0), "terms": (WindowGroupLasso(o.window, o.l1 / o.d_in),)}
     ),
     "matryoshka": Recipe("groups", lambda o: {"groups": MATRYOSHKA}),
     "tsae": Recipe("groups", lambda o: {"groups": MATRYOSHKA, "terms": (_published_tsae(o.d_in),)}),
@@ -97,6 +110,29 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+# Registered architectures that have another name above, or are the baseline's own.
+_KNOWN = ("standard", "batchtopk")
+
+
+def recipes() -> dict[str, Recipe]:
+    """RECIPES, and one for each further architecture and loss that a file of its own defines.
+
+    Such a one gets those of the options that its fields are named after.
+    """
+    found = dict(RECIPES)
+    for name, architecture in all_architectures().items():
+        if name not in _KNOWN:
+            found.setdefault(name, _architecture(partial(_made, architecture)))
+    for name, loss in losses().items():
+        found.setdefault(name, _term(partial(_made, loss)))
+    return found
+
+
+def _made(kind: type, options: Options) -> Any:
+    given = {field.name: getattr(options, field.name, None) for field in fields(kind)}
+    return kind(**{name: value for name, value in given.items() if value is not None})
+
+
 def names_of(kind: str) -> tuple[str, ...]:
     """The recipes of a kind."""
-    return tuple(name for name, recipe in RECIPES.items() if recipe.kind == kind)
+    return tuple(name for name, recipe in recipes().items() if recipe.kind == kind)

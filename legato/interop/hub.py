@@ -65,7 +65,7 @@ def push_to_hub(
                 repo_id=repo_id,
                 folder_path=folder,
                 path_in_repo=subfolder,
-                commit_message=message or f"Legato SAE ({sae.architecture}, {sae.d_sae} latents)",
+                commit_message=message or f"Legato SAE ({sae.architecture.name}, {sae.d_sae} latents)",
             )
     return str(commit.commit_url)
 
@@ -92,7 +92,7 @@ def model_card(
         "Read at": details.get("module_path"),
         "Context length": details.get("context_length"),
         "Text": details.get("dataset"),
-        "Architecture": sae.architecture,
+        "Architecture": sae.architecture.name,
         "Width": sae.d_in,
         "Latents": sae.d_sae,
     }

@@ -45,8 +45,8 @@ class LegatoSAE(BaseSAE):
         self._sae = sae
         self._tokens_BL: Tensor | None = None
         self._special: tuple[int, ...] = ()
-        self.cfg.architecture = sae.architecture
-        self.cfg.architecture_str = sae.architecture  # type: ignore[attr-defined]  # core asks for it, the class lacks it
+        self.cfg.architecture = sae.architecture.name
+        self.cfg.architecture_str = sae.architecture.name  # type: ignore[attr-defined]  # core asks for it, the class lacks it
 
     def follow(self, model: nn.Module, special: Sequence[int]) -> None:
         """From now on the rows that `model` is given tell where documents end: at the special tokens."""

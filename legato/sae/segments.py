@@ -44,12 +44,16 @@ class Segments:
         end_N[valid_N] = (first + count)[run_N[valid_N]]
         return cls(start_N, end_N, doc_N, valid_N, L)
 
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """(mask_BL, doc_BL), the inverse of `of`."""
+        mask_BL, doc_BL = (torch.from_numpy(each_N).view(-1, self.length) for each_N in (self.valid_N, self.doc_N))
+        return mask_BL, doc_BL
+
 
 def runs(pre: Tensor, mask: Tensor | None, doc: Tensor | None) -> tuple[Tensor, Tensor]:
     """(valid, opens) [..., L]: which tokens take part, and which start a run of a document."""
     valid = torch.ones(pre.shape[:-1], dtype=torch.bool, device=pre.device) if mask is None else mask
-    opens = torch.ones_like(valid)
-    opens[..., 1:] = ~valid[..., :-1]
+    breaks = ~valid[..., :-1]
     if doc is not None:
-        opens[..., 1:] |= doc[..., 1:] != doc[..., :-1]
-    return valid, opens
+        breaks = breaks | (doc[..., 1:] != doc[..., :-1])
+    return valid, torch.cat([torch.ones_like(valid[..., :1]), breaks], dim=-1)

@@ -13,7 +13,7 @@ from legato.training.losses import TemporalLoss, WindowGroupLasso
 
 @dataclass(frozen=True)
 class SAEConfig:
-    """One SAE of the bank: its sparsity, its temporal terms (none: a baseline), its width and its seed.
+    """One SAE of the bank: its architecture, its temporal terms (none: a baseline), its width and its seed.
 
     term_warmup: share of the training steps over which the terms' coefficients grow linearly from 0.
     groups: Matryoshka prefixes (share of the latents, weight of that prefix's reconstruction error), the last share 1
@@ -24,7 +24,7 @@ class SAEConfig:
     """
 
     name: str
-    sparsity: Architecture
+    architecture: Architecture
     d_sae: int
     terms: tuple[TemporalLoss, ...] = ()
     term_warmup: float = 0.1
@@ -39,7 +39,11 @@ class SAEConfig:
             raise ValueError(f"groups {self.groups} must be growing shares of the latents that end at 1")
         if not 0 <= self.term_warmup <= 1:
             raise ValueError(f"term_warmup {self.term_warmup} is no share of the training steps: use 0 to 1")
-        unpaid = isinstance(self.sparsity, ReLU) and self.sparsity.l1 <= 0
+        if getattr(self.architecture, "k", None) == 0:
+            raise ValueError(
+                f"{self.name}: {type(self.architecture).__name__} cannot train without a budget: give it k"
+            )
+        unpaid = isinstance(self.architecture, ReLU) and self.architecture.l1 <= 0
         if unpaid and not any(isinstance(term, WindowGroupLasso) for term in self.terms):
             raise ValueError(f"{self.name}: nothing makes ReLU codes sparse at l1 0: add it or WindowGroupLasso")
 

@@ -18,7 +18,7 @@ from legato.common.errors import LegatoError
 from legato.common.hardware import fast_float32, fixed_matmul, fixed_product, rows_a_block, single_threaded
 from legato.data.activations import ActivationBatch, Normaliser
 from legato.sae.architectures import Preactivations
-from legato.sae.architectures.base import Decoding
+from legato.sae.architectures.forward import Decoding
 from legato.sae.kernels import pairs as kernels
 from legato.sae.kernels.pairs import PairsByLatent
 from legato.sae.partition import SINGLE, Partition
@@ -74,8 +74,8 @@ class TrainBatch:
 
 @dataclass(frozen=True)
 class Parameters:
-    """W_enc_FD, W_dec_FD (unit rows), b_enc_F, b_dec_D, in normalised activation units; own: what the sparsity learns
-    per latent (F), by name. Where ranks divide the latents of an SAE, the first three have those of this rank only."""
+    """W_enc_FD, W_dec_FD (unit rows), b_enc_F, b_dec_D, in normalised activation units; own: what the architecture
+    learns per latent (F), by name. Where ranks divide the latents of an SAE, the first three have this rank's only."""
 
     W_enc_FD: Tensor
     b_enc_F: Tensor
@@ -136,7 +136,7 @@ class StepResult:
     gradients: Parameters
     grad_norm: float
     order: PairsByLatent
-    memory: float
+    state: float
     fvu: float
 
     @property
@@ -168,7 +168,7 @@ def forward_backward(
     terms: Sequence[tuple[TemporalLoss, float]],
     *,
     workspace: Workspace,
-    memory: float = 0.0,
+    state: float = 0.0,
     step: int = 0,
     progress: float = 1.0,
     dead_F: Tensor | None = None,
@@ -179,7 +179,7 @@ def forward_backward(
     sparsity penalty  +  sum of coefficient * temporal term  +  auxiliary loss. With the normaliser's unit power the
     first part of an ordinary SAE is the batch's FVU.
 
-    terms: (term of the arm, coefficient now). memory: what the sparsity carried over from the last step, 0 at the
+    terms: (term of the arm, coefficient now). state: what the architecture carried over from the last step, 0 at the
     start. dead_F: bool, latents that the auxiliary loss revives (None: none). A frozen decoder's gradient is zero.
     partition: of several ranks that do this step together, with the same arguments otherwise, this one's.
     """
@@ -188,7 +188,8 @@ def forward_backward(
     F, H = arm.d_sae, len(parameters.W_enc_FD)
     W_dec_HD, b_dec_D = parameters.W_dec_FD.numpy(), parameters.b_dec_D.numpy()
     pre_NH = workspace.get("pre", (N, H), batch.low_ND.dtype)
-    forward = arm.sparsity.forward(parameters.preactivations(low_W_enc_HD, batch, pre_NH, partition), memory, progress)
+    pre = parameters.preactivations(low_W_enc_HD, batch, pre_NH, partition)
+    forward = arm.architecture.forward(pre, state, progress)
     order = kernels.by_latent(forward.pairs, F)
     groups = arm.nested()
     pull_GND, squared_GN = partition.decode(
@@ -245,7 +246,7 @@ def forward_backward(
         gradients=gradients,
         grad_norm=math.sqrt(max(squared, 0.0)) if math.isfinite(squared) else squared,
         order=order,
-        memory=forward.memory,
+        state=forward.state,
         fvu=float(mean_squared_G[-1]) / batch.mean_power,
     )
 

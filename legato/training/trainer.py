@@ -73,7 +73,14 @@ class DivergenceGuard:
             )
 
 
-_NUMBERS = ("steps_done", "tokens_seen", "seconds", "memory", "final_loss")
+# Attributes by their names in a checkpoint.
+_NUMBERS = {
+    "steps_done": "steps_done",
+    "tokens_seen": "tokens_seen",
+    "seconds": "seconds",
+    "memory": "state",
+    "final_loss": "final_loss",
+}
 
 
 class SAETrainer:
@@ -98,7 +105,7 @@ class SAETrainer:
         self.steps_done = 0
         self.tokens_seen = 0
         self.seconds = 0.0
-        self.memory = 0.0
+        self.state = 0.0
         self.final_loss = float("nan")
         self.guard = DivergenceGuard(arm.name, config.steps)
         self._at_start: dict[str, float] = {}
@@ -125,8 +132,8 @@ class SAETrainer:
         trainer.second_moment = Parameters.of(parts["second_moment"])
         trainer.low_W_enc_HD.copy_(trainer.parameters.W_enc_FD)
         trainer.silent_tokens_F = tensors["silent_tokens_F"]
-        for name in _NUMBERS:
-            setattr(trainer, name, numbers[name])
+        for name, attribute in _NUMBERS.items():
+            setattr(trainer, attribute, numbers[name])
         trainer.guard = DivergenceGuard(**numbers["guard"])
         trainer._at_start = dict(numbers["at_start"])
         return trainer
@@ -142,7 +149,7 @@ class SAETrainer:
 
     def numbers(self) -> dict[str, Any]:
         """All else of its state, json-able."""
-        plain = {name: getattr(self, name) for name in _NUMBERS}
+        plain = {name: getattr(self, attribute) for name, attribute in _NUMBERS.items()}
         return {**plain, "guard": asdict(self.guard), "at_start": self._at_start}
 
     @property
@@ -166,7 +173,7 @@ class SAETrainer:
             self.arm,
             [(term, term.coefficient * self.arm.term_scale_at(step, config.steps)) for term in self.arm.terms],
             workspace=self._workspace,
-            memory=self.memory,
+            state=self.state,
             step=step,
             progress=step / config.steps,
             dead_F=dead_F,
@@ -181,7 +188,7 @@ class SAETrainer:
             raise LegatoError(f"{self.arm.name}: no latent fires at step {step}: training collapsed; lower the penalty")
         self._update(result, config.lr_at(step))
         self.guard.accept(result.grad_norm)
-        self.memory = result.memory
+        self.state = result.state
         self.silent_tokens_F += batch.n_valid
         self.silent_tokens_F[torch.from_numpy(np.diff(result.order.ptr_F) > 0)] = 0
         self.steps_done += 1
@@ -214,7 +221,7 @@ class SAETrainer:
         if self.steps_done >= self.config.warmup * self.config.steps and self.arm.terms:
             self._at_start = self._at_start or found
             start = self._at_start
-            if not self.arm.sparsity.holds_l0:
+            if not self.arm.architecture.holds_l0:
                 start = {**start, "group_l0": found["group_l0"]}
             if reason := collapse(start, found):
                 raise LegatoError(f"{self.arm.name}: {reason} at step {self.steps_done}: lower the coefficient")
@@ -230,14 +237,14 @@ class SAETrainer:
             tensors = [tensor for _, tensor in entries]
             own = self.partition.rows(self.arm.d_sae) if name in PER_LATENT else slice(None)
             rows = [np.atleast_2d(tensor[own].numpy()) for tensor in tensors]
-            rate = lr * self.arm.sparsity.own_rate if name in self.parameters.own else lr
+            rate = lr * self.arm.architecture.own_rate if name in self.parameters.own else lr
             gradients.adam(*rows, clip=clip, lr=rate, step=self.steps_done + 1, unit_rows=name == "W_dec_FD")
             if name in PER_LATENT:
                 self.partition.unite_rows(tensors[0])
         self.low_W_enc_HD.copy_(self.parameters.W_enc_FD)
 
     def finish(self, normaliser: Normaliser, calibration: Sequence[TrainBatch]) -> SparseAutoencoder:
-        """The SAE for raw activations: the normaliser folded in, and what its sparsity leaves open during training
+        """The SAE for raw activations: the normaliser folded in, and what its architecture leaves open during training
         settled on the calibration batches (a threshold at which k latents per token are active there, for one)."""
         sae = self.finish_on_first(normaliser, calibration)
         assert sae is not None, "of several ranks only the first has it"
@@ -247,13 +254,11 @@ class SAETrainer:
         """As `finish`, by all ranks that train it together: the first gets the SAE, the others None."""
         if self.steps_done == 0:
             raise LegatoError(f"{self.arm.name}: 0 training steps were taken: there is nothing to save; raise --tokens")
-        fields = self.arm.sparsity.frozen([self._preactivations(batch) for batch in calibration])
+        architecture = self.arm.architecture.inference([self._preactivations(batch) for batch in calibration])
         p = self.whole_parameters()
         if self.partition.rank > 0:
             return None
-        sae = SparseAutoencoder(
-            W_enc=p.W_enc_FD.T.contiguous(), b_enc=p.b_enc_F, W_dec=p.W_dec_FD.clone(), b_dec=p.b_dec_D, **fields
-        )
+        sae = SparseAutoencoder(p.W_enc_FD.T.contiguous(), p.b_enc_F, p.W_dec_FD.clone(), p.b_dec_D, architecture)
         return sae.on_raw(normaliser)
 
     def whole_parameters(self) -> Parameters:
@@ -269,8 +274,8 @@ class SAETrainer:
         return self.parameters.preactivations(self.low_W_enc_HD, batch, out_NH, self.partition)
 
     def _add_own_parameters(self, batch: TrainBatch) -> None:
-        if self.arm.sparsity.own_parameters:
-            own = self.arm.sparsity.initial(self._preactivations(batch))
+        if self.arm.architecture.own_parameters:
+            own = self.arm.architecture.initial(self._preactivations(batch))
             self.parameters = replace(self.parameters, own=own)
             self.first_moment = self.parameters.map(torch.zeros_like)
             self.second_moment = self.parameters.map(torch.zeros_like)

@@ -1,20 +1,27 @@
-"""Which latents of a token may be active: a sparsity turns pre-activations into active pairs.
+"""What turns pre-activations into codes: one class per architecture, in a file of its own.
 
-base.py             What every sparsity is, and how its gradients come about.
+autograd.py         The forward pass of an architecture that has only a dense form.
+base.py             What every architecture is, and the register of them.
 batchtopk.py        BatchTopK: one budget for all tokens of a batch.
+forward.py          One forward pass of an SAE in training, and the way back.
 gated.py            Gated: one path decides whether a latent is active, another how much.
 hysteresis.py       Hysteresis: a Schmitt trigger along the sequence.
 hysteresis_topk.py  Hysteresis inside each token's own budget.
 jumprelu.py         JumpReLU: a learned threshold per latent.
 persistent.py       Persistent: every latent leaks its past into its present.
-preactivations.py   What a sparsity chooses from: the encoder's dense output, and exact values where they are
+preactivations.py   What an architecture chooses from: the encoder's dense output, and exact values where they are
                     asked for.
 relu.py             ReLU with an L1 penalty.
 topk.py             TopK: a budget for each token.
 window_topk.py      The budget is spent on stretches: a latent is chosen for a whole window of tokens.
+
+Every module here is imported, so that an architecture is known by its name once its file lies here.
 """
 
-from legato.sae.architectures.base import Architecture
+import importlib
+import pkgutil
+
+from legato.sae.architectures.base import Architecture, all_architectures, architecture_named, architectures
 from legato.sae.architectures.batchtopk import BatchTopK
 from legato.sae.architectures.gated import Gated
 from legato.sae.architectures.hysteresis import Hysteresis
@@ -38,4 +45,10 @@ __all__ = [
     "ReLU",
     "TopK",
     "WindowTopK",
+    "all_architectures",
+    "architecture_named",
+    "architectures",
 ]
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

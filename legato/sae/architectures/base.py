@@ -1,187 +1,214 @@
-"""What every sparsity is, and how its gradients come about.
+"""What every architecture is: one class for its training, its dense and sparse codes, and what a file holds of it.
 
-Shape legend: N flat tokens, D width, F latents, P / Q active pairs by token / by latent, G nested groups.
+Shape legend: B rows, L positions, N flat tokens, D width, F latents, P active pairs by token; [..., L, F] any batch.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 from torch import Tensor
 
-from legato.sae.architectures.preactivations import Preactivations
-from legato.sae.kernels import gradients as pair_kernels
-from legato.sae.kernels import pairs as kernels
-from legato.sae.kernels.pairs import Groups, Pairs, PairsByLatent
-from legato.sae.partition import SINGLE, Partition
-from legato.sae.segments import Segments
-
-Array = NDArray[Any]
+from legato.common.errors import LegatoError, UsageError
+from legato.sae.architectures.autograd import by_autograd
+from legato.sae.architectures.forward import Decoding, Forward
+from legato.sae.architectures.preactivations import Columns, Encoder, Preactivations, positive
+from legato.sae.kernels.pairs import Array, Pairs
 
 
-# Weight of `opening`: small beside the other gradients even where all latents are dead; Adam makes steps of it anyway.
-OPENING = 1e-4
+class Number(NamedTuple):
+    """A number that cfg.json holds of an architecture. fits: whether a value can be used with F latents; problem: what
+    is said of one that cannot, with {architecture}, {name} and {value}."""
+
+    kind: type
+    fits: Callable[[Any, int], bool]
+    problem: str
+
+    def allows(self, value: Any, F: int) -> bool:
+        kinds = int if self.kind is int else (int, float)
+        return isinstance(value, kinds) and not isinstance(value, bool) and self.fits(value, F)
 
 
-def opening(threshold_F: Array, dead_F: Array) -> dict[str, float]:
-    """The loss term OPENING * (sum of the thresholds of dead latents), where latents learn thresholds of their own.
-
-    The auxiliary loss teaches dead latents directions, but not to fire: above its threshold a silent latent gets no
-    gradient. The pre-activation loss of Conerly et al. 2025 (Transformer Circuits, January update) does the same
-    through the pre-activations.
-    """
-    return {"opening": OPENING * float(threshold_F[dead_F].sum(dtype=np.float64))} if dead_F.any() else {}
+BUDGET = Number(int, lambda k, F: 0 < k <= F, "a {architecture} SAE without a usable {name} ({value!r})")
+SHARE = Number(float, lambda share, F: 0 < share <= 1, "{name} must lie above 0 and at most at 1, not at {value!r}")
+INNER_SHARE = Number(float, lambda share, F: 0 < share < 1, "{name} must lie between 0 and 1, not at {value!r}")
+TOKENS = Number(int, lambda tokens, F: tokens >= 1, "{name} must be a whole number of tokens, not {value!r}")
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """What the decoder made of the active pairs, and where the gradients go.
-
-    The reconstruction loss is scale / 2 * (sum over groups of weight * ||residual||^2); pull_GND as in kernels.decode.
-    order: the active pairs by latent. slope_Q: derivative of the temporal terms by their codes.
-    gradients: arrays to fill, by parameter name. seeded_F: latents whose rows of W_enc, W_dec and b_enc hold a gradient
-    already, to be added to. share: of several ranks each fills in the gradients of its latents, and the squared norms
-    are theirs.
-    """
-
-    x_ND: Array
-    W_dec_HD: Array
-    b_dec_D: Array
-    layout: Segments
-    n_valid: int
-    groups: Groups
-    pull_GND: Array
-    scale: float
-    order: PairsByLatent
-    slope_Q: Array
-    gradients: Mapping[str, Array]
-    seeded_F: Array
-    partition: Partition = SINGLE
-
-    def code_gradient(self, token_P: Array, latent_P: Array, pull_GND: Array | None = None) -> Array:
-        """Derivative of the reconstruction loss by the codes of any pairs, whether they are active or not."""
-        pull = self.pull_GND if pull_GND is None else pull_GND
-        F = len(self.seeded_F)
-        groups = self.groups._replace(ends_G=self.groups.ends_G - self.partition.local(F).start)
-        compute = partial(pair_kernels.code_gradients, pull, groups, self.scale, self.W_dec_HD)
-        return self.partition.of_pairs(compute, token_P, latent_P, (len(self.x_ND), F))
-
-    def _own(self) -> tuple[slice, slice, Array]:
-        """This rank's latents, their rows, and where the groups end counted from the first of them."""
-        own = self.partition.latents(len(self.seeded_F))
-        return own, self.partition.rows(len(self.seeded_F)), self.groups.ends_G - own.start
-
-    def through_codes(self, slope_Q: Array) -> Array:
-        """Fill in W_enc, b_enc and W_dec where every active code is its pre-activation; slope_Q: derivative of all but
-        the reconstruction by the codes. Returns the squared norms by latent."""
-        out, (own, rows, ends_G) = self.gradients, self._own()
-        return pair_kernels.gradients(
-            self.x_ND,
-            self.pull_GND,
-            self.groups._replace(ends_G=ends_G),
-            self.scale,
-            self.W_dec_HD[rows],
-            _only(self.order, own),
-            slope_Q,
-            self.seeded_F[own],
-            out["W_enc_FD"][rows],
-            out["W_dec_FD"][rows],
-            out["b_enc_F"][rows],
-        )
-
-    def apart(self, encoder: Pairs, bias_F: Array) -> Array:
-        """Fill in W_dec from the active codes, W_enc from pairs whose value_P is the derivative by <x_n, W_enc_f>, and
-        b_enc. Returns the squared norms by latent."""
-        own, rows, ends_G = self._own()
-        W_enc_HD, W_dec_HD, b_enc_H = (self.gradients[name][rows] for name in ("W_enc_FD", "W_dec_FD", "b_enc_F"))
-        order, seeded_H = _only(kernels.by_latent(encoder, len(self.seeded_F)), own), self.seeded_F[own]
-        weight_Q = self.order.value_Q * self.order.value_Q.dtype.type(self.scale)
-        b_enc_H[~seeded_H] = 0
-        b_enc_H += bias_F[own].astype(self.x_ND.dtype)
-        decoder_order = _only(self.order, own)
-        return (
-            np.square(b_enc_H, dtype=np.float64)
-            + pair_kernels.add_rows(self.x_ND[None], ends_G[-1:], order, order.value_Q, seeded_H, W_enc_HD)
-            + pair_kernels.add_rows(
-                self.pull_GND, ends_G, decoder_order, weight_Q, seeded_H, W_dec_HD, self.W_dec_HD[rows]
-            )
-        )
+def tensor() -> Any:
+    """The field of a tensor in `per_latent`: only a finished SAE has it."""
+    return field(default=None, compare=False)
 
 
-def _only(order: PairsByLatent, own: slice) -> PairsByLatent:
-    """The latents of a slice; their pairs lie where they did."""
-    return order._replace(ptr_F=order.ptr_F[own.start : own.stop + 1])
+_ARCHITECTURES: dict[str, type["Architecture"]] = {}
 
 
-@dataclass(frozen=True)
-class Forward(ABC):
-    """One forward pass: the active pairs, the memory for the next one, and what the backward pass needs."""
-
-    pairs: Pairs
-    memory: float
-
-    @abstractmethod
-    def backward(self, decoding: Decoding) -> tuple[dict[str, float], Array]:
-        """Fill in the gradients of W_enc, b_enc, W_dec and of the sparsity's own parameters.
-
-        Returns the loss terms that the sparsity adds, each already times its coefficient, and by latent (those this
-        rank updates) the squared norm of the three shared gradients.
-        """
+def architectures() -> dict[str, type["Architecture"]]:
+    """Those that a saved SAE can be of, by their name in cfg.json."""
+    return {name: cls for name, cls in _ARCHITECTURES.items() if cls.is_saved}
 
 
-@dataclass(frozen=True)
-class Selected(Forward):
-    """Codes that are the pre-activations of selected pairs."""
+def all_architectures() -> dict[str, type["Architecture"]]:
+    """With those that only train, and are saved as another."""
+    return dict(_ARCHITECTURES)
 
-    sparsity: "Architecture"
 
-    def backward(self, decoding: Decoding) -> tuple[dict[str, float], Array]:
-        value, slope = self.sparsity.penalty(self.pairs, decoding.n_valid, decoding.x_ND.shape[1])
-        squared = decoding.through_codes(decoding.slope_Q + decoding.slope_Q.dtype.type(slope))
-        return {"sparsity": value} if slope else {}, squared
+def architecture_named(name: str) -> type["Architecture"]:
+    """UsageError where no saved SAE can be of it."""
+    known = architectures()
+    if name not in known:
+        raise UsageError(f"architecture {name!r} is unknown: choose one of {', '.join(known)}")
+    return known[name]
 
 
 class Architecture(ABC):
     """Which latents of a token are active and what their codes are, in training and afterwards.
 
-    architecture: what it is at inference (see SparseAutoencoder). own_parameters: names of what it learns per latent
-    besides the weights; `Preactivations.own` holds their values. own_rate: their learning rate over the weights'.
-    holds_l0: whether L0 is near its target from the start; where it is not, its fall is the penalty at work.
+    A subclass is a frozen dataclass. Its fields are the settings of training (with a default where a saved SAE does not
+    know them), the `numbers` that are saved, and the tensors of `per_latent` (`tensor()`). A subclass with a
+    `name` can be trained, saved and opened by that name.
+
+    name: in cfg.json. per_latent: the tensors it has beside the weights, with their axes. numbers: those it is saved
+    with. lengths: tensors in units of the codes, which a normaliser scales. bias: the name of b_enc in files.
+    is_saved: False where training ends in another architecture. stateful: whether codes depend on earlier tokens.
+    own_parameters: what it learns per latent; `Preactivations.own` holds their values. own_rate: their learning rate
+    over the weights'. holds_l0: whether L0 is near its target from the start; where it is not, its fall is the penalty
+    at work.
     """
 
-    architecture: ClassVar[str]
+    name: ClassVar[str]
+    per_latent: ClassVar[Mapping[str, str]] = {}
+    numbers: ClassVar[Mapping[str, Number]] = {}
+    lengths: ClassVar[tuple[str, ...]] = ("threshold",)
+    bias: ClassVar[str] = "b_enc"
+    is_saved: ClassVar[bool] = True
+    stateful: ClassVar[bool] = False
     own_parameters: ClassVar[tuple[str, ...]] = ()
     own_rate: ClassVar[float] = 1.0
     holds_l0: ClassVar[bool] = True
 
-    @abstractmethod
-    def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
-        """Active pairs and the next floor.
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if name := vars(cls).get("name"):
+            _ARCHITECTURES[name] = cls
 
-        floor: what the sparsity carries from batch to batch, 0 at the start (for most a speed hint, never a result).
-        progress: share of the training steps done, for what is annealed.
+    # Codes
+
+    @abstractmethod
+    def activate(self, pre: Tensor, mask: Tensor | None = None, doc: Tensor | None = None) -> Tensor:
+        """Codes [..., L, F], none below 0, of pre-activations [..., L, F]; differentiable, on any device.
+
+        mask, doc [..., L]: the tokens that take part, and their documents (None: all, of one document). What it gives
+        for the others does not matter.
         """
 
-    def forward(self, pre: Preactivations, memory: float, progress: float) -> Forward:
-        """The selection with its way back; override where a code is not the pre-activation of a selected pair."""
-        return Selected(*self.select(pre, memory, progress), self)
+    def encode(self, product: Tensor, b_enc: Tensor, mask: Tensor | None = None, doc: Tensor | None = None) -> Tensor:
+        """Codes from acts @ W_enc, 0 where the mask is False; override where b_enc is not all that is added to it."""
+        return masked(self.activate(product + b_enc, mask, doc), mask)
+
+    def encode_sparse(self, encoder: Encoder, acts_BLD: Tensor, mask_BL: Tensor, doc_BL: Tensor) -> Columns:
+        """(token_P, latent_P, code_P) of the active pairs, on the CPU; override where they can be had without all
+        codes: by a matmul in the fast dtype for candidates, which are then computed exactly (`Encoder.centred`)."""
+        product = acts_BLD.to(encoder.W_enc.dtype) @ encoder.W_enc
+        return positive(self.encode(product, encoder.b_enc, mask_BL, doc_BL).flatten(0, 1))
+
+    # Training
+
+    def forward(self, pre: Preactivations, state: float, progress: float) -> Forward:
+        """One forward pass; by default all of it, and the way back, by autograd through `encode`.
+
+        state: what the forward pass of the batch before left (`Forward.state`), 0 at the start. progress: share of the
+        training steps done, for what is annealed.
+        """
+        return by_autograd(self, pre)
 
     def penalty(self, pairs: Pairs, n_valid: int, d_in: int) -> tuple[float, float]:
-        """A sparsity loss and its (constant) derivative by every active code."""
+        """A loss on the codes and its (constant) derivative by every active code."""
         return 0.0, 0.0
 
     def initial(self, pre: Preactivations) -> dict[str, Tensor]:
         """Values of `own_parameters`, each (F), before the first step, from that step's pre-activations."""
         return {}
 
-    @abstractmethod
-    def frozen(self, calibration: Sequence[Preactivations]) -> dict[str, Any]:
-        """The fields of the SparseAutoencoder that training ends in, besides its weights, on the normalised
-        activations that it was trained on (`SparseAutoencoder.on_raw` turns them into those for raw ones).
+    def inference(self, calibration: Sequence[Preactivations]) -> "Architecture":
+        """What training ends in, on the normalised activations that it was trained on (see `scaled`).
 
-        calibration: pre-activations of the finished weights on a few batches, at least one.
+        By default itself with what it has learned, where `own_parameters` are those of `per_latent`; override where
+        something is still to be settled. calibration: pre-activations of the finished weights on a few batches.
         """
+        own = calibration[0].own
+        return type(self).of(vars(self), {name: torch.from_numpy(own[name]).clone() for name in self.per_latent})
+
+    def scaled(self, b_enc: Tensor, shift_F: Tensor, scale: float) -> tuple[Tensor, "Architecture"]:
+        """b_enc and itself for raw activations, where it takes normalised ones, scale * (x - mean): codes and biases
+        are lengths and shrink by the scale, and a bias also takes up shift_F = mean @ W_enc."""
+        lengths = {name: getattr(self, name) / scale for name in self.lengths if name in self.per_latent}
+        return b_enc / scale - shift_F, self._with(lengths)
+
+    def stateless(self, pre_NF: Tensor, count: int) -> "Architecture":
+        """Of one with state: an architecture without it that has about `count` active pairs on these tokens. By default
+        jumprelu, with one factor on all its thresholds. Raises LegatoError."""
+        threshold = self.tensors().get("threshold")
+        if threshold is None or not bool((threshold > 0).all()):
+            raise LegatoError(f"a {self.name} SAE without a positive threshold has no approximation without state")
+        factor = (pre_NF / threshold).flatten().topk(count + 1).values[-1].clamp_min(0)
+        return architecture_named("jumprelu").of({}, {"threshold": factor * threshold})
+
+    # What is saved
+
+    @classmethod
+    def of(cls, numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Architecture":
+        """From mappings that hold its numbers and tensors by name."""
+        fields: dict[str, Any] = {name: numbers[name] for name in cls.numbers}
+        return cls(**fields, **{name: tensors[name] for name in cls.per_latent})
+
+    @classmethod
+    def shapes(cls) -> dict[str, str]:
+        """Axes of all tensors in a file: D the activations' width, F the latents."""
+        return {"W_enc": "DF", cls.bias: "F", "W_dec": "FD", "b_dec": "D", **cls.per_latent}
+
+    def saved_numbers(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.numbers}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.per_latent}
+
+    def settings(self) -> dict[str, Any]:
+        """Its class and all fields but tensors, as they are saved beside an arm's results."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.per_latent}  # type: ignore[arg-type]
+        return {"type": type(self).__name__, **plain}
+
+    def to(self, device: torch.device | str) -> "Architecture":
+        return self._with({name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    def _with(self, tensors: Mapping[str, Tensor]) -> "Architecture":
+        return replace(self, **tensors)  # type: ignore[type-var]  # subclasses are dataclasses
+
+
+class Selecting(Architecture):
+    """An architecture whose codes are the pre-activations of selected pairs."""
+
+    @abstractmethod
+    def select(self, pre: Preactivations, state: float, progress: float) -> tuple[Pairs, float]:
+        """Active pairs and the next state (see `forward`); for most a speed hint, never a result."""
+
+    def forward(self, pre: Preactivations, state: float, progress: float) -> Forward:
+        return Selected(*self.select(pre, state, progress), self)
+
+
+@dataclass(frozen=True)
+class Selected(Forward):
+    """Codes that are the pre-activations of selected pairs."""
+
+    architecture: Architecture
+
+    def backward(self, decoding: Decoding) -> tuple[dict[str, float], Array]:
+        value, slope = self.architecture.penalty(self.pairs, decoding.n_valid, decoding.x_ND.shape[1])
+        squared = decoding.through_codes(decoding.slope_Q + decoding.slope_Q.dtype.type(slope))
+        return {"sparsity": value} if slope else {}, squared
+
+
+def masked(codes: Tensor, mask: Tensor | None) -> Tensor:
+    return codes if mask is None else codes * mask.unsqueeze(-1)

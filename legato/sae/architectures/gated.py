@@ -3,16 +3,17 @@
 Shape legend: F latents, P active pairs, J pairs with an open gate.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from legato.sae.architectures.base import OPENING, Architecture, Decoding, Forward, opening
-from legato.sae.architectures.preactivations import Preactivations, budget_threshold
+from legato.sae.architectures.base import Architecture, masked, tensor
+from legato.sae.architectures.forward import OPENING, Decoding, Forward, opening
+from legato.sae.architectures.preactivations import Columns, Encoder, Preactivations, budget_threshold, columns
 from legato.sae.kernels import gradients as pair_kernels
 from legato.sae.kernels import pairs as kernels
 from legato.sae.kernels.pairs import Array, Pairs
@@ -36,7 +37,11 @@ class Gated(Architecture):
 
     l1: float = 1.0
     k: int | None = None
-    architecture: ClassVar[str] = "gated"
+    b_gate: Tensor = tensor()
+    r_mag: Tensor = tensor()
+    name: ClassVar[str] = "gated"
+    per_latent: ClassVar[Mapping[str, str]] = {"b_gate": "F", "r_mag": "F"}
+    bias: ClassVar[str] = "b_mag"
     own_parameters: ClassVar[tuple[str, ...]] = ("b_gate_F", "r_mag_F")
     own_rate: ClassVar[float] = 3.0
 
@@ -45,8 +50,8 @@ class Gated(Architecture):
         b_enc_F = torch.from_numpy(pre.b_enc_F)
         return {"b_gate_F": b_enc_F - threshold, "r_mag_F": torch.zeros_like(b_enc_F)}
 
-    def forward(self, pre: Preactivations, memory: float, progress: float) -> Forward:
-        """memory: logarithm of the steered coefficient over l1."""
+    def forward(self, pre: Preactivations, state: float, progress: float) -> Forward:
+        """state: logarithm of the steered coefficient over l1."""
         b_gate_F, gain_F = pre.own["b_gate_F"], np.exp(pre.own["r_mag_F"])
         N = pre.shape[0]
         token, latent, value = pre.above(pre.b_enc_F - b_gate_F, 4 * (self.k or 32) * pre.n_valid)
@@ -57,16 +62,35 @@ class Gated(Architecture):
         pairs = kernels.keep(N, token, latent, code, code > 0)
         excess = 0.0 if self.k is None else len(pairs.value_P) / pre.n_valid / self.k - 1
         excess = float(np.clip(excess, -1, 1))
-        l1 = self.l1 * float(np.exp(memory + _PROPORTIONAL * excess))
-        return _Gates(pairs, memory + _INTEGRAL * excess, gates, code > 0, gain_F, pre.b_enc_F, b_gate_F, l1)
+        l1 = self.l1 * float(np.exp(state + _PROPORTIONAL * excess))
+        return _Gates(pairs, state + _INTEGRAL * excess, gates, code > 0, gain_F, pre.b_enc_F, b_gate_F, l1)
 
-    def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
-        forward = self.forward(pre, floor, progress)
-        return forward.pairs, forward.memory
-
-    def frozen(self, calibration: Sequence[Preactivations]) -> dict[str, Any]:
+    def inference(self, calibration: Sequence[Preactivations]) -> "Gated":
         own = {name: torch.from_numpy(value).clone() for name, value in calibration[0].own.items()}
-        return {"architecture": self.architecture, "b_gate": own["b_gate_F"], "r_mag": own["r_mag_F"]}
+        return Gated(b_gate=own["b_gate_F"], r_mag=own["r_mag_F"])
+
+    def activate(self, pre: Tensor, mask: Tensor | None = None, doc: Tensor | None = None) -> Tensor:
+        """Of <x, W_enc> + b_gate: the gate's own codes, which its reconstruction in training is made of."""
+        return pre.relu()
+
+    def encode(self, product: Tensor, b_enc: Tensor, mask: Tensor | None = None, doc: Tensor | None = None) -> Tensor:
+        return masked(torch.relu(self.r_mag.exp() * product + b_enc) * (self.activate(product + self.b_gate) > 0), mask)
+
+    def encode_sparse(self, encoder: Encoder, acts_BLD: Tensor, mask_BL: Tensor, doc_BL: Tensor) -> Columns:
+        threshold = -encoder.centre_F - self.b_gate
+        if not bool((threshold > 0).all()):
+            return super().encode_sparse(encoder, acts_BLD, mask_BL, doc_BL)
+        gain, threshold_F = self.r_mag.exp(), threshold.numpy()
+        gain_F, offset_F = gain.numpy(), (gain * encoder.centre_F + encoder.b_enc).numpy()
+        pre = encoder.centred(acts_BLD, mask_BL, doc_BL, bias_F=torch.zeros_like(threshold))
+        token_P, latent_P, value_P = pre.near(threshold_F)
+        on_P = value_P > threshold_F[latent_P]
+        value_P = gain_F[latent_P] * value_P + offset_F[latent_P]
+        on_P &= value_P > 0
+        return columns(token_P[on_P], latent_P[on_P], value_P[on_P])
+
+    def scaled(self, b_enc: Tensor, shift_F: Tensor, scale: float) -> tuple[Tensor, "Gated"]:
+        return b_enc / scale - shift_F * self.r_mag.exp(), replace(self, b_gate=self.b_gate / scale - shift_F)
 
 
 @dataclass(frozen=True)

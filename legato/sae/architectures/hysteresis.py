@@ -1,32 +1,34 @@
 """Hysteresis: a Schmitt trigger along the sequence.
 
-Activations that look along the sequence, on dense pre-activations: what a SAE with state does at inference.
-
-Shape legend: [..., L, F] pre-activations of positions L and latents F; mask, doc [..., L].
-
-Shape legend of the dense function: [..., L, F] pre-activations of positions L and latents F; mask, doc [..., L].
+Shape legend: F latents, P pairs in token order; dense: [..., L, F] pre-activations of positions L; mask, doc [..., L].
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from legato.sae.architectures.base import Architecture
-from legato.sae.architectures.preactivations import FLOOR_SHARE, Preactivations, budget_threshold, quantile_floor
+from legato.sae.architectures.base import SHARE, Number, Selecting, tensor
+from legato.sae.architectures.preactivations import (
+    APPROXIMATE_SHARE,
+    FLOOR_SHARE,
+    Columns,
+    Encoder,
+    Preactivations,
+    budget_threshold,
+    columns,
+    quantile_floor,
+)
 from legato.sae.kernels import pairs as kernels
 from legato.sae.kernels.pairs import Pairs
 from legato.sae.segments import runs
 
-# bfloat16 pre-activations lie within 0.4 % of the exact ones, and a little more where large terms cancel.
-ROUGH_SHARE = 0.98
-
 
 @dataclass(frozen=True)
-class Hysteresis(Architecture):
+class Hysteresis(Selecting):
     """A Schmitt trigger along the sequence: a latent switches on where its pre-activation reaches a threshold, and
     stays on, token after token of one document, while it stays above `release` times that threshold.
 
@@ -36,29 +38,34 @@ class Hysteresis(Architecture):
     `anneal` of training. At inference the threshold is a constant. Ours.
     """
 
-    k: int
+    k: int = 0
     release: float = 0.5
     anneal: float = 0.3
-    architecture: ClassVar[str] = "hysteresis"
+    threshold: Tensor = tensor()
+    name: ClassVar[str] = "hysteresis"
+    per_latent: ClassVar[Mapping[str, str]] = {"threshold": "F"}
+    numbers: ClassVar[Mapping[str, Number]] = {"release": SHARE}
+    stateful: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_release(self.release)
 
-    def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
+    def select(self, pre: Preactivations, state: float, progress: float) -> tuple[Pairs, float]:
         N, F = pre.shape
         count, release = self.k * pre.n_valid, release_at(self.release, self.anneal, progress)
-        if floor <= 0:
-            floor = quantile_floor(pre, self.k)
+        floor = state if state > 0 else quantile_floor(pre, self.k)
         while True:
-            token_P, latent_P = pre.nominated(pre.constant_floor(release * floor), 3 * count + F)
-            # The matmul's own values nominate what may be on; only that is computed exactly.
-            rough_P = pre.critical(token_P, latent_P, pre.rough(token_P, latent_P), release)
-            if int((rough_P > floor).sum()) >= count or floor <= 0:
+            token_P, latent_P = pre.candidates(pre.constant_floor(release * floor), 3 * count + F)
+            # The matmul's own values tell what may be on; only that is computed exactly.
+            approximate_P = pre.critical(token_P, latent_P, pre.approximate(token_P, latent_P), release)
+            if int((approximate_P > floor).sum()) >= count or floor <= 0:
                 break
             floor = 0.7 * floor if floor > 1e-6 else 0.0
-        if len(rough_P) > count:
-            near = ROUGH_SHARE * np.partition(rough_P, len(rough_P) - count)[len(rough_P) - count]
-            token_P, latent_P = token_P[rough_P >= near], latent_P[rough_P >= near]
+        if len(approximate_P) > count:
+            near = (
+                APPROXIMATE_SHARE * np.partition(approximate_P, len(approximate_P) - count)[len(approximate_P) - count]
+            )
+            token_P, latent_P = token_P[approximate_P >= near], latent_P[approximate_P >= near]
         value_P = pre.exact(token_P, latent_P)
         critical_P = pre.critical(token_P, latent_P, value_P, release)
         # All pairs at the cut: a held stretch shares the critical threshold of the token that set it.
@@ -66,9 +73,20 @@ class Hysteresis(Architecture):
         keep_P = (critical_P >= cut) & (value_P > 0)
         return kernels.keep(N, token_P, latent_P, value_P, keep_P), FLOOR_SHARE * float(cut)
 
-    def frozen(self, calibration: Sequence[Preactivations]) -> dict[str, Any]:
-        threshold_F = torch.full(calibration[0].b_enc_F.shape, budget_threshold(calibration, self.k, self.release))
-        return {"architecture": self.architecture, "threshold": threshold_F, "release": self.release}
+    def inference(self, calibration: Sequence[Preactivations]) -> "Hysteresis":
+        threshold = budget_threshold(calibration, self.k, self.release)
+        return Hysteresis(release=self.release, threshold=torch.full(calibration[0].b_enc_F.shape, threshold))
+
+    def activate(self, pre: Tensor, mask: Tensor | None = None, doc: Tensor | None = None) -> Tensor:
+        return pre * held(pre, self.threshold, self.release, mask, doc)
+
+    def encode_sparse(self, encoder: Encoder, acts_BLD: Tensor, mask_BL: Tensor, doc_BL: Tensor) -> Columns:
+        if not bool((self.threshold > 0).all()):
+            return super().encode_sparse(encoder, acts_BLD, mask_BL, doc_BL)
+        threshold_F, pre = self.threshold.numpy(), encoder.centred(acts_BLD, mask_BL, doc_BL)
+        token_P, latent_P, value_P = pre.near(threshold_F, self.release)
+        on_P = pre.critical(token_P, latent_P, value_P / threshold_F[latent_P], self.release) >= 1
+        return columns(token_P[on_P], latent_P[on_P], value_P[on_P])
 
 
 def check_release(release: float) -> None:

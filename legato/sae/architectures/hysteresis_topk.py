@@ -1,26 +1,32 @@
 """Hysteresis inside each token's own budget.
 
-Shape legend of the dense function: [..., L, F] pre-activations of positions L and latents F; mask, doc [..., L].
+Shape legend: [..., L, F] pre-activations of positions L and latents F; mask, doc [..., L].
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from legato.sae.architectures.base import Architecture
-from legato.sae.architectures.hysteresis import ROUGH_SHARE, check_release, release_at
-from legato.sae.architectures.preactivations import Preactivations
-from legato.sae.kernels import pairs as kernels
-from legato.sae.kernels.held_top import held_top as held_top_kernel
+from legato.sae.architectures.base import BUDGET, SHARE, Number, Selecting
+from legato.sae.architectures.hysteresis import check_release, release_at
+from legato.sae.architectures.preactivations import (
+    CANDIDATE_SHARE,
+    Columns,
+    Encoder,
+    Preactivations,
+    columns,
+    held_top_pairs,
+)
+from legato.sae.architectures.topk import TopK
 from legato.sae.kernels.pairs import Pairs
 from legato.sae.segments import runs
 
 
 @dataclass(frozen=True)
-class HysteresisTopK(Architecture):
+class HysteresisTopK(Selecting):
     """The k largest pre-activations of each token, where those of latents that were on at the token before, of the
     same document, count 1 / release times.
 
@@ -32,48 +38,41 @@ class HysteresisTopK(Architecture):
     k: int
     release: float = 0.5
     anneal: float = 0.3
-    architecture: ClassVar[str] = "hysteresis_topk"
+    name: ClassVar[str] = "hysteresis_topk"
+    numbers: ClassVar[Mapping[str, Number]] = {"k": BUDGET, "release": SHARE}
+    stateful: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_release(self.release)
 
-    def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
+    def select(self, pre: Preactivations, state: float, progress: float) -> tuple[Pairs, float]:
         release = release_at(self.release, self.anneal, progress)
         return held_top_pairs(pre, self.k, release), 0.0
 
-    def frozen(self, calibration: Sequence[Preactivations]) -> dict[str, Any]:
-        return {"architecture": self.architecture, "k": self.k, "release": self.release}
+    def inference(self, calibration: Sequence[Preactivations]) -> "HysteresisTopK":
+        return HysteresisTopK(self.k, self.release)
 
+    def activate(self, pre: Tensor, mask: Tensor | None = None, doc: Tensor | None = None) -> Tensor:
+        return pre * held_top(pre, self.k, self.release, mask, doc)
 
-def held_top_pairs(pre: Preactivations, k: int, release: float, rough_share: float = ROUGH_SHARE) -> Pairs:
-    """The pairs that are on, exact among those that the matmul's own values nominate: what counts there at least
-    `rough_share` of the token's k-th."""
-    N, F = pre.shape
-    layout = pre.layout
+    def encode_sparse(self, encoder: Encoder, acts_BLD: Tensor, mask_BL: Tensor, doc_BL: Tensor) -> Columns:
+        pre = encoder.centred(acts_BLD, mask_BL, doc_BL)
+        return columns(*held_top_pairs(pre, self.k, self.release, CANDIDATE_SHARE)[1:])
 
-    def top(value_P: Any, margin: float) -> Any:
-        return held_top_kernel(
-            layout.start_N, layout.end_N, token_P, latent_P, value_P, n_latents=F, k=k, release=release, margin=margin
-        )
-
-    floor_N = pre.lowered(pre.row_floors(k), rough_share * release)
-    token_P, latent_P = pre.nominated(floor_N, 6 * k * N)
-    near_P = top(pre.rough(token_P, latent_P), rough_share)
-    token_P, latent_P = token_P[near_P], latent_P[near_P]
-    value_P = pre.exact(token_P, latent_P)
-    return kernels.keep(N, token_P, latent_P, value_P, top(value_P, 1.0))
+    def stateless(self, pre_NF: Tensor, count: int) -> TopK:
+        return TopK(self.k)
 
 
 def held_top(pre: Tensor, k: int, release: float, mask: Tensor | None = None, doc: Tensor | None = None) -> Tensor:
     """on[..., L, F]: the k largest positive pre-activations of each token, where those of latents that were on at the
     token before, of the same document, count 1 / release times."""
     valid, opens = runs(pre, mask, doc)
-    on = torch.zeros_like(pre, dtype=torch.bool)
-    before = torch.zeros_like(on[..., 0, :])
+    on = []
+    before = torch.zeros_like(pre[..., 0, :], dtype=torch.bool)
     for t in range(pre.shape[-2]):
-        before &= ~opens[..., t, None]
+        before = before & ~opens[..., t, None]
         score = torch.where(before, pre[..., t, :] / release, pre[..., t, :])
         best = torch.zeros_like(before).scatter_(-1, score.topk(k, dim=-1, sorted=False).indices, True)
         before = best & (pre[..., t, :] > 0) & valid[..., t, None]
-        on[..., t, :] = before
-    return on
+        on.append(before)
+    return torch.stack(on, dim=-2)

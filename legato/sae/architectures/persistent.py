@@ -3,17 +3,18 @@
 Shape legend: N flat tokens, F latents, P / Q selected pairs by token / by latent, H pairs with a code by latent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from legato.sae.architectures.base import Architecture, Decoding, Forward
+from legato.sae.architectures.base import INNER_SHARE, Architecture, Number, tensor
 from legato.sae.architectures.batchtopk import batch_top
-from legato.sae.architectures.preactivations import Preactivations, budget_threshold
+from legato.sae.architectures.forward import Decoding, Forward
+from legato.sae.architectures.preactivations import Columns, Encoder, Preactivations, budget_threshold, columns
 from legato.sae.kernels import gradients as pair_kernels
 from legato.sae.kernels import pairs as kernels
 from legato.sae.kernels.leak import Carried, leak_backward, leak_forward
@@ -33,10 +34,15 @@ class Persistent(Architecture):
     among all codes of the batch before, which holds L0 at k. start: the leak before training.
     """
 
-    k: int
+    k: int = 0
     tail: float = 0.2
     start: float = 0.3
-    architecture: ClassVar[str] = "persistent"
+    threshold: Tensor = tensor()
+    leak: Tensor = tensor()
+    name: ClassVar[str] = "persistent"
+    per_latent: ClassVar[Mapping[str, str]] = {"threshold": "F", "leak": "F"}
+    numbers: ClassVar[Mapping[str, Number]] = {"tail": INNER_SHARE}
+    stateful: ClassVar[bool] = True
     own_parameters: ClassVar[tuple[str, ...]] = ("leak_logit_F",)
     own_rate: ClassVar[float] = 5.0
 
@@ -48,31 +54,35 @@ class Persistent(Architecture):
         logit = float(np.log(self.start / (1 - self.start)))
         return {"leak_logit_F": torch.full(pre.b_enc_F.shape, logit)}
 
-    def forward(self, pre: Preactivations, memory: float, progress: float) -> Forward:
-        """memory: logarithm of the share of selected pairs among the codes."""
-        selected, _ = batch_top(pre, self.k * float(np.exp(memory)), 0.0)
+    def forward(self, pre: Preactivations, state: float, progress: float) -> Forward:
+        """state: logarithm of the share of selected pairs among the codes."""
+        selected, _ = batch_top(pre, self.k * float(np.exp(state)), 0.0)
         leak_F = _leak(pre.own["leak_logit_F"])
         order = kernels.by_latent(selected, len(leak_F))
         carried = leak_forward(order, leak_F, self.tail, pre.layout)
         share = max(len(order.value_Q), 1) / max(len(carried.value_H), 1)
         return _Leaky(carried.pairs(pre.shape[0]), float(np.log(share)), selected, order, carried, leak_F)
 
-    def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
-        forward = self.forward(pre, floor, progress)
-        return forward.pairs, forward.memory
-
-    def frozen(self, calibration: Sequence[Preactivations]) -> dict[str, Any]:
-        own = calibration[0].own
-        memory = 0.0
+    def inference(self, calibration: Sequence[Preactivations]) -> "Persistent":
+        state = 0.0
         for _ in range(_ROUNDS):
-            memory = float(np.mean([self.forward(pre, memory, 1.0).memory for pre in calibration]))
-        threshold = budget_threshold(calibration, self.k * float(np.exp(memory)))
-        return {
-            "architecture": self.architecture,
-            "threshold": torch.full(calibration[0].b_enc_F.shape, threshold),
-            "leak": torch.from_numpy(_leak(own["leak_logit_F"])),
-            "tail": self.tail,
-        }
+            state = float(np.mean([self.forward(pre, state, 1.0).state for pre in calibration]))
+        threshold = budget_threshold(calibration, self.k * float(np.exp(state)))
+        leak = torch.from_numpy(_leak(calibration[0].own["leak_logit_F"]))
+        return Persistent(tail=self.tail, threshold=torch.full(leak.shape, threshold), leak=leak)
+
+    def activate(self, pre: Tensor, mask: Tensor | None = None, doc: Tensor | None = None) -> Tensor:
+        return leaked(pre.relu() * (pre > self.threshold), self.leak, self.tail, mask, doc)
+
+    def encode_sparse(self, encoder: Encoder, acts_BLD: Tensor, mask_BL: Tensor, doc_BL: Tensor) -> Columns:
+        if not bool((self.threshold > 0).all()):
+            return super().encode_sparse(encoder, acts_BLD, mask_BL, doc_BL)
+        threshold_F, pre = self.threshold.numpy(), encoder.centred(acts_BLD, mask_BL, doc_BL)
+        N, F = pre.shape
+        token_P, latent_P, value_P = pre.near(threshold_F)
+        selected = kernels.keep(N, token_P, latent_P, value_P, value_P > threshold_F[latent_P])
+        carried = leak_forward(kernels.by_latent(selected, F), self.leak.numpy(), self.tail, pre.layout)
+        return columns(*carried.pairs(N)[1:])
 
 
 def _leak(logit_F: Array) -> Array:

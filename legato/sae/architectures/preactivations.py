@@ -1,13 +1,14 @@
-"""What a sparsity chooses from: the encoder's dense output, and exact values where they are asked for.
+"""What an architecture chooses from: the encoder's dense output, and exact values where they are asked for.
 
-The dense matmul's output (possibly bfloat16) only nominates candidates; their values are recomputed in the weights' own
+The dense matmul's output (possibly bfloat16) only finds candidates; their values are recomputed in the weights' own
 precision, and the choice is made on those.
 
 Shape legend: N flat tokens, S sampled tokens, D width, F latents, H those whose weights are here, P pairs by token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -16,24 +17,32 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from legato.common.hardware import fast_matmul_dtype, fixed_matmul
 from legato.sae.kernels import held_top
 from legato.sae.kernels import pairs as kernels
+from legato.sae.kernels.pairs import Pairs
 from legato.sae.partition import SINGLE, Partition
 from legato.sae.segments import Segments
 
 Array = NDArray[Any]
+Columns = tuple[Tensor, Tensor, Tensor]  # token_P, latent_P (int64) and code_P of active pairs, in token order
 
 # Candidates are taken above this share of the last batch's threshold: wide enough that neither its drift between two
 # batches nor bfloat16's rounding (0.4 %) can hide a pair, narrow enough to leave only some 15 % surplus to recompute.
 FLOOR_SHARE = 0.95
 # The same for fixed thresholds, with a least margin in normalised units, where large terms may cancel.
 _MARGIN, _LEAST_MARGIN = 0.05, 0.01
+# bfloat16 pre-activations lie within 0.4 % of the exact ones, and a little more where large terms cancel: shares of a
+# threshold down to which they are candidates in training, and at inference, where activations have any scale.
+APPROXIMATE_SHARE = 0.98
+CANDIDATE_SHARE = 0.9
 
 
 class Preactivations(NamedTuple):
     """pre_NH: the encoder's dense output, the inputs beside it for exact values; layout: tokens that take part,
-    runs; own: what the sparsity learns per latent (F), by name; share: of several ranks, which have pre_NH for their
-    share of the tokens or of the latents only, this one's. The methods give all ranks the same, about all pairs."""
+    runs; own: what the architecture learns per latent (F), by name; partition: of several ranks, which have pre_NH for
+    their share of the tokens or of the latents only, this one's. The methods give all ranks the same, about all
+    pairs."""
 
     pre_NH: Tensor
     x_ND: Array
@@ -56,7 +65,7 @@ class Preactivations(NamedTuple):
         """(token_P, latent_P, exact value_P) of the pairs whose pre_NH lies above the floor (in `ordered` units)."""
         return self._with_exact(*self._own_pairs(kernels.scan, self.ordered, floor_N[self._tokens], expected))
 
-    def nominated(self, floor_N: Array, expected: int) -> tuple[Array, Array]:
+    def candidates(self, floor_N: Array, expected: int) -> tuple[Array, Array]:
         """(token_P, latent_P) of the pairs whose pre_NH lies above the floor (in `ordered` units)."""
         token_P, latent_P = self._own_pairs(kernels.scan, self.ordered, floor_N[self._tokens], expected)
         token_P, latent_P = self.partition.pairs(token_P, latent_P + latent_P.dtype.type(self._held.start))
@@ -81,6 +90,15 @@ class Preactivations(NamedTuple):
         bits_H = floor_H.view(torch.int16) if floor_H.dtype == torch.bfloat16 else floor_H
         ordered_NH = self._replace(pre_NH=pre_NH).ordered
         return self._with_exact(*self._own_pairs(kernels.scan_above, ordered_NH, bits_H.numpy(), expected))
+
+    def near(self, threshold_F: Array, release: float = 1.0) -> tuple[Array, Array, Array]:
+        """(token_P, latent_P, exact value_P) of the candidates for release times the latent's threshold (F) > 0."""
+        return self.scan_latents(np.float32(CANDIDATE_SHARE * release) * threshold_F, 64 * len(self.x_ND))
+
+    def products(self) -> Tensor:
+        """product_NF = x @ W_enc of all latents, exactly."""
+        product_NH = fixed_matmul(torch.from_numpy(self.x_ND), torch.from_numpy(self.W_enc_HD).T)
+        return torch.from_numpy(self.partition.of_latents(product_NH.T.contiguous().numpy())).T.contiguous()
 
     def exact(self, token_P: Array, latent_P: Array) -> Array:
         return self.partition.of_pairs(self._exact, token_P, latent_P, self.shape)
@@ -130,7 +148,7 @@ class Preactivations(NamedTuple):
         bits = self.pre_NH.view(torch.int16) if self.pre_NH.dtype == torch.bfloat16 else self.pre_NH
         return bits.numpy()
 
-    def rough(self, token_P: Array, latent_P: Array) -> Array:
+    def approximate(self, token_P: Array, latent_P: Array) -> Array:
         """The matmul's own values of the given pairs, float32 or finer."""
         ordered_NH = self.ordered
         values_P = self.partition.of_pairs(
@@ -144,15 +162,86 @@ class Preactivations(NamedTuple):
         F = len(self.b_enc_F)
         return held_top.critical_thresholds(self.layout.start_N, token_P, latent_P, value_P, F, release)
 
-    def lowered(self, floor_N: Array, partition: float) -> Array:
+    def scaled_floor(self, floor_N: Array, share: float) -> Array:
         """Floors in `ordered` units, times a share."""
         if self.pre_NH.dtype != torch.bfloat16:
-            return floor_N * floor_N.dtype.type(partition)
-        return (partition * torch.from_numpy(floor_N).view(torch.bfloat16)).view(torch.int16).numpy()
+            return floor_N * floor_N.dtype.type(share)
+        return (share * torch.from_numpy(floor_N).view(torch.bfloat16)).view(torch.int16).numpy()
 
     def constant_floor(self, floor: float) -> Array:
         value = torch.full((len(self.x_ND),), floor, dtype=self.pre_NH.dtype)
         return (value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy()
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The encoder of a finished SAE: W_enc (D, F), b_enc (F) and the b_dec (D) of its decoder."""
+
+    W_enc: Tensor
+    b_enc: Tensor
+    b_dec: Tensor
+
+    @cached_property
+    def W_enc_FD(self) -> Tensor:
+        return self.W_enc.T.contiguous()
+
+    @cached_property
+    def low_W_enc_FD(self) -> Tensor:
+        return self.W_enc_FD.to(fast_matmul_dtype())
+
+    @cached_property
+    def centre_F(self) -> Tensor:
+        return fixed_matmul(self.b_dec[None], self.W_enc)[0]
+
+    def centred(
+        self, acts_BLD: Tensor, mask_BL: Tensor, doc_BL: Tensor, bias_F: Tensor | None = None
+    ) -> Preactivations:
+        """(acts - b_dec) @ W_enc + bias_F, on the CPU: activations less b_dec have smaller numbers, which round less.
+
+        bias_F: by default the one that makes up for b_dec, so that the values are those of acts @ W_enc + b_enc.
+        """
+        x_ND = acts_BLD.flatten(0, 1) - self.b_dec
+        low_W_enc_FD = self.low_W_enc_FD
+        dtype = low_W_enc_FD.dtype
+        bias_F = self.centre_F + self.b_enc if bias_F is None else bias_F
+        return Preactivations(
+            fixed_matmul(x_ND.to(dtype), low_W_enc_FD.T, bias_F.to(dtype)),
+            x_ND.numpy(),
+            self.W_enc_FD.numpy(),
+            bias_F.numpy(),
+            Segments.of(mask_BL, doc_BL),
+        )
+
+
+def positive(codes_NF: Tensor) -> Columns:
+    """The pairs of positive codes, on the CPU."""
+    N = len(codes_NF)
+    token_P, latent_P = kernels.scan(codes_NF.numpy(), np.ones(N, np.bool_), np.zeros(N, np.float32), 64 * N)
+    token, latent = torch.from_numpy(token_P).long(), torch.from_numpy(latent_P).long()
+    return token, latent, codes_NF[token, latent]
+
+
+def columns(token_P: Array, latent_P: Array, value_P: Array) -> Columns:
+    return torch.from_numpy(token_P).long(), torch.from_numpy(latent_P).long(), torch.from_numpy(value_P)
+
+
+def held_top_pairs(pre: Preactivations, k: int, release: float, share: float = APPROXIMATE_SHARE) -> Pairs:
+    """Each token's k largest, where those of latents that were on at the token before count 1 / release times, exact
+    among the candidates: what counts at least `share` of the token's k-th by the matmul's own values."""
+    N, F = pre.shape
+    layout = pre.layout
+
+    def top(value_P: Array, margin: float) -> Array:
+        return held_top.held_top(
+            layout.start_N, layout.end_N, token_P, latent_P, value_P, n_latents=F, k=k, release=release, margin=margin
+        )
+
+    floor_N = pre.scaled_floor(pre.row_floors(k), share * release)
+    token_P, latent_P = pre.candidates(floor_N, 6 * k * N)
+    near_P = top(pre.approximate(token_P, latent_P), share)
+    token_P, latent_P = token_P[near_P], latent_P[near_P]
+    value_P = pre.exact(token_P, latent_P)
+    return kernels.keep(N, token_P, latent_P, value_P, top(value_P, 1.0))
 
 
 def budget_threshold(batches: Sequence[Preactivations], k: float, release: float = 1.0) -> float:

@@ -1,27 +1,43 @@
 """TopK: a budget for each token."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from legato.sae.architectures.base import Architecture
-from legato.sae.architectures.preactivations import Preactivations
+import torch
+from torch import Tensor
+
+from legato.sae.architectures.base import BUDGET, Number, Selecting
+from legato.sae.architectures.preactivations import (
+    CANDIDATE_SHARE,
+    Columns,
+    Encoder,
+    Preactivations,
+    columns,
+    held_top_pairs,
+)
 from legato.sae.kernels import pairs as kernels
 from legato.sae.kernels.pairs import Pairs
 
 
 @dataclass(frozen=True)
-class TopK(Architecture):
+class TopK(Selecting):
     """The k largest positive pre-activations of each token (Gao et al. 2024, arXiv 2406.04093)."""
 
     k: int
-    architecture: ClassVar[str] = "topk"
+    name: ClassVar[str] = "topk"
+    numbers: ClassVar[Mapping[str, Number]] = {"k": BUDGET}
 
-    def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
+    def select(self, pre: Preactivations, state: float, progress: float) -> tuple[Pairs, float]:
         N = pre.shape[0]
         token_P, latent_P, value_P = pre.scan(pre.row_floors(self.k), (2 * self.k + 64) * N)
         keep_P = kernels.keep_row_top(N, token_P, value_P, self.k)
         return kernels.keep(N, token_P, latent_P, value_P, keep_P), 0.0
 
-    def frozen(self, calibration: Sequence[Preactivations]) -> dict[str, Any]:
-        return {"architecture": self.architecture, "k": self.k}
+    def activate(self, pre: Tensor, mask: Tensor | None = None, doc: Tensor | None = None) -> Tensor:
+        top = pre.topk(self.k, dim=-1, sorted=False)
+        return torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
+
+    def encode_sparse(self, encoder: Encoder, acts_BLD: Tensor, mask_BL: Tensor, doc_BL: Tensor) -> Columns:
+        pre = encoder.centred(acts_BLD, mask_BL, doc_BL)
+        return columns(*held_top_pairs(pre, self.k, 1.0, CANDIDATE_SHARE)[1:])

@@ -1,11 +1,10 @@
 """The budget is spent on stretches: a latent is chosen for a whole window of tokens.
 
-Shape legend: N flat tokens, F latents, P pairs in token order, G windows, C candidate (window, latent) cells.
-
-Shape legend of the dense function: [..., L, F] pre-activations of positions L and latents F; mask, doc [..., L].
+Shape legend: N flat tokens, F latents, P pairs in token order, G windows, C candidate (window, latent) cells; dense:
+[..., L, F] pre-activations of positions L; mask, doc [..., L].
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from legato.sae.architectures.base import Architecture
+from legato.sae.architectures.base import TOKENS, Number, Selecting, tensor
 from legato.sae.architectures.preactivations import Preactivations
 from legato.sae.kernels import pairs as kernels
 from legato.sae.kernels.pairs import Pairs
@@ -26,7 +25,7 @@ _SURPLUS = 1.1  # what the candidate cells hold over the budget, so that roundin
 
 
 @dataclass(frozen=True)
-class WindowTopK(Architecture):
+class WindowTopK(Selecting):
     """BatchTopK over (window, latent) cells: all positive pre-activations of the cells of largest norm
     sqrt(sum over the window of relu(pre)^2) are on, with as many cells as make k active latents a token.
 
@@ -35,22 +34,29 @@ class WindowTopK(Architecture):
     threshold is a constant. Ours.
     """
 
-    k: int
+    k: int = 0
     window: int = 8
-    architecture: ClassVar[str] = "window_topk"
+    threshold: Tensor = tensor()
+    name: ClassVar[str] = "window_topk"
+    per_latent: ClassVar[Mapping[str, str]] = {"threshold": "F"}
+    numbers: ClassVar[Mapping[str, Number]] = {"window": TOKENS}
+    stateful: ClassVar[bool] = True
 
-    def select(self, pre: Preactivations, floor: float, progress: float) -> tuple[Pairs, float]:
+    def select(self, pre: Preactivations, state: float, progress: float) -> tuple[Pairs, float]:
         cells = best_cells(pre, self.window, self.k * pre.n_valid)
         threshold = _budget_norm(cells.norm_C, cells.positive_C, self.k * pre.n_valid)[0]
         return cells.pairs(pre.shape[0], cells.norm_C >= threshold), 0.0
 
-    def frozen(self, calibration: Sequence[Preactivations]) -> dict[str, Any]:
+    def inference(self, calibration: Sequence[Preactivations]) -> "WindowTopK":
         cells = [best_cells(pre, self.window, self.k * pre.n_valid) for pre in calibration]
         norm_C = np.concatenate([each.norm_C for each in cells])
         positive_C = np.concatenate([each.positive_C for each in cells])
         last_and_next = _budget_norm(norm_C, positive_C, self.k * sum(pre.n_valid for pre in calibration))
-        threshold_F = torch.full(calibration[0].b_enc_F.shape, sum(last_and_next) / 2)
-        return {"architecture": self.architecture, "threshold": threshold_F, "window": self.window}
+        threshold = torch.full(calibration[0].b_enc_F.shape, sum(last_and_next) / 2)
+        return WindowTopK(window=self.window, threshold=threshold)
+
+    def activate(self, pre: Tensor, mask: Tensor | None = None, doc: Tensor | None = None) -> Tensor:
+        return pre * held_windows(pre, self.threshold, self.window, mask, doc)
 
 
 @dataclass(frozen=True)
@@ -81,13 +87,13 @@ def best_cells(pre: Preactivations, window: int, count: int) -> Cells:
     n_cells, most = 2 * count // window + 1, len(first_G) * pre.shape[1]
     while True:
         n_cells = min(n_cells, most)
-        cells = _exact_cells(pre, *_nominated_cells(pre, norm2_GH, n_cells), first_G, end_G)
+        cells = _exact_cells(pre, *_candidate_cells(pre, norm2_GH, n_cells), first_G, end_G)
         if cells.positive_C.sum() >= _SURPLUS * count or n_cells == most:
             return cells
         n_cells *= 2
 
 
-def _nominated_cells(pre: Preactivations, norm2_GH: Tensor, n_cells: int) -> tuple[Array, Array]:
+def _candidate_cells(pre: Preactivations, norm2_GH: Tensor, n_cells: int) -> tuple[Array, Array]:
     """(window_C, latent_C) of the n_cells largest, from each rank's best."""
     n_held, first = norm2_GH.shape[1], pre.partition.local(pre.shape[1]).start
     own = norm2_GH.flatten().topk(min(n_cells, norm2_GH.numel()), sorted=False)

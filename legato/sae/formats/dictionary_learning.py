@@ -4,9 +4,7 @@ An activation normaliser is folded into the biases of what is saved, the checkpo
 arXiv 2511.05541) is a fork that writes the same layout; of its objective config.json says `temporal` and the groups,
 but neither the coefficient nor whether the term was contrastive.
 
-Shape legend: D activation width, F latents.
-
-An SAE as a run of dictionary_learning 0.1, which `dictionary_learning.utils.load_dictionary` opens.
+What is written, `dictionary_learning.utils.load_dictionary` opens.
 
 Shape legend: D activation width, F latents.
 """
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from legato.common.errors import LegatoError, UsageError
 from legato.common.safe_read import as_dict, read_json_object, read_state_dict, write_json
+from legato.sae.architectures import architecture_named
 from legato.sae.formats.hook_names import layer_and_site
 from legato.sae.formats.weights import (
     SAEWeights,
@@ -133,7 +132,7 @@ def read_dictionary_learning(path: Path) -> SAEWeights:
         apply_b_dec_to_input=dict_class not in TAKES_RAW_INPUT,
         details=as_dict(config.get(LEGATO_KEY))
         or _details(config, trainer, dict_class, k=k, threshold=threshold, group_sizes=groups),
-        **numbers,
+        numbers=numbers,
     )
 
 
@@ -268,10 +267,9 @@ def _class_for(stored: SAEWeights, budget: Mapping[str, Tensor]) -> str:
         return "MatryoshkaBatchTopKSAE" if "group_sizes" in budget else "BatchTopKSAE"
     plain = {"topk": "AutoEncoderTopK", "jumprelu": "JumpReluAutoEncoder", "gated": "GatedAutoEncoder"}
     if architecture not in plain:
-        raise LegatoError(
-            f"dictionary_learning has no class for a {architecture} SAE, whose state follows the order of tokens: "
-            "export to saelens, or a stateless copy of it (SparseAutoencoder.stateless)"
-        )
+        stateful = architecture_named(architecture).stateful
+        copy = ", or a copy of it without state (SparseAutoencoder.stateless)" if stateful else ""
+        raise LegatoError(f"dictionary_learning has no class for a {architecture} SAE: export to saelens{copy}")
     assert ARCHITECTURES[plain[architecture]] == architecture
     return plain[architecture]
 
@@ -280,7 +278,7 @@ def _budget(stored: SAEWeights) -> dict[str, Tensor]:
     """k, threshold and group_sizes as the library's buffers; empty where the SAE did not come with a budget."""
     source = as_dict(stored.details.get("source"))
     threshold_F, F = stored.weights.get("threshold"), stored.weights["W_enc"].shape[1]
-    k = source.get("k") if stored.k is None else stored.k
+    k = stored.numbers.get("k", source.get("k"))
     if not (isinstance(k, int | float) and k in range(1, F + 1)):
         return {}
     if threshold_F is None:

@@ -1,7 +1,7 @@
 """SAELens folders: `cfg.json` + `sae_weights.safetensors`, as SAELens 6.54 saves and opens them.
 
 `SAE.load_from_disk(folder)` opens what `write_saelens_folder` writes; neither function needs SAELens installed. SAELens
-knows the architecture `hysteresis` after `import legato.interop.saelens`.
+knows Legato's own architectures after `import legato.interop.saelens`.
 
 Shape legend: D activation width, F latents.
 """
@@ -13,22 +13,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from legato.common.errors import LegatoError, UsageError
 from legato.common.files import Manifest, sha256_json
 from legato.common.safe_read import as_dict, read_json_object, read_safetensors, write_json
+from legato.sae.architectures import architectures
 from legato.sae.formats.saelens_training import THRESHOLD_AT_THE_END, training_normaliser, with_threshold
-from legato.sae.formats.weights import (
-    NUMBERS,
-    WEIGHT_SHAPES,
-    SAEWeights,
-    check_weights,
-    fold_decoder_norm,
-    known,
-    new_sae,
-    usable_numbers,
-)
+from legato.sae.formats.weights import SAEWeights, check_weights, fold_decoder_norm, known, new_sae, usable_numbers
 
 CFG_FILENAME = "cfg.json"
 WEIGHTS_FILENAME = "sae_weights.safetensors"
@@ -71,77 +62,34 @@ class SAELensFolder(SAEWeights):
 
 def write_saelens_folder(
     path: str | Path,
+    stored: SAEWeights,
     *,
-    architecture: str,
-    W_enc: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    b_enc: Tensor | None = None,
-    threshold: Tensor | float | None = None,
-    k: int | None = None,
-    release: float | None = None,
-    window: int | None = None,
-    tail: float | None = None,
-    leak: Tensor | None = None,
-    b_gate: Tensor | None = None,
-    b_mag: Tensor | None = None,
-    r_mag: Tensor | None = None,
-    apply_b_dec_to_input: bool = True,
     metadata: Mapping[str, Any] | None = None,
     legato: Mapping[str, Any] | None = None,
 ) -> Path:
     """Save a SAE that maps raw activations to raw activations as a SAELens folder; return its path.
 
-    architecture: `standard` (ReLU), `topk` (needs k), `jumprelu` (needs threshold), `hysteresis` (needs threshold and
-        release), `hysteresis_topk` (k and release), `window_topk` (threshold and window), `persistent` (threshold,
-        leak and tail), `gated` (needs b_gate, b_mag, r_mag and no b_enc), or `batchtopk`, which SAELens saves for
-        inference as jumprelu, its one threshold for all latents.
-    W_enc (D, F), W_dec (F, D), b_dec (D), b_enc / leak / b_gate / b_mag / r_mag (F); threshold (F) or one number.
     metadata: model_name, hook_name, context_size, prepend_bos, ...; unknown keys are kept.
     legato: what SAELens has no field for, written beside it as legato.json.
 
     The folder appears whole or not at all: it is written under a temporary name and renamed. A SAE folder that is
     there already is replaced; any other non-empty folder is refused. Tensors are stored in float32.
-    Raises LegatoError for tensors that do not fit together or are not finite. Layout: SAELens 6.54 `SAE.save_model`.
+    Raises LegatoError for tensors and numbers that do not fit together or are not finite. Layout: SAELens 6.54
+    `SAE.save_model`.
     """
-    path = Path(path)
-    stored_as = "jumprelu" if architecture == "batchtopk" else architecture
-    if stored_as not in WEIGHT_SHAPES:
-        known = ", ".join([*WEIGHT_SHAPES, "batchtopk"])
-        raise UsageError(f"architecture {architecture!r} cannot be saved as a SAELens folder; choose one of {known}")
-    own = NUMBERS.get(stored_as, ())
-    numbers = {"k": k, "release": release, "window": window, "tail": tail}
-    for name, value in numbers.items():
-        if (name in own) != (value is not None):
-            raise UsageError(f"architecture {architecture!r} {'needs' if name in own else 'takes no'} {name}")
-
-    F = W_enc.shape[-1]
-    if threshold is not None:
-        threshold = torch.as_tensor(threshold, dtype=torch.float32).expand(F)
-    given = {
-        "W_enc": W_enc,
-        "b_enc": b_enc,
-        "threshold": threshold,
-        "leak": leak,
-        "b_gate": b_gate,
-        "b_mag": b_mag,
-        "r_mag": r_mag,
-        "W_dec": W_dec,
-        "b_dec": b_dec,
-    }
+    path, architecture, what = Path(path), stored.architecture, f"SAE to be saved in {path}"
     weights = {
         name: tensor.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
-        for name, tensor in given.items()
-        if tensor is not None
+        for name, tensor in stored.weights.items()
     }
-    check_weights(stored_as, weights, what=f"SAE to be saved in {path}")
-
+    check_weights(architecture, weights, what=what)
+    D, F = weights["W_enc"].shape
     cfg: dict[str, Any] = {
-        "d_in": W_enc.shape[0],
+        "d_in": D,
         "d_sae": F,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": apply_b_dec_to_input,
+        "apply_b_dec_to_input": stored.apply_b_dec_to_input,
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": {
@@ -151,10 +99,10 @@ def write_saelens_folder(
             **(metadata or {}),
         },
     }
-    cfg |= usable_numbers(stored_as, numbers, F, what=f"SAE to be saved in {path}")
-    if stored_as == "topk":
+    cfg |= usable_numbers(architecture, stored.numbers, F, what=what)
+    if architecture == "topk":
         cfg["rescale_acts_by_decoder_norm"] = False
-    cfg["architecture"] = stored_as
+    cfg["architecture"] = architecture
 
     with new_sae(path, CFG_FILENAME) as folder:
         save_file(weights, folder / WEIGHTS_FILENAME)
@@ -185,8 +133,8 @@ def read_saelens_folder(path: str | Path) -> SAELensFolder:
         raise LegatoError(f"{path} has SAELens' layout before version 6; load and save it once with SAELens 6 or later")
     saved_as = str(cfg.get("architecture"))
     architecture = "jumprelu" if saved_as in THRESHOLD_AT_THE_END else saved_as
-    if architecture not in WEIGHT_SHAPES:
-        can = ", ".join([*WEIGHT_SHAPES, *THRESHOLD_AT_THE_END])
+    if architecture not in architectures():
+        can = ", ".join([*architectures(), *THRESHOLD_AT_THE_END])
         raise LegatoError(f"{path} holds architecture {saved_as!r}; can be read: {can}")
     if cfg.get("reshape_activations", "none") != "none":
         raise LegatoError(f"{path} asks for reshape_activations={cfg['reshape_activations']!r}: it cannot be read here")
@@ -209,7 +157,7 @@ def read_saelens_folder(path: str | Path) -> SAELensFolder:
         details=_details(metadata, saved_as) if legato is None else legato,
         metadata=metadata,
         legato=legato,
-        **numbers,
+        numbers=numbers,
     )
 
 

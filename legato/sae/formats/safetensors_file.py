@@ -11,7 +11,8 @@ from torch import Tensor
 
 from legato.common.errors import LegatoError, UsageError
 from legato.common.safe_read import read_safetensors, safetensors_header
-from legato.sae.formats.weights import NUMBERS, WEIGHT_SHAPES, SAEWeights, check_weights, new_sae, usable_numbers
+from legato.sae.architectures import architectures
+from legato.sae.formats.weights import SAEWeights, check_weights, new_sae, usable_numbers
 
 HEADER = "legato"
 SUFFIX = ".safetensors"
@@ -28,9 +29,10 @@ def read_one_file(path: Path) -> SAEWeights:
         architecture, details = header["architecture"], header["details"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LegatoError(f"{path} is damaged: its header does not say what SAE it is") from error
-    if str(architecture) not in WEIGHT_SHAPES or not isinstance(details, dict):
-        raise LegatoError(f"{path} holds architecture {architecture!r}; can be read: {', '.join(WEIGHT_SHAPES)}")
-    if strange := sorted(header.keys() - {"architecture", "details", *NUMBERS.get(architecture, ())}):
+    known = architectures()
+    if str(architecture) not in known or not isinstance(details, dict):
+        raise LegatoError(f"{path} holds architecture {architecture!r}; can be read: {', '.join(known)}")
+    if strange := sorted(header.keys() - {"architecture", "details", *known[architecture].numbers}):
         raise LegatoError(f"{path} is damaged, or of a later version: its header holds {strange[0]!r}")
     weights = read_safetensors(path)
     if digest not in (None, _digest_of(header, weights)):
@@ -38,7 +40,7 @@ def read_one_file(path: Path) -> SAEWeights:
     check_weights(architecture, weights, what=str(path))
     numbers = usable_numbers(architecture, header, weights["W_enc"].shape[1], what=str(path))
     return SAEWeights(
-        architecture=architecture, weights=weights, apply_b_dec_to_input=False, details=details, **numbers
+        architecture=architecture, weights=weights, apply_b_dec_to_input=False, details=details, numbers=numbers
     )
 
 
@@ -60,8 +62,7 @@ def sha256_of(stored: SAEWeights) -> str:
 
 
 def _header(stored: SAEWeights) -> dict[str, Any]:
-    numbers = {name: getattr(stored, name) for name in NUMBERS.get(stored.architecture, ())}
-    return {"architecture": stored.architecture, **numbers, "details": stored.details}
+    return {"architecture": stored.architecture, **stored.numbers, "details": stored.details}
 
 
 def _digest_of(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -63,7 +63,7 @@ def read_sparsify(folder: Path) -> SAEWeights:
         weights=weights,
         apply_b_dec_to_input=True,
         details=as_dict(cfg.get(LEGATO_KEY)) or _details(folder, cfg),
-        **numbers,
+        numbers=numbers,
     )
 
 
@@ -105,7 +105,7 @@ def write_sparsify(folder: Path, stored: SAEWeights) -> None:
         "expansion_factor": max(1, F // D),
         "normalize_decoder": has_unit_rows(weights["W_dec"]),
         "num_latents": F,
-        "k": stored.k,
+        "k": stored.numbers["k"],
         "multi_topk": False,
         "skip_connection": False,
         "transcode": False,

@@ -14,26 +14,7 @@ from torch import Tensor
 
 from legato.common.errors import LegatoError
 from legato.common.files import whole
-
-WEIGHT_SHAPES: dict[str, dict[str, str]] = {
-    "standard": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D"},
-    "topk": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D"},
-    "jumprelu": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D", "threshold": "F"},
-    "hysteresis": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D", "threshold": "F"},
-    "hysteresis_topk": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D"},
-    "window_topk": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D", "threshold": "F"},
-    "persistent": {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D", "threshold": "F", "leak": "F"},
-    "gated": {"W_enc": "DF", "b_gate": "F", "b_mag": "F", "r_mag": "F", "W_dec": "FD", "b_dec": "D"},
-}
-
-# What each architecture has beside its tensors.
-NUMBERS: dict[str, tuple[str, ...]] = {
-    "topk": ("k",),
-    "hysteresis": ("release",),
-    "hysteresis_topk": ("k", "release"),
-    "window_topk": ("window",),
-    "persistent": ("tail",),
-}
+from legato.sae.architectures import architecture_named
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("model", "site", "module_path", "dataset"), str),
@@ -48,27 +29,20 @@ _LATENTS_AT_ONCE = 4096
 class SAEWeights:
     """A SAE as read from a file, in float32, decoder norms and normalisers folded where the file asked for it.
 
-    architecture: standard, topk, jumprelu, gated, or one of Legato's: hysteresis, hysteresis_topk, window_topk,
-        persistent.
-    weights: tensors by SAELens' names: W_enc (D, F), W_dec (F, D), b_dec (D) and, by architecture,
-        b_enc (F); threshold (F), a jumprelu latent fires strictly above it; b_gate, b_mag, r_mag (F).
+    architecture: its name in `architectures()`: SAELens' standard, topk, jumprelu, gated, or one of Legato's.
+    weights: tensors by SAELens' names: W_enc (D, F), W_dec (F, D), b_dec (D) and those of the architecture
+        (`Architecture.shapes`).
     apply_b_dec_to_input: whether b_dec is subtracted from the activation before encoding.
     details: what the file says about the SAE (model, layer, site, module_path, context_length, ...), under the names
         of legato.json; "source" tells the format and what it has beyond an SAE's function.
-    k: latents per token (topk, hysteresis_topk).
-    release: share of the threshold down to which a latent that is on stays on (hysteresis, hysteresis_topk).
-    window: tokens for which a latent is chosen at once (window_topk).
-    tail: share of a stretch's peak below which its codes are cut (persistent, whose weights hold leak (F)).
+    numbers: the architecture's own, such as k (`Architecture.numbers`).
     """
 
     architecture: str
     weights: dict[str, Tensor]
     apply_b_dec_to_input: bool
     details: dict[str, Any] = field(default_factory=dict)
-    k: int | None = None
-    release: float | None = None
-    window: int | None = None
-    tail: float | None = None
+    numbers: dict[str, Any] = field(default_factory=dict)
 
 
 def checked_details(details: Mapping[str, Any], *, what: str) -> dict[str, Any]:
@@ -87,23 +61,16 @@ def known(**details: Any) -> dict[str, Any]:
 
 def usable_numbers(architecture: str, given: Mapping[str, Any], F: int, *, what: str) -> dict[str, Any]:
     """The architecture's own numbers. LegatoError where one is missing or out of its range."""
-    numbers: dict[str, Any] = {name: given.get(name) for name in NUMBERS.get(architecture, ())}
-    for name, value in numbers.items():
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if name == "k" and not (whole and 0 < value <= F):
-            raise LegatoError(f"{what}: a {architecture} SAE without a usable k ({value!r})")
-        if name == "release" and not (isinstance(value, int | float) and 0 < value <= 1):
-            raise LegatoError(f"{what}: release must lie above 0 and at most at 1, not at {value!r}")
-        if name == "tail" and not (isinstance(value, int | float) and 0 < value < 1):
-            raise LegatoError(f"{what}: tail must lie between 0 and 1, not at {value!r}")
-        if name == "window" and not (whole and value >= 1):
-            raise LegatoError(f"{what}: window must be a whole number of tokens, not {value!r}")
-    return numbers
+    wanted = architecture_named(architecture).numbers
+    for name, number in wanted.items():
+        if not number.allows(value := given.get(name), F):
+            raise LegatoError(f"{what}: {number.problem.format(architecture=architecture, name=name, value=value)}")
+    return {name: given[name] for name in wanted}
 
 
 def check_weights(architecture: str, weights: Mapping[str, Tensor], *, what: str) -> None:
     """LegatoError where tensors are missing, unexpected, do not fit together or are not finite."""
-    expected = WEIGHT_SHAPES[architecture]
+    expected = architecture_named(architecture).shapes()
     missing, surplus = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or surplus:
         detail = "; ".join(

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from legato.sae.kernels.pairs import PairsByLatent
 from legato.sae.segments import Segments
-from legato.training.losses.base import Array, TermValue, check_fraction, leading_codes, leading_pairs
+from legato.training.losses.base import Array, TemporalLoss, TermValue, check_fraction, leading_codes, leading_pairs
 from legato.training.losses.info_nce import ActiveRows, info_nce, sparse_info_nce
 
 
 @dataclass(frozen=True)
-class Contrastive:
+class Contrastive(TemporalLoss):
     """Symmetric InfoNCE between the codes of token t and t + lag: cosine, temperature tau, negatives from other
     documents.
 

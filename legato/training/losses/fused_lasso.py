@@ -8,11 +8,18 @@ from torch import Tensor
 
 from legato.sae.kernels.pairs import PairsByLatent
 from legato.sae.segments import Segments
-from legato.training.losses.base import TermValue, check_fraction, for_all_pairs, leading_codes, leading_pairs
+from legato.training.losses.base import (
+    TemporalLoss,
+    TermValue,
+    check_fraction,
+    for_all_pairs,
+    leading_codes,
+    leading_pairs,
+)
 
 
 @dataclass(frozen=True)
-class FusedLasso:
+class FusedLasso(TemporalLoss):
     """Sum of |f_{t+1} - f_t| over adjacent tokens of a run and latents, divided by the sum of f over valid tokens and
     latents (Tibshirani et al. 2005, made scale-free). 2 for isolated firings inside a run, 0 for codes constant
     inside every run and where nothing fires."""

@@ -12,13 +12,21 @@ from torch import Tensor
 
 from legato.sae.kernels.pairs import PairsByLatent
 from legato.sae.segments import Segments
-from legato.training.losses.base import VARIES, TermValue, check_fraction, for_all_pairs, leading_codes, leading_pairs
+from legato.training.losses.base import (
+    VARIES,
+    TemporalLoss,
+    TermValue,
+    check_fraction,
+    for_all_pairs,
+    leading_codes,
+    leading_pairs,
+)
 
 _PARTS = 64  # of the latents, for threads to share; the result does not depend on it
 
 
 @dataclass(frozen=True)
-class PositionPenalty:
+class PositionPenalty(TemporalLoss):
     """Mean over latents of the share of a latent's variance in the batch that its position in the row explains.
 
     Epsilon squared (Kelley 1935), as the metric `eta2` has it: (SSB - (G - 1) MSW) / SST for G positions, so 0 on
@@ -33,10 +41,6 @@ class PositionPenalty:
 
     def __post_init__(self) -> None:
         check_fraction(self.slow_fraction)
-
-    @property
-    def window(self) -> None:
-        return None
 
     def loss(self, codes_BLF: Tensor, mask_BL: Tensor, doc_BL: Tensor, step: int = 0) -> Tensor:
         codes_BLF = leading_codes(codes_BLF, mask_BL, self.slow_fraction)

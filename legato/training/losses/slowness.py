@@ -1,4 +1,4 @@
-"""Terms over differences between tokens of one run: slowness and the fused lasso.
+"""Slowness: differences between tokens of one run.
 
 Shape legend: B rows, L positions, F latents, N = B * L flat tokens, Q active pairs sorted by latent, W window.
 """
@@ -14,6 +14,7 @@ from legato.sae.kernels.pairs import PairsByLatent
 from legato.sae.segments import Segments
 from legato.training.losses.base import (
     VARIES,
+    TemporalLoss,
     TermValue,
     check_fraction,
     check_window,
@@ -24,7 +25,7 @@ from legato.training.losses.base import (
 
 
 @dataclass(frozen=True)
-class Slowness:
+class Slowness(TemporalLoss):
     """Mean over latents of E(f_{t+lag} - f_t)^2 / (2 Var f), lags 1 .. window - 1: slow feature analysis (Wiskott &
     Sejnowski 2002). About 1 for codes without order, 0 for codes constant inside every run. Scale-free.
 

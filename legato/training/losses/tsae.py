@@ -17,12 +17,12 @@ from torch import Tensor
 
 from legato.sae.kernels.pairs import PairsByLatent
 from legato.sae.segments import Segments
-from legato.training.losses.base import Array, TermValue, check_fraction, leading_codes, leading_pairs
+from legato.training.losses.base import Array, TemporalLoss, TermValue, check_fraction, leading_codes, leading_pairs
 from legato.training.losses.info_nce import ActiveRows, info_nce, sparse_info_nce
 
 
 @dataclass(frozen=True)
-class TsaeContrastive:
+class TsaeContrastive(TemporalLoss):
     """The contrastive part of `tsae_objective`: symmetric InfoNCE on the raw inner products of the first group's
     codes, between a token and one drawn evenly from the tokens before it in its run; every other drawn pair is a
     negative, of the same document or not.
@@ -44,10 +44,6 @@ class TsaeContrastive:
         check_fraction(self.slow_fraction)
         if not self.temperature > 0:
             raise ValueError(f"temperature {self.temperature} is not positive")
-
-    @property
-    def window(self) -> None:
-        return None
 
     def loss(self, codes_BLF: Tensor, mask_BL: Tensor, doc_BL: Tensor, step: int = 0) -> Tensor:
         now_A, before_A = self._pairs(Segments.of(mask_BL, doc_BL), step)

@@ -10,6 +10,7 @@ from torch import Tensor
 from legato.sae.kernels.pairs import PairsByLatent
 from legato.sae.segments import Segments
 from legato.training.losses.base import (
+    TemporalLoss,
     TermValue,
     check_fraction,
     check_window,
@@ -20,7 +21,7 @@ from legato.training.losses.base import (
 
 
 @dataclass(frozen=True)
-class WindowGroupLasso:
+class WindowGroupLasso(TemporalLoss):
     """A sparsity penalty that pays per (latent, window) instead of per (latent, token); it stands in place of L1:
     1/W * mean over valid tokens of the sum over windows and latents of sqrt(sum_{t in window} f_{t,i}^2).
 

@@ -1,7 +1,6 @@
-"""Terms over sliding windows: variance inside them, and the group lasso that pays per (latent, window).
+"""Variance inside sliding windows.
 
-Shape legend: B rows, L positions, F latents, N = B * L flat tokens, Q active pairs sorted by latent, U windows, W
-window.
+Shape legend: B rows, L positions, F latents, Q active pairs sorted by latent, U windows, W window.
 """
 
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor
 from legato.sae.kernels.pairs import PairsByLatent
 from legato.sae.segments import Segments
 from legato.training.losses.base import (
+    TemporalLoss,
     TermValue,
     check_fraction,
     check_window,
@@ -23,7 +23,7 @@ from legato.training.losses.base import (
 
 
 @dataclass(frozen=True)
-class WindowVariance:
+class WindowVariance(TemporalLoss):
     """Variance inside sliding windows relative to power: 1 - sum_w sum_i (mean_w f_i)^2 / sum_w sum_i mean_w f_i^2.
 
     Equals sum over windows (length `window`, stride 1) and latents of Var_window(f_i), divided by the same sum of
