@@ -80,7 +80,7 @@ def test_they_train_go_on_are_saved_opened_judged_and_shown(page, small, monkeyp
 
     assert judge[:2] == ["legato", "evaluate"]
     arguments = [word.replace("run_1", str(whole)).replace("judged", str(whole / "judged")) for word in judge[1:]]
-    monkeypatch.setattr("legato.experiment.evaluate_saved.write_figures", lambda run: None)  # slow
+    monkeypatch.setattr("legato.report.build.write_figures", lambda run: None)  # slow
     assert main([*arguments, "--rows=8", "--ce_rows=2"]) == 0
     assert ARM in (whole / "judged" / "notes.txt").read_text()
     assert ARM in (whole / "judged" / "report.html").read_text()
