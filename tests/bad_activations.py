@@ -130,6 +130,7 @@ STORES = [
     BadStore("rows by half", _manifest(n_rows=2.5), "n_rows is 2.5", "n_rows is 2.5"),
     BadStore("no rows a shard", _manifest(rows_per_shard=0), "rows_per_shard is 0", "rows_per_shard is 0"),
     BadStore("rows without end", _manifest(n_rows=10**15), "1000000000000000 rows of", "1000000000000000 rows of"),
+    BadStore("a shard without end", _manifest(n_rows=10**15, rows_per_shard=10**15), "rows of", "rows of"),
     BadStore("a context without end", _manifest(context_length=2**50), "rows of", "rows of"),
     BadStore("another dtype of numbers", _manifest(dtype="F64"), _READ, _READ),
     BadStore("a dtype that is a list", _manifest(dtype=["F32"]), _READ, _READ),

@@ -24,7 +24,7 @@ MANIFEST = "manifest.json"
 LOCK = ".lock"  # who writes a store holds it
 SHARD_BYTES = 64 * 2**20
 MAX_SHARDS = 2**20  # 64 TiB
-MAX_ROW_BYTES = 2**40
+MAX_SHARD_BYTES = 2**40  # where a row is larger than SHARD_BYTES
 MAX_MANIFEST_BYTES = 2**28  # MAX_SHARDS of them have 140 bytes each
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -94,7 +94,8 @@ class StoreManifest:
             if type(value := getattr(self, name)) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}")
         row_bytes = _row_bytes(self.context_length, self.d_in, DTYPES[self.dtype])
-        if row_bytes > MAX_ROW_BYTES or -(-self.n_rows // self.rows_per_shard) > MAX_SHARDS:
+        shard_bytes = row_bytes * min(self.rows_per_shard, self.n_rows)
+        if shard_bytes > MAX_SHARD_BYTES or -(-self.n_rows // self.rows_per_shard) > MAX_SHARDS:
             raise ValueError(f"{self.n_rows} rows of {row_bytes} bytes, {self.rows_per_shard} a shard")
         if type(self.key) is not str or type(self.provenance) is not dict:
             raise ValueError("it does not say what it holds")
