@@ -8,20 +8,19 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
-import matplotlib as mpl
 import pytest
+import vl_convert
 from synthetic_latents import describe_latents
 from synthetic_run import write_synthetic_run
 
 from legato.common.errors import LegatoError, UsageError
-from legato.report.figures.ablation import pareto_front
+from legato.report.figures.chart import significant
 from legato.report.figures.matched import matched_comparison
-from legato.report.figures.style import arm_colours, arm_styles, figure_style
-from legato.report.figures.tradeoff import cost_scene, outside_in_words
-from legato.report.figures.training import sparsity_fidelity
+from legato.report.figures.plot import Plot
+from legato.report.figures.style import PAGE_COLOURS, arm_colours, arm_styles
+from legato.report.figures.tradeoff import cost_scene, outside_in_words, pareto_front, sparsity_fidelity
 from legato.report.page.latent_tables import Piece, pieces
 from legato.report.page.tables import matched_tables, recipe_rows
-from legato.report.plots.spec import plain, rounded, significant
 from legato.report.registry import FIGURES, write_figures
 from legato.report.run_page import report_html, write_report
 from legato.report.runs.page import write_comparison
@@ -90,10 +89,11 @@ def test_a_full_run_gives_every_figure(full_run):
         assert path.stat().st_size > 10_000
 
 
-def test_figures_leave_matplotlib_as_it_was(small_run):
-    before = dict(mpl.rcParams)
-    write_figures(small_run)
-    assert dict(mpl.rcParams) == before
+def test_every_chart_of_a_full_run_is_valid_vega_lite(full_run):
+    run = SavedRun.open(full_run)
+    for spec in FIGURES:
+        for panel in spec.draw(run).views[0].panels:
+            panel.chart.to_dict(validate=True)
 
 
 def test_the_page_needs_nothing_but_itself(full_run):
@@ -107,11 +107,12 @@ def test_the_page_needs_nothing_but_itself(full_run):
     assert all(spec.title in page.text for spec in FIGURES if spec.on_page)
 
 
-def test_the_figures_follow_the_pages_colours(full_run):
-    figures = re.findall(r"<svg style=.*?</svg>", report_html(SavedRun.open(full_run)), flags=re.DOTALL)
-    assert len(figures) == sum(spec.on_page and spec.plot is None for spec in FIGURES)
-    for colour in arm_colours():
-        assert not any(colour in figure for figure in figures)
+def test_the_plots_follow_the_pages_colours(full_run):
+    data = json.loads(island(report_html(SavedRun.open(full_run)), "plot-data"))
+    assert data["colours"] == {colour: f"--{name}" for colour, name in PAGE_COLOURS.items()}
+    used = set(re.findall(r'"(#[0-9a-f]{6})"', json.dumps(data["plots"])))
+    assert {*arm_colours()[:3]} <= used
+    assert used <= set(data["colours"]), "a colour that would not change with the scheme"
 
 
 @pytest.mark.parametrize(
@@ -257,19 +258,37 @@ def test_damaged_folders_give_one_clear_error(small_run, tmp_path):
 
 
 def test_nothing_else_needs_the_report():
-    code = "import sys, legato.report.text.notes; assert not {'matplotlib', 'plotly'} & {*sys.modules}, 1"
+    code = "import sys, legato.report.text.notes, legato.cli; assert not {'altair', 'vl_convert'} & {*sys.modules}, 1"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
 def test_the_page_holds_its_plots_and_what_draws_them(full_run):
-    markup = report_html(SavedRun.open(full_run))
-    plots = json.loads(island(markup, "plot-data"))
-    assert set(plots) == {spec.name for spec in FIGURES if spec.on_page and spec.plot is not None}
+    run = SavedRun.open(full_run)
+    markup = report_html(run)
+    plots = json.loads(island(markup, "plot-data"))["plots"]
+    assert set(plots) == {spec.name for spec in FIGURES if spec.on_page}
     assert set(re.findall(r'data-plot="([^"]*)"', markup)) == set(plots)
-    assert "plotly.js" in island(markup, "plotly-js")[:200]
-    assert [view["label"] for view in plots["kind_map"]["views"]] == ["baseline", "window_variance", "contrastive"]
-    assert len(plots["redundancy_map"]["views"][0]["panels"][0]["steps"]) == len(plots["redundancy_map"]["steps"]) == 5
+    assert "vegaEmbed" in island(markup, "vega-js")
+    drawn = {spec.name: spec.draw(run) for spec in FIGURES}
+    assert [view.label for view in drawn["kind_map"].views] == ["baseline", "window_variance", "contrastive"]
+    steps = plots["redundancy_map"]["views"][0]["panels"][0]["charts"]
+    assert len(steps) == len(drawn["redundancy_map"].steps) == 5
+
+
+def values_of(plot: Plot) -> list[dict]:
+    """Every row of data in a plot's first panel."""
+    return [row for rows in plot.views[0].panels[0].chart.to_dict()["datasets"].values() for row in rows]
+
+
+def test_a_plot_shows_the_saved_numbers_under_the_pointer(full_run):
+    run = SavedRun.open(full_run)
+    shown = {row["arm"]: row for row in values_of(sparsity_fidelity(run)) if "arm" in row}
+    for arm in run.highlighted:
+        assert shown[arm.name]["x"] == pytest.approx(arm.value("core.l0"), rel=1e-4)
+        assert shown[arm.name]["y"] == pytest.approx(arm.value("core.fvu"), rel=1e-4)
+    svg = vl_convert.vegalite_to_svg(sparsity_fidelity(run).views[0].panels[0].chart.to_dict())
+    assert f"FVU: {run.baseline.value('core.fvu'):.3f}" in svg
 
 
 def test_a_run_of_16k_latents_stays_small(tmp_path):
@@ -321,10 +340,9 @@ def test_a_failed_arm_is_named_beside_the_view(full_run, tmp_path):
     assert "contrastive (FVU 0.90" in Page(report_html(run)).text
 
 
-def test_names_and_numbers_as_plots_take_them():
-    assert plain("<b>%{x}") == "&lt;b&gt;%&#123;x}"
+def test_numbers_as_plots_take_them():
     assert significant([0.0123456, float("nan"), 1234.5]) == [0.0123, None, 1230.0]
-    assert rounded([[0.12345, 1.0]], 2) == [[0.12, 1.0]]
+    assert significant(["a", "b"]) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -356,18 +374,13 @@ def test_hostile_tokens_are_shown_as_text(tmp_path):
 
 def test_where_arms_crowd_a_legend_names_them_and_says_what_every_dot_is(tmp_path):
     names = ("a_arm", "b_arm", "c_arm", "d_arm", "e_arm")
-    run = SavedRun.open(write_synthetic_run(tmp_path / "run_1", named=names, seeds=2))
-    with figure_style():
-        figure = sparsity_fidelity(run)
-    told = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
-    assert told == ["baseline", *names, "small: another seed"]
-    assert not {text.get_text() for text in figure.axes[0].texts} & set(names)
+    plot = sparsity_fidelity(SavedRun.open(write_synthetic_run(tmp_path / "run_1", named=names, seeds=2)))
+    assert [key.label for key in plot.keys] == ["baseline", *names, "small: another seed"]
+    assert not {row.get("text") for row in values_of(plot)} & set(names)
 
-    few = SavedRun.open(write_synthetic_run(tmp_path / "run_2", grid=True))
-    with figure_style():
-        figure = sparsity_fidelity(few)
-    assert [text.get_text() for legend in figure.legends for text in legend.get_texts()] == ["15 ablation members"]
-    assert {"baseline", "contrastive"} <= {text.get_text() for text in figure.axes[0].texts}
+    plot = sparsity_fidelity(SavedRun.open(write_synthetic_run(tmp_path / "run_2", grid=True)))
+    assert [key.label for key in plot.keys][-1] == "15 ablation members"
+    assert {"baseline", "contrastive"} <= {row.get("text") for row in values_of(plot)}
 
 
 def test_ratios_far_apart_have_ticks_apart_and_an_arrow_below_the_floor(tmp_path):
@@ -379,8 +392,7 @@ def test_ratios_far_apart_have_ticks_apart_and_an_arrow_below_the_floor(tmp_path
     run = SavedRun.open(write_synthetic_run(tmp_path / "run_1"))
     ratios = {"persistent": 65.0, "slowness": 0.8, "frozen_decoder": 0.04}
     run.__dict__["matched"] = {"methods": {name: method(ratio) for name, ratio in ratios.items()}}
-    with figure_style():
-        figure = matched_comparison(run)
-    ax = figure.axes[0]
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["1×", "3×", "10×", "30×"]
-    assert [line.get_marker() for line in ax.lines].count("<") == 1
+    layers = matched_comparison(run).views[0].panels[0].chart.to_dict()["layer"]
+    ticks = [layer["encoding"]["x"]["axis"]["values"] for layer in layers if "axis" in layer["encoding"].get("x", {})]
+    assert ticks[0] == [1, 3, 10, 30]
+    assert [layer["mark"].get("shape") for layer in layers].count("triangle-left") == 1

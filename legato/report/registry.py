@@ -1,15 +1,10 @@
-"""Every static figure of a run, drawn from what the run folder holds and nothing else."""
+"""Every figure of a run, drawn from what the run folder holds and nothing else."""
 
-import io
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-from matplotlib.figure import Figure
-
-from legato.report.figures.ablation import ablation_heat_maps, consistency_cost
+from legato.report.figures.ablation import ablation_heat_maps
 from legato.report.figures.consistency import (
     autocorrelation_over_lag,
     excess_by_firing_rate,
@@ -20,32 +15,25 @@ from legato.report.figures.consistency import (
 from legato.report.figures.latents import kind_map, kinds_of_latents, redundancy_map
 from legato.report.figures.matched import matched_comparison
 from legato.report.figures.missing import MissingResult
+from legato.report.figures.plot import Plot, drawing
 from legato.report.figures.position import offset_test, position_matrix, position_measures, position_profiles
-from legato.report.figures.style import figure_style
-from legato.report.figures.training import sparsity_fidelity, training_curves
-from legato.report.plots.curves import over_lag_plot, training_plot
-from legato.report.plots.latents import half_life_plot, map_plot, position_measures_plot
-from legato.report.plots.maps import position_matrix_plot, redundancy_plot
-from legato.report.plots.spec import Plot
-from legato.report.plots.tradeoff import cost_plot, fidelity_plot
+from legato.report.figures.tradeoff import consistency_cost, sparsity_fidelity
+from legato.report.figures.training import training_curves
 from legato.results.saved_run import SavedRun
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class FigureSpec:
     """A figure by its file name, how the report titles and explains it, and what draws it.
 
-    plot: the interactive form that the page shows instead. on_page: False for what the page shows in another figure.
+    on_page: False for what the page shows in another figure.
     """
 
     name: str
     section: str
     title: str
     caption: str
-    draw: Callable[[SavedRun], Figure]
-    plot: Callable[[SavedRun], Plot] | None = None
+    draw: Callable[[SavedRun], Plot]
     on_page: bool = True
 
 
@@ -65,7 +53,6 @@ FIGURES = (
         "Every arm reads the same batches in the same order, so FVU, L0 and dead latents compare directly. The loss "
         "sums an arm's own terms: it compares only between arms with the same terms.",
         training_curves,
-        training_plot,
     ),
     FigureSpec(
         "fvu_l0",
@@ -73,7 +60,6 @@ FIGURES = (
         "Reconstruction at which sparsity",
         "Lower and further left is better; arms compare directly only where they sit at the same L0. Held-out text.",
         sparsity_fidelity,
-        fidelity_plot,
     ),
     FigureSpec(
         "kappa_over_lag",
@@ -82,7 +68,6 @@ FIGURES = (
         "The gap between the solid and the dashed line is what the order of the text adds: shuffling inside a document "
         "keeps its topic, shuffling at the same position keeps only position. Means over alive latents.",
         kappa_over_lag,
-        over_lag_plot,
     ),
     FigureSpec("ac_over_lag", "consistency", "Autocorrelation over lag", "", autocorrelation_over_lag, on_page=False),
     FigureSpec(
@@ -108,7 +93,6 @@ FIGURES = (
         "The line is the median: where it lies above the baseline's, latents of the same rate hold longer. Half-life: "
         "tokens until the autocorrelation has halved.",
         half_life_by_rate,
-        half_life_plot,
     ),
     FigureSpec(
         "position_matrix",
@@ -117,7 +101,6 @@ FIGURES = (
         "A band along the diagonal is persistence; marks at fixed rows and columns are attachment to position. "
         "Correlation over texts of a latent at two positions, mean over latents.",
         position_matrix,
-        position_matrix_plot,
     ),
     FigureSpec(
         "position_profiles",
@@ -134,7 +117,6 @@ FIGURES = (
         "Latents at the upper right are bound to position. Eta² sees the strength of activation, mutual information "
         "only whether it fires. Both are corrected for chance; latents at or below zero are not drawn.",
         position_measures,
-        position_measures_plot,
     ),
     FigureSpec(
         "offset",
@@ -151,7 +133,6 @@ FIGURES = (
         "Blocks at lag 0 are latents that say the same thing; what appears only at a later lag is a sequence such as "
         "the two halves of a name. Correlation in excess of the null that keeps position; latents clustered.",
         redundancy_map,
-        redundancy_plot,
     ),
     FigureSpec(
         "kinds",
@@ -168,7 +149,6 @@ FIGURES = (
         "Each dot is a latent, near those with similar descriptors, coloured by its cluster. The map and the clusters "
         "are the same for every arm, so that a region that fills or empties is a difference between arms.",
         kind_map,
-        map_plot,
     ),
     FigureSpec(
         "fvu_kappa",
@@ -177,7 +157,6 @@ FIGURES = (
         "Up and left is better. The dashed stairs are the Pareto front, the arms that no other beats in both; a solid "
         "line is an arm at other sparsities, the fair comparison for one that pays in FVU.",
         consistency_cost,
-        cost_plot,
     ),
     FigureSpec(
         "ablation",
@@ -190,17 +169,17 @@ FIGURES = (
 )
 
 
-def on_page(run: SavedRun) -> Iterator[tuple[FigureSpec, Figure | Plot | MissingResult]]:
-    """What the page shows of each figure, or what it lacks; the caller uses a figure before asking for the next."""
+def on_page(run: SavedRun) -> Iterator[tuple[FigureSpec, Plot | MissingResult]]:
+    """What the page shows of each figure, or what it lacks."""
     for spec in FIGURES:
         if spec.on_page:
-            yield spec, _made(spec.plot or spec.draw, run)
+            yield spec, _made(spec, run)
 
 
-def _made(make: Callable[[SavedRun], T], run: SavedRun) -> T | MissingResult:
-    with figure_style():
+def _made(spec: FigureSpec, run: SavedRun) -> Plot | MissingResult:
+    with drawing():
         try:
-            return make(run)
+            return spec.draw(run)
         except MissingResult as missing:
             return missing
 
@@ -215,24 +194,8 @@ def write_figures(run: SavedRun | str | Path, out_dir: str | Path | None = None)
     out.mkdir(parents=True, exist_ok=True)
     written = {}
     for spec in FIGURES:
-        figure = _made(spec.draw, run)
-        if isinstance(figure, Figure):
+        plot = _made(spec, run)
+        if isinstance(plot, Plot):
             written[spec.name] = out / f"{spec.name}.png"
-            with figure_style():
-                figure.savefig(written[spec.name])
+            written[spec.name].write_bytes(plot.png())
     return written
-
-
-def svg_markup(figure: Figure, prefix: str) -> str:
-    """The figure as an `<svg>` element without fixed size, its ids under `prefix` so that several share a page."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    markup = buffer.getvalue()
-    markup = markup[markup.index("<svg") :]
-    markup = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", markup, count=1)
-    markup = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", markup, count=1)
-    markup = re.sub(r"<metadata>.*?</metadata>", "", markup, flags=re.DOTALL)
-    referred = set(re.findall(r'(?:url\(#|href="#)([^")]+)', markup))
-    markup = re.sub(r' id="([^"]*)"', lambda id_: f' id="{prefix}-{id_[1]}"' if id_[1] in referred else "", markup)
-    markup = markup.replace("url(#", f"url(#{prefix}-")
-    return markup.replace('xlink:href="#', f'xlink:href="#{prefix}-')

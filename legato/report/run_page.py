@@ -10,7 +10,7 @@ from legato.common.files import write_atomically
 from legato.report.browser.section import browser_section
 from legato.report.figures.missing import MissingResult
 from legato.report.figures.style import FAINT, ArmStyle, arm_styles, page_colour
-from legato.report.page.embed import json_island, plotly_island, script
+from legato.report.page.embed import plot_islands, script
 from legato.report.page.latent_tables import (
     CARD_COLUMNS,
     CLASS_TOLD,
@@ -19,9 +19,8 @@ from legato.report.page.latent_tables import (
     redundancy_counts,
     stability,
 )
-from legato.report.page.render import Gap, PageFigure, Section, page_svg, render
+from legato.report.page.render import Gap, PageFigure, Section, render
 from legato.report.page.tables import matched_tables, minus, recipe_rows
-from legato.report.plots.spec import Plot
 from legato.report.registry import on_page
 from legato.report.text.arm_table import COLUMNS, number, raw_stream_sentence
 from legato.report.text.latents import offset_lines
@@ -67,7 +66,7 @@ def report_html(run: SavedRun) -> str:
     browser = browser_section(run)
     cards = _cards(run, styles)
     sections = _sections(run, browser)
-    plots = {f.name: f.plot.content() for section in sections for f in section.figures if f.plot}
+    plots = {f.name: f.plot for section in sections for f in section.figures}
     return render(
         "run.html",
         run_name=run.name,
@@ -91,7 +90,7 @@ def report_html(run: SavedRun) -> str:
         class_told={name.replace("_", " "): told for name, told in CLASS_TOLD.items()},
         browser=browser if isinstance(browser, Markup) else "",
         sections=sections,
-        islands=[json_island("plot-data", plots), plotly_island()] if plots else [],
+        islands=plot_islands(plots),
         script=script("plots.js") if plots else "",
         raw_stream=raw_stream_sentence(run),
         not_measured=[c.heading for c in COLUMNS if any(c.of(arm) is None for arm in run.arms)],
@@ -111,10 +110,8 @@ def _sections(run: SavedRun, browser: Markup | MissingResult) -> list[Section]:
         section = sections[spec.section]
         if isinstance(made, MissingResult):
             section.missing.append(Gap(spec.title, str(made)))
-        elif isinstance(made, Plot):
-            section.figures.append(PageFigure(spec.title, spec.caption, name=spec.name, plot=made))
         else:
-            section.figures.append(PageFigure(spec.title, spec.caption, page_svg(made, spec.name), spec.name))
+            section.figures.append(PageFigure(spec.title, spec.caption, spec.name, made))
     return list(sections.values())
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,13 +14,41 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from legato.report.figures.style import INK, MUTED, WIDTH, figure_style, run_styles
+from legato.report.figures.style import FAINT, INK, MARKERS, MUTED, RULE, run_styles
 from legato.synthetic.ranking import METRICS
 from legato.synthetic.study import BASELINE
 
 SECTIONS = ("0 to .3", ".3 to .6", ".6 to 1")  # bins of planted persistence that do not overlap
 MISLED = 0.1  # weight from which a property is said to mislead a metric
 _COLUMNS = 160
+_WIDTH = 7.4  # inches
+_SHAPES = dict(zip(MARKERS, "os^DvPX", strict=True))
+_LOOK: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": RULE,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "text.parse_math": False,
+    "legend.frameon": False,
+    "lines.markersize": 5,
+    "savefig.dpi": 150,
+    "figure.constrained_layout.use": True,
+}
 
 
 def tables(results: Mapping[str, Any]) -> str:
@@ -100,9 +129,9 @@ def _sweep(results: Mapping[str, Any]) -> Table:
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
     """Recovery by persistence, the sweep, and the metrics' weights, as a PNG."""
-    with figure_style():
+    with mpl.rc_context(_LOOK):
         has_sweep = bool(results["sweep"])
-        figure = Figure(figsize=(WIDTH, 8.6 if has_sweep else 8.0))
+        figure = Figure(figsize=(_WIDTH, 8.6 if has_sweep else 8.0))
         grid = figure.add_gridspec(2, 2 if has_sweep else 1, height_ratios=[1, 1.45])
         _draw_recovery(figure.add_subplot(grid[0, 0]), results)
         if has_sweep:
@@ -139,7 +168,9 @@ def _points(
     x, y = (at, means) if along == "y" else (means, at)
     bars: dict[str, Any] = {f"{along}err": error}
     label = name if along == "y" else None
-    ax.errorbar(x, y, **bars, color=style.colour, marker=style.marker, linestyle="none", capsize=2, label=label)
+    ax.errorbar(
+        x, y, **bars, color=style.colour, marker=_SHAPES[style.marker], linestyle="none", capsize=2, label=label
+    )
 
 
 def _draw_sweep(ax: Axes, results: Mapping[str, Any]) -> None:

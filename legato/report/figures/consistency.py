@@ -1,110 +1,102 @@
-"""Figures of how features hold across tokens: over lag with both nulls, over latents, over firing rate."""
+"""How features hold across tokens: over lag with both nulls, over latents, over firing rate."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
+import altair as alt
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullLocator
 
+from legato.report.figures.chart import (
+    APART,
+    band,
+    curves,
+    dots,
+    hover,
+    joined_tables,
+    lag_axis,
+    log_axis,
+    number,
+    rule,
+    styled,
+    table,
+    words,
+)
 from legato.report.figures.latent_data import Latents, latents_of, running_median
 from legato.report.figures.missing import MissingResult
-from legato.report.figures.style import FAINT, INK, MUTED, SURFACE, WIDTH, ArmStyle, arm_styles
+from legato.report.figures.plot import Key, Panel, Plot, Rows, View
+from legato.report.figures.style import INK, MUTED, ArmStyle, arm_styles
+from legato.report.figures.training import arm_keys
 from legato.results.saved_run import Arm, SavedRun
 
-_MEASURES = {"ac": "autocorrelation", "kappa": "kappa of firing"}
-_NULL_STYLES = {
-    "within_null": ("shuffled within the document", (0, (4, 1.6))),
-    "cross_null": ("shuffled across documents, same position", (0, (1, 1.4))),
+_MEASURES = {"kappa": "Kappa of firing", "ac": "Autocorrelation"}
+_NULLS = {
+    "within_null": ("shuffled within the document", (6.0, 3.0)),
+    "cross_null": ("shuffled across documents, same position", (2.0, 3.0)),
 }
+MOST_POINTS = 4000  # of one SAE: beyond that a browser is slow to redraw
 
 
-def autocorrelation_over_lag(run: SavedRun) -> Figure:
-    return _over_lag(run, "ac")
+def kappa_over_lag(run: SavedRun) -> Plot:
+    """Kappa over lag, and autocorrelation as a second view: a panel per arm with both nulls, one of all excesses."""
+    views = [View(label, panels) for measure, label in _MEASURES.items() if (panels := _lag_panels(run, measure))]
+    if not views:
+        raise MissingResult("no arm has consistency.kappa or consistency.ac over lags in metrics.json")
+    return _over_lag(run, views)
 
 
-def kappa_over_lag(run: SavedRun) -> Figure:
-    return _over_lag(run, "kappa")
+def autocorrelation_over_lag(run: SavedRun) -> Plot:
+    """Autocorrelation over lag alone."""
+    panels = _lag_panels(run, "ac")
+    if not panels:
+        raise MissingResult("no arm has consistency.ac over lags in metrics.json")
+    return _over_lag(run, [View("", panels)])
 
 
-def _over_lag(run: SavedRun, measure: str) -> Figure:
-    """A panel per highlighted arm with the measured curve and both nulls, and one with every arm's excess."""
-    key = f"consistency.{measure}"
-    arms = [
-        a for a in run.highlighted if a.series(f"{key}.mean") is not None and a.series("consistency.lags") is not None
-    ]
-    if not arms:
-        raise MissingResult(f"no arm has {key} over lags in metrics.json")
-    panels = len(arms) + 1
-    columns = 2 if panels in (2, 4) else 3
-    rows = -(-panels // columns)
-    figure = Figure(figsize=(WIDTH, 2.45 * rows + (0.45 if columns == 2 else 0.75)))
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    styles = arm_styles(run.highlighted)
-    for ax, arm in zip(axes, arms, strict=False):
-        _draw_measured_and_nulls(ax, arm, key, styles[arm.name])
-        ax.set_title(arm.name, color=styles[arm.name].colour)
-    limits = np.array([ax.get_ylim() for ax in axes[: len(arms)]])
-    for ax in axes[: len(arms)]:
-        ax.set_ylim(min(0.0, limits[:, 0].min()), limits[:, 1].max())
-    summary = axes[len(arms)]
-    for arm in arms:
+def _over_lag(run: SavedRun, views: Sequence[View]) -> Plot:
+    nulls = [Key(label, ArmStyle(MUTED, dash), ("line",)) for label, dash in _NULLS.values()]
+    columns = 2 if len(views[0].panels) in (2, 4) else 3
+    return Plot(views, columns=columns, keys=[*arm_keys(run), *nulls], still=views[0].panels)
+
+
+def _lag_panels(run: SavedRun, measure: str) -> list[Panel]:
+    key, styles = f"consistency.{measure}", arm_styles(run.highlighted)
+    measured = [(arm, mean) for arm in run.highlighted if (mean := arm.series(f"{key}.mean")) is not None]
+    measured = [(arm, mean) for arm, mean in measured if arm.series("consistency.lags") is not None]
+    if not measured:
+        return []
+    top = 1.08 * max(float(np.nanmax(mean)) for _, mean in measured)
+    low = min(0.0, 1.15 * min(float(np.nanmin(mean)) for _, mean in measured))
+    y = alt.Y(**number("y", _MEASURES[measure].lower(), scale={"domain": [low, top]}))
+    panels, excesses = [], []
+    for arm, mean in measured:
+        lags, style = arm.series("consistency.lags"), styles[arm.name]
+        assert lags is not None
+        x = lag_axis(lags)
+        layers: list[alt.Chart] = []
+        for null, (label, dash) in _NULLS.items():
+            values = arm.series(f"{key}.{null}")
+            if values is None:
+                continue
+            if null == "within_null":
+                above = table(x=lags, low=values, high=np.maximum(mean, values))
+                layers.append(band(above, x, style.colour))
+            line = curves(table(x=lags, y=values, arm=label), {label: ArmStyle(MUTED, dash)}, x, y, _LAG_HOVER)
+            layers += line
+        layers += curves(table(x=lags, y=mean, arm="measured"), {"measured": style}, x, y, _LAG_HOVER, markers=True)
+        panels.append(Panel(alt.layer(*layers, resolve=APART), arm.name, style.colour))
         excess = arm.series(f"consistency.{measure}_excess_within")
         if excess is not None:
-            style = styles[arm.name]
-            summary.plot(
-                _lags(arm), excess, color=style.colour, linestyle=style.line, marker=style.marker, label=arm.name
-            )
-    summary.axhline(0, color=FAINT, linewidth=0.8)
-    _lag_axis(summary, _lags(arms[0]))
-    summary.set_title("Measured minus dashed")
-    if columns == 2:
-        summary.legend(loc="upper right", fontsize=8.5)
-    else:
-        figure.legend(*summary.get_legend_handles_labels(), loc="outside lower left", ncols=4)
-    for ax in axes[panels:]:
-        ax.set_visible(False)
-    for ax in axes[max(0, panels - columns) : panels]:
-        ax.set_xlabel("lag in tokens")
-    for ax in axes[:panels:columns]:
-        ax.set_ylabel(_MEASURES[measure])
-    handles = [Line2D([], [], color=INK)]
-    handles += [Line2D([], [], color=MUTED, linestyle=line, linewidth=1.2) for _, line in _NULL_STYLES.values()]
-    labels = ["measured", *(label for label, _ in _NULL_STYLES.values())]
-    figure.legend(handles, labels, loc="outside upper left", ncols=3, columnspacing=1.6)
-    return figure
+            excesses.append(table(x=lags, y=excess, arm=arm.name))
+    if len(excesses) > 1:
+        lines = curves(joined_tables(excesses), styles, x, alt.Y(**number("y")), _LAG_HOVER, markers=True)
+        panels.append(Panel(alt.layer(rule(y=0), *lines), "Measured minus dashed"))
+    return panels
 
 
-def _draw_measured_and_nulls(ax: Axes, arm: Arm, key: str, style: ArmStyle) -> None:
-    lags, mean = _lags(arm), arm.series(f"{key}.mean")
-    assert mean is not None
-    within = arm.series(f"{key}.within_null")
-    if within is not None:
-        ax.fill_between(
-            lags, within, mean, where=mean >= within, color=style.colour, alpha=0.13, linewidth=0, interpolate=True
-        )
-    for null, (_, line) in _NULL_STYLES.items():
-        values = arm.series(f"{key}.{null}")
-        if values is not None:
-            ax.plot(lags, values, color=MUTED, linestyle=line, linewidth=1.2)
-    ax.plot(lags, mean, color=style.colour, marker=style.marker, markersize=4.5)
-    _lag_axis(ax, lags)
+_LAG_HOVER = hover("arm:curve", "x:lag:~g", "y:value:.3f")
 
 
-def _lag_axis(ax: Axes, lags: np.ndarray) -> None:
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(lags, [f"{lag:g}" for lag in lags])
-    ax.xaxis.set_minor_locator(NullLocator())
-
-
-def _lags(arm: Arm) -> np.ndarray:
-    lags = arm.series("consistency.lags")
-    assert lags is not None
-    return lags
-
-
-def kappa_excess_distribution(run: SavedRun) -> Figure:
+def kappa_excess_distribution(run: SavedRun) -> Plot:
     """The distribution over alive latents of the kappa excess at lag 1, a row per highlighted arm."""
     values = {
         arm.name: column[np.isfinite(column)]
@@ -114,34 +106,34 @@ def kappa_excess_distribution(run: SavedRun) -> Figure:
     if not values:
         raise MissingResult("no feature table (features/<arm>.parquet) with kappa1_excess_within was saved")
     styles = arm_styles(run.highlighted)
-    figure = Figure(figsize=(0.86 * WIDTH, 0.62 * len(values) + 1.15))
-    ax = figure.subplots()
     pooled = np.concatenate(list(values.values()))
     low, high = np.quantile(pooled, [0.002, 0.995])
     low, high = min(low, 0.0), max(high, low + 1e-3)
     edges = np.linspace(low - 0.06 * (high - low), high, 129)
     centres = (edges[:-1] + edges[1:]) / 2
     densities = {name: _smooth(np.histogram(v, edges)[0] / len(v)) for name, v in values.items()}
-    height = 0.9 / max(float(density.max()) for density in densities.values())
-    for row, (name, density) in enumerate(densities.items()):
-        base, colour = -row, styles[name].colour
-        ax.fill_between(centres, base, base + height * density, color=colour, alpha=0.22, linewidth=0, zorder=2)
-        ax.plot(centres, base + height * density, color=colour, linewidth=1.2, zorder=3)
-        ax.axhline(base, color=FAINT, linewidth=0.7, zorder=1)
-        median = float(np.median(values[name]))
-        ax.plot([median, median], [base, base + 0.5], color=colour, linewidth=1.6, zorder=4)
-        mean, median = (round(float(centre), 3) + 0.0 for centre in (np.mean(values[name]), median))  # no -0.000
+    top = 1.1 * max(float(density.max()) for density in densities.values())
+    y = alt.Y(**number("high", None, scale={"domain": [0, top]}, axis=None))
+    panels: list[Panel] = []
+    for name, density in densities.items():
+        last = len(panels) == len(densities) - 1
+        title = "kappa excess over the within-document null, lag 1" if last else None
+        axis = alt.Axis(labels=last, ticks=last)
+        x = alt.X(**number("x", title, scale={"domain": [edges[0], edges[-1]]}, axis=axis))
+        colour = styles[name].colour
+        mean, median = (round(float(centre), 3) + 0.0 for centre in (np.mean(values[name]), np.median(values[name])))
         text = f"mean {mean:.3f}, median {median:.3f}"
-        ax.text(edges[-1], base + 0.28, text, color=colour, fontsize=8.5, ha="right", zorder=4)
-    ax.set_yticks([-row + 0.04 for row in range(len(values))], list(values), va="bottom")
-    for tick, name in zip(ax.get_yticklabels(), values, strict=True):
-        tick.set_color(styles[name].colour)
-    ax.axvline(0, color=MUTED, linewidth=0.8, zorder=1)
-    ax.set_xlim(edges[0], edges[-1])
-    ax.set_xlabel("kappa excess over the within-document null, lag 1")
-    ax.grid(False)
-    ax.spines[["left", "bottom"]].set_visible(False)
-    return figure
+        hill = alt.Chart(table(x=centres, high=density, arm=name))
+        area = hill.mark_area(color=colour, opacity=0.22, line={"color": colour, "strokeWidth": 1.2}, clip=True)
+        note = words(Rows(values=[{"x": float(edges[-1]), "high": 0.6 * top, "text": text}]), colour, align="right")
+        layers = [
+            rule(x=0),
+            area.encode(x=x, y=y, tooltip=hover("arm", "x:kappa excess:.3f", "high:share of latents:.3f")),
+            rule(x=float(np.median(values[name])), colour=colour),
+            note.encode(x=x, y=y),
+        ]
+        panels.append(Panel(alt.layer(*layers), name, colour))
+    return Plot([View("", panels)], height=64, columns=1)
 
 
 def _smooth(density: np.ndarray, width: float = 1.6) -> np.ndarray:
@@ -150,55 +142,59 @@ def _smooth(density: np.ndarray, width: float = 1.6) -> np.ndarray:
     return np.convolve(density, kernel / kernel.sum(), mode="same")
 
 
-def excess_by_firing_rate(run: SavedRun) -> Figure:
+def excess_by_firing_rate(run: SavedRun) -> Plot:
     """Kappa excess within bins of firing rate, a bar per highlighted arm: a mere shift in rate shows no gain here."""
-    tables = {arm.name: table for arm in run.highlighted if (table := arm.rate_bins)}
+    tables = {arm.name: found for arm in run.highlighted if (found := arm.rate_bins)}
     if not tables:
         raise MissingResult("no arm has consistency.by_rate_bin in metrics.json")
-    bins = sorted({edges for table in tables.values() for edges in table})
-    styles = arm_styles(run.highlighted)
-    figure = Figure(figsize=(WIDTH, 3.1))
-    ax = figure.subplots()
-    width = 0.78 / len(tables)
-    for i, (name, table) in enumerate(tables.items()):
-        for j, edges in enumerate(bins):
-            value, latents = table.get(edges, (float("nan"), 0))
-            x = j + (i - (len(tables) - 1) / 2) * width
-            ax.bar(
-                x,
-                value,
-                0.92 * width,
-                color=styles[name].colour,
-                edgecolor=SURFACE,
-                linewidth=0,
-                hatch=_HATCHES[i % len(_HATCHES)],
-                label=name if j == 0 else None,
-                zorder=2,
-            )
-            if np.isfinite(value):
-                offset, side = (2, "bottom") if value >= 0 else (-2, "top")
-                ax.annotate(
-                    f"{value:.2f}\nn={latents}" if len(tables) <= 4 else f"{value:.2f}",
-                    (x, value),
-                    xytext=(0, offset),
-                    textcoords="offset points",
-                    ha="center",
-                    va=side,
-                    rotation=0 if len(tables) <= 4 else 90,
-                    fontsize=7,
-                    color=MUTED,
-                )
-    ax.axhline(0, color=FAINT, linewidth=0.8)
-    ax.set_xticks(range(len(bins)), [_bin_label(edges) for edges in bins])
-    ax.tick_params(axis="x", length=0)
-    ax.set_xlabel("firing rate of the latent")
-    ax.set_title("Kappa excess over the within-document null, lag 1")
-    ax.margins(y=0.16)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper left", ncols=min(5, len(tables)))
-    return figure
-
-
-_HATCHES = ("", "///", "...", "\\\\\\", "xx", "--", "oo")
+    bins = sorted({edges for found in tables.values() for edges in found})
+    few = len(tables) <= 4
+    rows: list[dict[str, Any]] = [
+        {
+            "bin": _bin_label(edges),
+            "arm": name,
+            "y": float(f"{value:.4g}"),
+            "latents": latents,
+            "text": f"{value:.2f}" + f" n={latents}" * few,
+        }
+        for name, found in tables.items()
+        for edges, (value, latents) in found.items()
+    ]
+    styles = {name: style for name, style in arm_styles(run.highlighted).items() if name in tables}
+    values = [row["y"] for row in rows]
+    spread = 0.16 * (max(0.0, *values) - min(0.0, *values)) or 0.1
+    domain = [min(0.0, *values) - (spread if min(values) < 0 else 0), max(0.0, *values) + spread]
+    place: dict[str, Any] = {
+        "x": alt.X(
+            "bin:N",
+            sort=None,
+            title="firing rate of the latent",
+            scale=alt.Scale(domain=[_bin_label(edges) for edges in bins], paddingInner=0.16),
+            axis=alt.Axis(labelAngle=0, ticks=False),
+        ),
+        "xOffset": alt.XOffset("arm:N", sort=list(tables), scale=alt.Scale(domain=list(tables), paddingInner=0.06)),
+        "y": alt.Y(**number("y", "kappa excess, lag 1", scale={"domain": domain})),
+    }
+    base = alt.Chart(Rows(values=rows)).encode(**place)
+    tooltip = hover("arm", "bin:firing rate", "y:kappa excess:.3f", "latents")
+    label = base.mark_text(
+        fontSize=9.5,
+        color=MUTED,
+        angle=0 if few else 270,
+        align="center" if few else "left",
+        baseline=alt.ExprRef("datum.y < 0 ? 'top' : 'bottom'") if few else "middle",
+        dy=alt.ExprRef("datum.y < 0 ? 9 : -6") if few else 0,
+        dx=0 if few else 8,
+        style="label",
+    )
+    layers = [
+        base.mark_bar().encode(**styled(styles, "arm", "color"), tooltip=tooltip),
+        rule(y=0),
+        base.mark_point(size=36, filled=True, opacity=1).encode(**styled(styles, "arm", "color", "shape")),
+        label.encode(text="text:N"),
+    ]
+    keys = [key for key in arm_keys(run, "marker") if key.label in tables]
+    return Plot([View("", [Panel(alt.layer(*layers))])], height=260, columns=1, keys=keys)
 
 
 def _bin_label(edges: tuple[float, float]) -> str:
@@ -213,75 +209,75 @@ def _power(edge: float) -> str:
     return "10" + f"{exponent:.0f}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
-def half_life_by_rate(run: SavedRun) -> Figure:
-    """A panel per highlighted arm: how many latents at each firing rate and half-life, with the median over rate."""
-    tables = {arm.name: latents_of(run, arm, ("density", "half_life"), positive=True) for arm in run.highlighted}
-    found = {name: latents for name, latents in tables.items() if latents is not None}
-    if not found:
-        raise MissingResult("no feature table (features/<arm>.parquet) with half_life was saved")
-    figure, axes = density_panels(found, run)
-    base = found.get(run.baseline.name) if run.baseline else None
-    for ax, (name, latents) in zip(axes, found.items(), strict=False):
-        if base is not None and latents is not base:
-            ax.plot(*running_median(base), color=SURFACE, linewidth=3)
-            ax.plot(*running_median(base), color=MUTED, linewidth=1.3, linestyle=(0, (4, 1.6)))
-        ax.plot(*running_median(latents), color=SURFACE, linewidth=3.6)
-        ax.plot(*running_median(latents), color=arm_styles(run.highlighted)[name].colour, linewidth=2)
-        limits = ax.get_ylim()
-        ax.set_yticks([0.5, 1, 2, 4, 8, 16, 32, 64], ["0.5", "1", "2", "4", "8", "16", "32", "64"])
-        ax.set_ylim(limits)
-    label_outer(axes, len(found), "firing rate", "half-life in tokens")
-    handles = [Line2D([], [], color=INK, linewidth=2)]
-    labels = ["median of the arm's latents"]
-    if base is not None and len(found) > 1:
-        handles.append(Line2D([], [], color=MUTED, linewidth=1.3, linestyle=(0, (4, 1.6))))
-        labels.append("the baseline's")
-    figure.legend(handles, labels, loc="outside upper left", ncols=2)
-    return figure
-
-
-def density_panels(found: Mapping[str, Latents], run: SavedRun) -> tuple[Figure, list[Axes]]:
-    """A panel per arm on one logarithmic scale, shaded by how many latents lie where."""
-    columns = min(3, len(found))
-    rows = -(-len(found) // columns)
-    figure = Figure(figsize=(WIDTH if columns > 1 else 0.6 * WIDTH, 2.5 * rows + 0.35))
-    axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten())
-    x, y = (np.concatenate([latents.columns[i] for latents in found.values()]) for i in (0, 1))
-    limits = [max(float(v), _SMALLEST) for values in (x, y) for v in (values.min(), values.max())]
-    extent = tuple(np.log10(limits))
+def half_life_by_rate(run: SavedRun) -> Plot:
+    """A view per highlighted arm: its latents by firing rate and half-life, the median over rate, the baseline's."""
+    found = latent_tables(run, ("density", "half_life"), "half_life", positive=True)
+    limits = log_limits(found)
+    x = log_axis(alt.X, "x", "firing rate", limits[0])
+    ticks = alt.Axis(values=[0.5, 1, 2, 4, 8, 16, 32, 64], format="~g")
+    y = alt.Y(**number("y", "half-life in tokens", scale={"type": "log", "domain": limits[1]}, axis=ticks))
+    base = next((latents for arm, latents in found if arm is run.baseline), None)
     styles = arm_styles(run.highlighted)
-    for ax, (name, latents) in zip(axes, found.items(), strict=False):
-        ax.hexbin(
-            *latents.columns,
-            gridsize=(34, 20),
-            xscale="log",
-            yscale="log",
-            extent=extent,
-            mincnt=1,
-            bins="log",
-            cmap="Greys",
-            vmin=0.3,
-            linewidths=0,
-        )
-        ax.set_title(name, color=styles[name].colour)
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.set_minor_locator(NullLocator())
-            axis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
-        ax.set(xlim=(0.8 * limits[0], 1.25 * limits[1]), ylim=(0.8 * limits[2], 1.25 * limits[3]))
-    for ax in axes[len(found) :]:
-        ax.set_visible(False)
-    return figure, axes
+    tooltip = hover("latent", "x:fires on:.2%", "y:half-life:.2f")
+
+    def panel(arm: Arm, latents: Latents) -> Panel:
+        layers = [latent_dots(latents, styles[arm.name], tooltip).encode(x=x, y=y)]
+        medians = [(base, MUTED, (6.0, 3.0), "baseline, median")] if base is not None and latents is not base else []
+        for some, colour, dash, name in (*medians, (latents, INK, (), "median")):
+            middle = table(x=(line := running_median(some))[0], y=line[1], arm=name)
+            layers += curves(middle, {name: ArmStyle(colour, dash)}, x, y, hover("arm:line", "y:tokens:.2f"), width=2.2)
+        return Panel(alt.layer(*layers, resolve=APART), zoom=True)
+
+    keys = [Key("median of the arm's latents", ArmStyle(INK), ("line",))]
+    if base is not None and len(found) > 1:
+        keys.append(Key("the baseline's", ArmStyle(MUTED, (6.0, 3.0)), ("line",)))
+    return latent_views(found, panel, keys=keys)
+
+
+def latent_tables(
+    run: SavedRun, names: tuple[str, ...], what: str, *, positive: bool = False
+) -> list[tuple[Arm, Latents]]:
+    """The latents of each highlighted arm that have every column; MissingResult where none has."""
+    tables = [(arm, latents_of(run, arm, names, positive=positive)) for arm in run.highlighted]
+    found = [(arm, latents) for arm, latents in tables if latents is not None]
+    if not found:
+        raise MissingResult(f"no feature table (features/<arm>.parquet) with {what} was saved")
+    return found
 
 
 _SMALLEST = 1e-6  # what is smaller lies at the edge
 
 
-def label_outer(axes: Sequence[Axes], panels: int, x: str, y: str) -> None:
-    """Axis titles below the last and beside the first panels only."""
-    columns = min(3, panels)
-    for number, ax in enumerate(axes[:panels]):
-        if number + columns >= panels:
-            ax.set_xlabel(x)
-            ax.tick_params(labelbottom=True)
-        if number % columns == 0:
-            ax.set_ylabel(y)
+def log_limits(found: Sequence[tuple[Arm, Latents]]) -> list[list[float]]:
+    """Of x and of y over all arms on a logarithmic scale, so that switching between them compares."""
+    limits = []
+    for axis in (0, 1):
+        values = np.log10(np.concatenate([latents.columns[axis] for _, latents in found]))
+        margin = 0.04 * float(np.ptp(values)) or 0.1
+        low = max(float(values.min()) - margin, np.log10(_SMALLEST))
+        limits.append([float(f"{10**end:.4g}") for end in (low, float(values.max()) + margin)])
+    return limits
+
+
+def latent_dots(latents: Latents, style: ArmStyle, tooltip: Sequence[alt.Tooltip]) -> alt.Chart:
+    """A faint mark per latent, at most MOST_POINTS of them."""
+    shown = latents.thinned(MOST_POINTS)
+    data = table(3, x=shown.columns[0], y=shown.columns[1], latent=shown.latent)
+    return dots(data, style, 18, tooltip, opacity=0.35, clip=True)
+
+
+def latent_views(
+    found: Sequence[tuple[Arm, Latents]],
+    panel: Callable[[Arm, Latents], Panel],
+    *,
+    keys: Collection[Key] = (),
+    height: int = 380,
+) -> Plot:
+    """A view per arm in the page, a panel per arm in the PNG."""
+    views = []
+    for arm, latents in found:
+        note = f"{len(latents)} latents."
+        if len(latents) > MOST_POINTS:
+            note = f"{MOST_POINTS} of {len(latents)} latents, evenly over the dictionary."
+        views.append(View(arm.name, [panel(arm, latents)], note))
+    return Plot(views, height=height, columns=1, keys=list(keys), still_height=200)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from legato.report.figures.style import FAINT, INK, ArmStyle, arm_colours
+from legato.report.figures.style import FAINT, INK, MARKERS, ArmStyle, arm_colours
 from legato.results.saved_run import Arm, SavedRun
 
 _MIN_IN_MEDIAN = 15  # latents; fewer give no steady median
@@ -80,9 +80,8 @@ def kind_style(kind: str, member: int = 0) -> ArmStyle:
     """A kind's colour is the same in every run; its second cluster has another one, and markers differ besides."""
     number = _KINDS.index(kind) if kind in _KINDS else -1
     colour = _SECOND.get(kind, INK) if member else FAINT if number < 0 else arm_colours()[1 + number]
-    return ArmStyle(colour, "-", _MARKERS[(number + 1 + 3 * member) % len(_MARKERS)])
+    return ArmStyle(colour, (), MARKERS[(number + 1 + 3 * member) % len(MARKERS)])
 
 
 _KINDS = ("phrase", "token", "passage", "dense", "positional")  # any other is in faint grey
 _SECOND = {"phrase": arm_colours()[5], "token": arm_colours()[6]}
-_MARKERS = "osD^vPX"

@@ -1,54 +1,55 @@
 """Figures of what latents are like: the map of kinds, the share of each kind, the map of redundant latents."""
 
+import altair as alt
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from legato.report.figures.latent_data import clusters_of, kind_style, latents_of
+from legato.report.figures.chart import dots, heat_map, hover, number, table
+from legato.report.figures.consistency import MOST_POINTS, latent_tables, latent_views
+from legato.report.figures.latent_data import Latents, clusters_of, kind_style
 from legato.report.figures.missing import MissingResult
-from legato.report.figures.style import MUTED, SURFACE, WIDTH, arm_styles
-from legato.results.saved_run import SavedRun
+from legato.report.figures.plot import Key, Panel, Plot, Rows, View
+from legato.report.figures.style import INK, SURFACE, ArmStyle, arm_styles
+from legato.results.saved_run import Arm, SavedRun
 
-_SHOWN = 3  # arms: the baseline and the first named ones
-_HATCHES = ("", "///", "...", "\\\\\\", "xx", "--")
-SIGNED = LinearSegmentedColormap.from_list("signed", ["#0072b2", SURFACE, "#d55e00"])
+_SHOWN = 3  # arms in the PNG: the baseline and the first named ones
 SATURATED = 0.6  # excess from which the colour stays the same
+SIGNED = alt.Scale(
+    domain=[-SATURATED, 0, SATURATED], range=["#0072b2", SURFACE, "#d55e00"], clamp=True, interpolate="rgb"
+)
 
 
-def kind_map(run: SavedRun) -> Figure:
-    """A panel per arm: its latents on the common map, a colour and marker per cluster."""
-    tables = {
-        arm.name: (clusters_of(arm), latents_of(run, arm, ("map_x", "map_y", "cluster"))) for arm in run.highlighted
-    }
-    found = {name: (clusters, table) for name, (clusters, table) in tables.items() if clusters and table}
+def kind_map(run: SavedRun) -> Plot:
+    """A view per arm: its latents on the common map, a colour and marker per cluster."""
+    found = latent_tables(run, ("map_x", "map_y", "cluster"), "map_x, map_y and cluster")
+    found = [(arm, latents) for arm, latents in found if clusters_of(arm)]
     if not found:
         raise MissingResult("no arm has clusters in its feature table (map_x, map_y, cluster)")
-    columns = min(3, len(found))
-    rows = -(-len(found) // columns)
-    figure = Figure(figsize=(WIDTH if columns > 1 else 0.6 * WIDTH, 2.6 * rows + 0.5))
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
-    handles: dict[str, Line2D] = {}
-    styles = arm_styles(run.highlighted)
-    for ax, (name, (clusters, table)) in zip(axes, found.items(), strict=False):
-        x, y, number = table.columns
-        for cluster in clusters:
-            inside, style = number == cluster.number, cluster.style
-            ax.scatter(x[inside], y[inside], s=5, c=style.colour, marker=style.marker, alpha=0.5, linewidths=0)
-            dot = Line2D([], [], color=style.colour, marker=style.marker, linestyle="", markersize=6)
-            handles.setdefault(cluster.label, dot)
-        ax.set_title(name, color=styles[name].colour)
-        ax.set_xticklabels([])
-        ax.set_yticklabels([])
-        ax.tick_params(length=0)
-        ax.grid(False)
-    for ax in axes[len(found) :]:
-        ax.set_visible(False)
-    figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=6, columnspacing=1.2)
-    return figure
+    ends = []
+    for axis in (0, 1):
+        values = np.concatenate([latents.columns[axis] for _, latents in found])
+        margin = 0.04 * float(np.ptp(values)) or 0.1
+        ends.append([float(values.min()) - margin, float(values.max()) + margin])
+    bare = {"axis": alt.Axis(grid=False, labels=False, ticks=False)}
+    x = alt.X(**number("x", "first principal component", scale={"domain": ends[0]}, **bare))
+    y = alt.Y(**number("y", "second", scale={"domain": ends[1]}, **bare))
+    keys: dict[str, Key] = {}
+
+    def panel(arm: Arm, latents: Latents) -> Panel:
+        shown, layers = latents.thinned(MOST_POINTS), []
+        for cluster in clusters_of(arm):
+            keys.setdefault(cluster.label, Key(cluster.label, cluster.style, ("marker",)))
+            map_x, map_y, number_of = shown.columns
+            inside = number_of == cluster.number
+            if inside.any():
+                data = table(3, x=map_x[inside], y=map_y[inside], latent=shown.latent[inside], kind=cluster.label)
+                tooltip = hover("latent", "kind")
+                layers.append(dots(data, cluster.style, 22, tooltip, opacity=0.6, clip=True).encode(x=x, y=y))
+        return Panel(alt.layer(*layers), zoom=True)
+
+    return latent_views(found, panel, keys=keys.values(), height=460)
 
 
-def kinds_of_latents(run: SavedRun) -> Figure:
+def kinds_of_latents(run: SavedRun) -> Plot:
     """Share of each kind among an arm's latents and in all of its firing, by the rule on each latent alone."""
     sections = {
         arm.name: kinds
@@ -58,61 +59,71 @@ def kinds_of_latents(run: SavedRun) -> Figure:
     if not sections:
         raise MissingResult("the latents were not described (no `specialisation.by_latent` in metrics.json)")
     kinds = list(next(iter(sections.values())))
-    figure = Figure(figsize=(WIDTH, 0.34 * len(sections) + 1.0))
-    axes = figure.subplots(1, 2, sharey=True)
-    for ax, (key, title) in zip(
-        axes, {"share_of_latents": "Share of latents", "share_of_firing": "Share of all firing"}.items(), strict=True
-    ):
-        left = np.zeros(len(sections))
-        for kind, hatch in zip(kinds, _HATCHES, strict=False):
-            share = np.array([section[kind][key] for section in sections.values()])
-            colour = kind_style(kind).colour
-            ax.barh(
-                range(len(sections)), share, 0.72, left, color=colour, hatch=hatch, edgecolor=SURFACE, linewidth=0.6
-            )
-            for row, (start, width) in enumerate(zip(left, share, strict=True)):
-                if width > 0.08:
-                    text = f"{width:.0%}"
-                    box = {"facecolor": SURFACE, "edgecolor": "none", "pad": 1.2, "alpha": 0.9}
-                    ax.text(start + width / 2, row, text, ha="center", va="center", fontsize=7.5, bbox=box)
-            left += share
-        ax.set_title(title)
-        ax.set_xlim(0, 1)
-        ax.set_xticks([0, 0.5, 1], ["0", "50 %", "100 %"])
-        ax.grid(False)
-        ax.spines[:].set_visible(False)
-    axes[0].set_yticks(range(len(sections)), list(sections))
-    axes[0].invert_yaxis()
-    handles = [axes[0].containers[i][0] for i in range(len(axes[0].containers))]
-    figure.legend(handles, kinds, loc="outside upper left", ncols=6, columnspacing=1.4, handlelength=1.6)
-    return figure
+    colours = alt.Scale(domain=kinds, range=[kind_style(kind).colour for kind in kinds])
+    x = alt.X(**number("start", None, scale={"domain": [0, 1]}, axis=alt.Axis(values=[0, 0.5, 1], format="%")))
+    panels = []
+    for key, title in {"share_of_latents": "Share of latents", "share_of_firing": "Share of all firing"}.items():
+        rows = []
+        for name, section in sections.items():
+            start = 0.0
+            for kind in kinds:
+                share = float(section[kind][key])
+                text = f"{share:.0%}" if share > 0.08 else ""
+                ends = {"start": start, "end": start + share, "middle": start + share / 2}
+                rows.append({"arm": name, "kind": kind, "share": share, "text": text, **ends})
+                start += share
+        axis = alt.Axis(labelLimit=165, domain=False, ticks=False, grid=False)
+        y = alt.Y("arm:N", sort=None, title=None, scale=alt.Scale(paddingInner=0.25), axis=axis)
+        base = alt.Chart(Rows(values=rows)).encode(y=y)
+        tooltip = hover("arm", "kind", "share:share:.1%")
+        bars = base.mark_bar(stroke=SURFACE, strokeWidth=1).encode(
+            x=x, x2="end:Q", color=alt.Color("kind:N", scale=colours, legend=None), tooltip=tooltip
+        )
+        halo = base.mark_text(fontSize=10, stroke=SURFACE, strokeWidth=4, color=SURFACE, style="label")
+        ink = base.mark_text(fontSize=10, color=INK, style="label")
+        label = {"x": "middle:Q", "text": "text:N"}
+        panels.append(Panel(alt.layer(bars, halo.encode(**label), ink.encode(**label)), title))
+    keys = [Key(kind, ArmStyle(kind_style(kind).colour, (), "square"), ("marker",)) for kind in kinds]
+    return Plot([View("", panels)], height=34 * len(sections) + 10, beside=172, keys=keys)
 
 
-def redundancy_map(run: SavedRun) -> Figure:
-    """Excess correlation of the latents most involved in pairs, clustered: at lag 0 above, one token later below."""
-    saved = {arm.name: run.redundancy_map(arm.name) for arm in run.highlighted}
-    maps = {name: stored for name, stored in saved.items() if len(stored.get("latents", ())) > 1}
-    maps = dict(list(maps.items())[:_SHOWN])
-    if not maps:
+def redundancy_map(run: SavedRun) -> Plot:
+    """Excess correlation of the latents most involved in pairs, clustered: a view per arm, a step per lag."""
+    views, lags, still = [], np.array([]), []
+    styles = arm_styles(run.highlighted)
+    for arm in run.highlighted:
+        stored = run.redundancy_map(arm.name)
+        if not stored or len(stored["latents"]) < 2:
+            continue
+        kept = stored["lags"] >= 0
+        lags = stored["lags"][kept]
+        steps = [
+            _excess(stored["latents"], excess, lag) for excess, lag in zip(stored["excess"][kept], lags, strict=True)
+        ]
+        note = f"The {len(stored['latents'])} latents most involved in pairs."
+        views.append(View(arm.name, [Panel(steps[0], "", steps=steps)], note))
+        chosen = {int(lag): step for lag, step in zip(lags, steps, strict=True)}
+        still.append([Panel(chosen[lag], f"{arm.name}, lag {lag}", styles[arm.name].colour) for lag in (0, 1)])
+    if not views:
         raise MissingResult("no arm has saved a map of correlated latents with something in it (redundancy/<arm>.npz)")
-    panel = WIDTH / max(2.4, len(maps))
-    figure = Figure(figsize=(max(panel * len(maps), 4.0), 2 * panel + 0.9))
-    axes = figure.subplots(2, len(maps), squeeze=False)
-    image, styles = None, arm_styles(run.highlighted)
-    for column, (name, stored) in zip(axes.T, maps.items(), strict=True):
-        for ax, lag in zip(column, (0, 1), strict=True):
-            (excess,) = stored["excess"][stored["lags"] == lag]
-            image = ax.imshow(excess, cmap=SIGNED, vmin=-SATURATED, vmax=SATURATED, interpolation="nearest")
-            ax.set_xticks([])
-            ax.set_yticks([])
-            ax.grid(False)
-            ax.spines[:].set_color(MUTED)
-            ax.spines[:].set_visible(True)
-        column[0].set_title(name, color=styles[name].colour)
-    for ax, label in zip(axes[:, 0], ("latent, same token", "latent, row now, column 1 token later"), strict=True):
-        ax.set_ylabel(label, fontsize=8)
-    assert image is not None
-    bar = figure.colorbar(image, ax=list(axes.flatten()), orientation="horizontal", aspect=50, pad=0.03, extend="both")
-    bar.set_label("correlation in excess of the null that keeps position")
-    bar.outline.set_visible(False)
-    return figure
+    return Plot(
+        views,
+        columns=1,
+        square=True,
+        steps=[_told(int(lag)) for lag in lags],
+        step_name="lag",
+        still=[pair[row] for row in (0, 1) for pair in still[:_SHOWN]],
+        still_columns=min(_SHOWN, len(still)),
+    )
+
+
+def _excess(latents: np.ndarray, excess: np.ndarray, lag: int) -> alt.Chart:
+    tooltip = hover("y:latent now", f"x:latent {_told(int(lag))} later", "z:excess:.2f")
+    axes = ("latent, so many tokens later", "latent now")
+    ticks = latents[:: max(1, len(latents) // 8)].tolist()
+    title = "excess correlation"
+    return heat_map(excess, latents, SIGNED, title, tooltip, axes=axes, ticks=ticks, digits=2)
+
+
+def _told(lag: int) -> str:
+    return f"{lag} token" + "s" * (lag != 1)

@@ -2,98 +2,101 @@
 
 from collections.abc import Mapping
 
+import altair as alt
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import NullLocator
 
 from legato.evaluation.position.attachment import wilson
-from legato.report.figures.consistency import density_panels, label_outer
+from legato.report.figures.chart import (
+    APART,
+    band,
+    curves,
+    heat_map,
+    hover,
+    joined_tables,
+    lag_axis,
+    log_axis,
+    number,
+    table,
+)
+from legato.report.figures.consistency import latent_dots, latent_tables, latent_views, log_limits
 from legato.report.figures.latent_data import latents_of
 from legato.report.figures.missing import MissingResult
-from legato.report.figures.style import MUTED, SEQUENTIAL, WIDTH, arm_styles
+from legato.report.figures.plot import Key, Panel, Plot, View
+from legato.report.figures.style import MUTED, SEQUENTIAL, ArmStyle, arm_styles
+from legato.report.figures.training import arm_keys
 from legato.results.saved_run import Arm, SavedRun
 
 _MOST_BOUND = 3  # latents with the largest eta² whose profiles are shown
 _FEWEST_FIRINGS = 40  # a rarer one has no profile to speak of
+_MOST_CELLS = 160  # along a side of the matrix: a longer context is shown in blocks of positions
 
 
-def position_matrix(run: SavedRun) -> Figure:
+def position_matrix(run: SavedRun) -> Plot:
     """Correlation over sequences of a latent at position t with itself at t', mean over latents, a panel per arm."""
     matrices = position_matrices(run)
     low, high = matrix_range(list(matrices.values()))
-    columns = min(3, len(matrices))
-    rows = -(-len(matrices) // columns)
-    panel = WIDTH / max(2.4, columns)
-    figure = Figure(figsize=(max(panel * columns, 1.2 * panel), panel * rows + 0.75))
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    image = None
-    for ax, (name, matrix) in zip(axes, matrices.items(), strict=False):
-        image = ax.imshow(matrix, vmin=low, vmax=high, cmap=SEQUENTIAL, interpolation="nearest")
-        ax.set_title(name)
-        ax.grid(False)
-        ax.spines[:].set_visible(False)
-        last = len(matrix) - 1
-        ticks = [0, round(last / 2), last]
-        ax.set_xticks(ticks)
-        ax.set_yticks(ticks)
-        ax.set_xlabel("position t'")
-    for ax in axes[::columns]:
-        ax.set_ylabel("position t")
-    for ax in axes[len(matrices) :]:
-        ax.set_visible(False)
-    assert image is not None
-    bar = figure.colorbar(image, ax=list(axes), orientation="horizontal", aspect=50, pad=0.03, extend="max")
-    bar.set_label("mean correlation over sequences (diagonal left out)")
-    bar.outline.set_visible(False)
-    return figure
+    scale = alt.Scale(scheme=SEQUENTIAL, domain=[low, high], clamp=True)
+    title = "mean correlation, diagonal left out"
+    block = -(-max(map(len, matrices.values())) // _MOST_CELLS)
+    tooltip = hover("y:position", "x:and position", "z:correlation:.3f")
+    panels = []
+    for name, matrix in matrices.items():
+        starts = np.arange(0, len(matrix), block)
+        counts = np.add.reduceat(np.add.reduceat(np.isfinite(matrix), starts, 0, dtype=int), starts, 1)
+        sums = np.add.reduceat(np.add.reduceat(np.nan_to_num(matrix), starts, 0), starts, 1)
+        with np.errstate(invalid="ignore"):
+            means = sums / counts
+        ticks = starts[[0, len(starts) // 2, -1]].tolist()
+        sides = {"axes": ("position t'", "position t"), "ticks": ticks}
+        panels.append(Panel(heat_map(means, starts, scale, title, tooltip, **sides), name))
+    note = f"Each cell is the mean over {block} x {block} positions." if block > 1 else ""
+    return Plot([View("", panels)], columns=3, square=True, note=note)
 
 
-def position_profiles(run: SavedRun) -> Figure:
+def position_profiles(run: SavedRun) -> Plot:
     """L0 over position, and the firing rate over position of the latents most bound to it; bands are 95 %."""
-    curves = {arm.name: arm for arm in run.highlighted if arm.series("position.l0_by_position") is not None}
+    curved = {arm.name: arm for arm in run.highlighted if arm.series("position.l0_by_position") is not None}
     bound = {arm.name: found for arm in run.highlighted if (found := _most_bound(run, arm))}
     bound = dict(list(bound.items())[:4])
-    if not curves and not bound:
+    if not curved and not bound:
         raise MissingResult("neither L0 by position (metrics.json) nor profiles (arrays/<arm>.npz) were saved")
-    panels = bool(curves) + len(bound)
-    columns = min(3, panels)
-    rows = -(-panels // columns)
-    figure = Figure(figsize=(WIDTH if columns > 1 else 0.6 * WIDTH, 2.5 * rows + 0.35))
-    axes = list(figure.subplots(rows, columns, squeeze=False).flatten())
     styles = arm_styles(run.highlighted)
-    if curves:
-        for name, arm in curves.items():
-            _draw_l0(axes[0], arm, styles[name].colour, styles[name].line)
-        axes[0].set_title("L0")
-        axes[0].set_ylim(bottom=0)
-    for ax, (name, profiles) in zip(axes[bool(curves) :], bound.items(), strict=False):
-        for (latent, rate_L, low_L, high_L), line in zip(profiles, _LINES, strict=False):
+    x = alt.X(**number("x", "position in the context"))
+    panels = []
+    if curved:
+        bands, lines, top = [], [], 0.0
+        for name, arm in curved.items():
+            mean_L, low_L, high_L = (arm.series(f"position.l0_by_position{end}") for end in ("", "_low", "_high"))
+            assert mean_L is not None
+            at = np.arange(len(mean_L))
+            lines.append(table(x=at, y=mean_L, arm=name))
+            top = max(top, float(np.nanmax(mean_L if high_L is None else high_L)))
+            if low_L is not None and high_L is not None:
+                bands.append(band(table(x=at, low=low_L, high=high_L), x, styles[name].colour))
+        y = alt.Y(**number("y", None, scale={"domain": [0, 1.06 * top or 1.0]}))
+        drawn = curves(joined_tables(lines), styles, x, y, hover("arm", "x:position:~g", "y:L0:.2f"), width=1.3)
+        panels.append(Panel(alt.layer(*bands, *drawn), "L0"))
+    y = alt.Y(**number("y", "firing rate", scale={"domain": [0, 1]}))
+    for name, profiles in bound.items():
+        colour = styles[name].colour
+        bands, lines, looks = [], [], {}
+        for (latent, rate_L, low_L, high_L), dash in zip(profiles, _DASHES, strict=False):
             at = np.arange(len(rate_L))
-            ax.fill_between(at, low_L, high_L, color=styles[name].colour, alpha=0.15, linewidth=0)
-            ax.plot(at, rate_L, color=styles[name].colour, linestyle=line, linewidth=1.1, label=f"latent {latent}")
-        ax.set_title(name, color=styles[name].colour)
-        ax.set_ylim(0, 1.02)
-        ax.legend(fontsize=7.5, loc="upper right")
-    for ax in axes[panels:]:
-        ax.set_visible(False)
-    for ax in axes[max(0, panels - columns) : panels]:
-        ax.set_xlabel("position in the context")
+            looks[f"latent {latent}"] = ArmStyle(colour, dash)
+            lines.append(table(x=at, y=rate_L, arm=f"latent {latent}"))
+            bands.append(band(table(x=at, low=low_L, high=high_L), x, colour))
+        tooltip = hover("arm:of " + name.replace(":", " "), "x:position:~g", "y:firing rate:.3f")
+        drawn = curves(joined_tables(lines), looks, x, y, tooltip, width=1.2)
+        title = f"{name}: {', '.join(look.removeprefix('latent ') for look in looks)}"
+        panels.append(Panel(alt.layer(*bands, *drawn), title, colour))
+    keys = arm_keys(run, "line")
     if bound:
-        axes[int(bool(curves))].set_ylabel("firing rate")
-    return figure
+        ranks = zip(("latent most bound to position", "second", "third"), _DASHES, strict=True)
+        keys += [Key(label, ArmStyle(MUTED, dash), ("line",)) for label, dash in ranks]
+    return Plot([View("", panels)], columns=min(3, len(panels)), keys=keys)
 
 
-_LINES = ("-", (0, (4, 1.4)), (0, (1, 1)))
-
-
-def _draw_l0(ax: Axes, arm: Arm, colour: str, line: object) -> None:
-    mean_L, low_L, high_L = (arm.series(f"position.l0_by_position{end}") for end in ("", "_low", "_high"))
-    assert mean_L is not None
-    if low_L is not None and high_L is not None:
-        ax.fill_between(np.arange(len(mean_L)), low_L, high_L, color=colour, alpha=0.15, linewidth=0)
-    ax.plot(mean_L, color=colour, linestyle=line, linewidth=1.2)
+_DASHES: tuple[tuple[float, ...], ...] = ((), (6.0, 2.0), (1.5, 1.5))
 
 
 def _most_bound(run: SavedRun, arm: Arm) -> list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
@@ -113,50 +116,50 @@ def _most_bound(run: SavedRun, arm: Arm) -> list[tuple[int, np.ndarray, np.ndarr
     return found
 
 
-def position_measures(run: SavedRun) -> Figure:
-    """Mutual information of firing with position against eta², a panel per highlighted arm."""
-    tables = {arm.name: latents_of(run, arm, ("eta2", "mi"), positive=True) for arm in run.highlighted}
-    found = {name: latents for name, latents in tables.items() if latents is not None}
-    if not found:
-        raise MissingResult("no feature table (features/<arm>.parquet) with eta2 and mi was saved")
-    figure, axes = density_panels(found, run)
-    label_outer(axes, len(found), "eta² (share of variance)", "mutual information (nats)")
-    return figure
+def position_measures(run: SavedRun) -> Plot:
+    """Mutual information of firing with position against eta², a view per highlighted arm.
+
+    Both measures are corrected for chance, so that about half of the latents lie at or below zero: not drawn.
+    """
+    found = latent_tables(run, ("eta2", "mi"), "eta2 and mi", positive=True)
+    limits = log_limits(found)
+    x = log_axis(alt.X, "x", "eta² (share of variance)", limits[0])
+    y = log_axis(alt.Y, "y", "mutual information (nats)", limits[1])
+    tooltip = hover("latent", "x:eta²:.2~g", "y:nats:.2~g")
+    styles = arm_styles(run.highlighted)
+    return latent_views(
+        found,
+        lambda arm, latents: Panel(latent_dots(latents, styles[arm.name], tooltip).encode(x=x, y=y), zoom=True),
+    )
 
 
-def offset_test(run: SavedRun) -> Figure:
+def offset_test(run: SavedRun) -> Plot:
     """Support Jaccard and code cosine of the same text at another offset, over the size of the shift."""
     arms = [arm for arm in run.highlighted if _offset_rows(arm, "prefix") or _offset_rows(arm, "position_ids")]
     if not arms:
         raise MissingResult("the offset test was not run (no `offset` in metrics.json)")
-    modes = {mode: label for mode, label in _MODES.items() if any(_offset_rows(arm, mode) for arm in arms)}
-    figure = Figure(figsize=(WIDTH, 3.1))
-    axes = figure.subplots(1, 2 * len(modes), squeeze=False, sharex=True)[0]
     styles = arm_styles(run.highlighted)
-    for column, (mode, label) in enumerate(modes.items()):
-        for ax, (key, what) in zip(axes[2 * column :], _AGREEMENT.items(), strict=False):
-            for arm in arms:
-                rows = _offset_rows(arm, mode)
-                style = styles[arm.name]
-                line = {"color": style.colour, "linestyle": style.line, "marker": style.marker, "markersize": 4}
-                ax.plot(*_over_shift(rows, key), **line)
-                if key == "jaccard":
-                    ax.plot(*_over_shift(rows, "jaccard_null"), color=MUTED, linewidth=0.9, linestyle=(0, (1, 1.4)))
-            ax.set_title(f"{label}:\n{what}", fontsize=8.5)
-            ax.set_ylim(0, 1.04)
-            ax.set_xscale("log", base=2)
-            shifts = _over_shift(_offset_rows(arms[0], mode), key)[0]
-            ax.set_xticks(shifts, [f"{shift:g}" for shift in shifts])
-            ax.xaxis.set_minor_locator(NullLocator())
-            ax.set_xlabel("shift in tokens")
-    handles = [
-        Line2D([], [], color=styles[a.name].colour, linestyle=styles[a.name].line, marker=styles[a.name].marker)
-        for a in arms
-    ]
-    handles.append(Line2D([], [], color=MUTED, linewidth=0.9, linestyle=(0, (1, 1.4))))
-    labels = [*(arm.name for arm in arms), "another token of the document"]
-    figure.legend(handles, labels, loc="outside upper left", ncols=4, columnspacing=1.4)
-    return figure
+    y = alt.Y(**number("y", None, scale={"domain": [0, 1.04]}))
+    panels = []
+    for mode, label in _MODES.items():
+        if not any(_offset_rows(arm, mode) for arm in arms):
+            continue
+        for key, what in _AGREEMENT.items():
+            lines = {arm.name: _over_shift(_offset_rows(arm, mode), key) for arm in arms}
+            x = lag_axis(next(shifts for shifts, _ in lines.values() if shifts), "shift in tokens")
+            tooltip = hover("arm", "x:shift:~g", f"y:{what}:.3f")
+            rows = [table(x=shifts, y=values, arm=name) for name, (shifts, values) in lines.items() if shifts]
+            layers = curves(joined_tables(rows), styles, x, y, tooltip, markers=True)
+            if key == "jaccard":
+                chance = {arm.name: _over_shift(_offset_rows(arm, mode), "jaccard_null") for arm in arms}
+                null = [table(x=at, y=values, arm=name) for name, (at, values) in chance.items() if at]
+                if null:
+                    dotted = alt.Chart(joined_tables(null)).mark_line(color=MUTED, strokeDash=[2, 3], strokeWidth=1)
+                    layers.append(dotted.encode(x=x, y=y, detail="arm:N"))
+            panels.append(Panel(alt.layer(*layers, resolve=APART), f"{label}: {what}"))
+    keys = [key for key in arm_keys(run) if key.label in {arm.name for arm in arms}]
+    keys.append(Key("another token of the document", ArmStyle(MUTED, (2.0, 3.0)), ("line",)))
+    return Plot([View("", panels)], columns=2, keys=keys)
 
 
 _MODES = {"prefix": "Neutral prefix", "position_ids": "Shifted position ids"}

@@ -8,22 +8,19 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
-from legato.report.figures.style import PAGE_COLOURS, WIDTH, ArmStyle, LineStyle, page_colour
-from legato.report.plots.spec import Plot
-from legato.report.registry import svg_markup
+from legato.report.figures.plot import Key, Plot
+from legato.report.figures.style import ArmStyle, page_colour
 
 
 @dataclass(frozen=True)
 class PageFigure:
-    """A drawing, or an interactive plot that the page draws; name: its file among the run's figures."""
+    """A plot that the page draws; name: its file among the run's figures."""
 
     title: str
     caption: str
-    svg: Markup | None = None
-    name: str = ""
-    plot: Plot | None = None
+    name: str
+    plot: Plot
 
 
 @dataclass(frozen=True)
@@ -49,43 +46,42 @@ def render(template: str, **values: Any) -> str:
     return _ENVIRONMENT.get_template(template).render(values)
 
 
-def page_svg(figure: Figure, name: str) -> Markup:
-    markup = svg_markup(figure, name)
-    for colour, variable in PAGE_COLOURS.items():
-        markup = markup.replace(colour, f"var(--{variable})")
-    share = min(1.0, figure.get_figwidth() / WIDTH)
-    return Markup(markup.replace("<svg", f'<svg style="--share:{share:.2f}" aria-hidden="true"', 1))
-
-
-def swatch(style: ArmStyle | None) -> Markup:
+def swatch(style: ArmStyle | None, parts: Sequence[str] = ("line", "marker"), hollow: bool = False) -> Markup:
     """The arm's line and marker as the figures draw them."""
     if style is None:
         return Markup("")
     colour = page_colour(style.colour)
-    return Markup(
-        '<svg class="swatch" viewBox="0 0 26 10" aria-hidden="true"><line x1="0" y1="5" x2="26" y2="5" '
-        'stroke-width="2" style="stroke:{}" stroke-dasharray="{}"/><path d="{}" style="fill:{}"/></svg>'
-    ).format(colour, _dashes(style.line), _MARKERS[style.marker], colour)
+    drawn = [Markup('<svg class="swatch" viewBox="0 0 26 10" aria-hidden="true">')]
+    if "line" in parts:
+        dash = " ".join(map(str, style.dash)) or "none"
+        line = '<line x1="0" y1="5" x2="26" y2="5" stroke-width="2" style="stroke:{}" stroke-dasharray="{}"/>'
+        drawn.append(Markup(line).format(colour, dash))
+    if "marker" in parts:
+        place = Markup(
+            '<path transform="translate(13 5) scale(4.5)" d="{}" style="fill:{};stroke:{}" stroke-width=".3"/>'
+        )
+        drawn.append(place.format(_PATHS.get(style.marker, style.marker), "none" if hollow else colour, colour))
+    return Markup("").join([*drawn, Markup("</svg>")])
 
 
-_MARKERS = {
-    "o": "M9 5a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z",
-    "s": "M9.5 1.5h7v7h-7z",
-    "^": "M13 0.5l4.5 8.5h-9z",
-    "D": "M13 0l5 5l-5 5l-5 -5z",
-    "v": "M13 9.5l4.5 -8.5h-9z",
-    "P": "M11.4 0.5h3.2v2.9h2.9v3.2h-2.9v2.9h-3.2v-2.9h-2.9v-3.2h2.9z",
-    "X": "M10.5 0.5l2.5 2.5l2.5 -2.5l2 2l-2.5 2.5l2.5 2.5l-2 2l-2.5 -2.5l-2.5 2.5l-2 -2l2.5 -2.5l-2.5 -2.5z",
+_PATHS = {
+    "circle": "M-1 0a1 1 0 1 0 2 0a1 1 0 1 0 -2 0z",
+    "square": "M-.85-.85h1.7v1.7h-1.7z",
+    "triangle-up": "M0-1L1 .9H-1z",
+    "triangle-down": "M0 1L1-.9H-1z",
+    "diamond": "M0-1.1L1.1 0L0 1.1L-1.1 0z",
+    "cross": "M-.35-1h.7v.65h.65v.7h-.65v.65h-.7v-.65h-.65v-.7h.65z",
 }
+
+
+def key_swatch(key: Key) -> Markup:
+    """What an entry of a legend shows."""
+    return swatch(key.style, key.parts, key.hollow)
 
 
 def marker(style: ArmStyle) -> Markup:
     """A dot of a style's colour."""
     return Markup('<span class="dot" style="background:{}"></span>').format(page_colour(style.colour))
-
-
-def _dashes(line: LineStyle) -> str:
-    return "none" if isinstance(line, str) else " ".join(f"{2 * length:g}" for length in line[1])
 
 
 def _version() -> str:
@@ -102,4 +98,4 @@ _ENVIRONMENT = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_ENVIRONMENT.globals.update(version=_version(), swatch=swatch, marker=marker)
+_ENVIRONMENT.globals.update(version=_version(), swatch=swatch, key_swatch=key_swatch, marker=marker)

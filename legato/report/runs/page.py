@@ -9,8 +9,8 @@ from typing import Any
 from legato.common.files import write_atomically
 from legato.report.figures.missing import MissingResult
 from legato.report.figures.style import run_styles
-from legato.report.page.embed import json_island, plotly_island, script
-from legato.report.page.render import Gap, PageFigure, Section, page_svg, render
+from legato.report.page.embed import plot_islands, script
+from legato.report.page.render import Gap, PageFigure, Section, render
 from legato.report.runs.figures import drawn
 from legato.report.runs.recipes import Recipe, recipes_of
 from legato.report.text.arm_table import COLUMNS, Column, number
@@ -53,16 +53,15 @@ def write_comparison(runs: Mapping[str, SavedRun], out_dir: str | Path) -> dict[
     out.mkdir(parents=True, exist_ok=True)
     sections = {name: Section(name, title) for name, title in _SECTIONS}
     written = {}
-    for spec, figure, plot in drawn(runs):
-        if isinstance(figure, MissingResult):
+    for spec, plot in drawn(runs):
+        if isinstance(plot, MissingResult):
             if spec.section:
-                sections[spec.section].missing.append(Gap(spec.title, str(figure)))
+                sections[spec.section].missing.append(Gap(spec.title, str(plot)))
             continue
         written[spec.name] = out / f"{spec.name}.png"
-        figure.savefig(written[spec.name])
+        written[spec.name].write_bytes(plot.png())
         if spec.section:
-            drawing = None if plot else page_svg(figure, spec.name)
-            sections[spec.section].figures.append(PageFigure(spec.title, spec.caption, drawing, spec.name, plot))
+            sections[spec.section].figures.append(PageFigure(spec.title, spec.caption, spec.name, plot))
     written["comparison"] = out / "comparison.html"
     write_atomically(written["comparison"], _page(runs, list(sections.values()), out).encode())
     return written
@@ -70,7 +69,7 @@ def write_comparison(runs: Mapping[str, SavedRun], out_dir: str | Path) -> dict[
 
 def _page(runs: Mapping[str, SavedRun], sections: list[Section], folder: Path) -> str:
     differing, shared = settings(runs)
-    plots = {f.name: f.plot.content() for section in sections for f in section.figures if f.plot}
+    plots = {f.name: f.plot for section in sections for f in section.figures}
     return render(
         "runs.html",
         names=list(runs),
@@ -86,7 +85,7 @@ def _page(runs: Mapping[str, SavedRun], sections: list[Section], folder: Path) -
         further_rows=[_row(recipe) for recipe in recipes_of(runs, highlighted=False)],
         groups=[_matched(group) for group in pooled(runs)],
         sections=sections,
-        islands=[json_island("plot-data", plots), plotly_island()] if plots else [],
+        islands=plot_islands(plots),
         script=script("plots.js") if plots else "",
     )
 

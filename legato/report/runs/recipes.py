@@ -1,21 +1,17 @@
 """What a comparison of runs shows in one row, line or mark: a recipe of a run with its seeds."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from scipy import stats
 
-from legato.report.figures.style import INK, ArmStyle, run_styles
+from legato.report.figures.style import ArmStyle, run_styles
 from legato.results.saved_run import Arm, SavedRun, seed_groups, standard_error
 
 LEVEL = 0.95
 _MOST_CHARACTERS = 28  # of a name in a figure
-_LEGEND_CHARACTERS = 105  # in one row, handles included
 
 
 @dataclass(frozen=True)
@@ -71,29 +67,3 @@ def recipes_of(runs: Mapping[str, SavedRun], *, highlighted: bool = True) -> lis
         for arms in seed_groups(run).values()
         if any(arm in run.highlighted for arm in arms) == highlighted
     ]
-
-
-def dot(ax: Axes, point: tuple[float, float], recipe: Recipe, *, xerr: float = 0.0, yerr: float = 0.0) -> None:
-    ax.errorbar(
-        *point,
-        xerr=xerr or None,
-        yerr=yerr or None,
-        color=recipe.style.colour,
-        marker=recipe.style.marker,
-        markersize=6,
-        markerfacecolor="white" if recipe.baseline else recipe.style.colour,
-        markeredgewidth=1.3,
-        elinewidth=1,
-        linestyle="none",
-        zorder=3,
-    )
-
-
-def run_legend(figure: Figure, runs: Mapping[str, SavedRun], further: Sequence[tuple[Line2D, str]] = ()) -> None:
-    """Which colour is which run, above the axes, with `further` lines and their meaning."""
-    styles = run_styles(list(runs))
-    handles = [Line2D([], [], color=s.colour, linestyle=s.line, marker=s.marker) for s in styles.values()]
-    names = [*map(shortened, styles), *(text for _, text in further)]
-    columns = len(names) if sum(len(name) + 9 for name in names) <= _LEGEND_CHARACTERS else 2
-    handles += [line for line, _ in further]
-    figure.legend(handles, names, loc="outside upper left", ncols=columns, labelcolor=INK)
