@@ -123,8 +123,8 @@ def test_what_is_written_is_read_back(tmp_path, architecture):
     assert folder.architecture == architecture
     assert folder.numbers == {name: weights.pop(name) for name in folder.numbers}
     assert folder.apply_b_dec_to_input is True
-    assert folder.metadata["hook_name"] == "model.layers.9"
-    assert folder.legato == {"objective": {"temporal": "contrastive"}}
+    assert json.loads((tmp_path / "sae" / "cfg.json").read_text())["metadata"]["hook_name"] == "model.layers.9"
+    assert folder.details == {"objective": {"temporal": "contrastive"}}
     assert folder.weights.keys() == weights.keys()
     for name, value in weights.items():
         assert torch.equal(folder.weights[name], value), name
@@ -250,7 +250,8 @@ def test_saving_again_replaces_the_whole_folder(tmp_path):
     write_folder(tmp_path / "sae", "standard", weights)
     folder = read_saelens_folder(tmp_path / "sae")
     assert torch.equal(folder.weights["b_dec"], weights["b_dec"])
-    assert folder.legato is None
+    assert folder.details["source"]["format"] == "saelens"
+    assert not (tmp_path / "sae" / "legato.json").exists()
 
 
 def test_a_foreign_folder_is_not_replaced(tmp_path):

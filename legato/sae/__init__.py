@@ -7,7 +7,7 @@ partition.py    One SAE trained by several ranks: what each of them computes and
 protocol.py     What an SAE from anywhere must offer to be evaluated here.
 provenance.py   What a saved SAE says about where it comes from.
 segments.py     Which tokens of a batch may be compared with each other.
-architectures/  Which latents of a token may be active: a sparsity turns pre-activations into active pairs.
+architectures/  What turns pre-activations into codes: one class per architecture.
 formats/        Saved SAEs of other tools and of Legato, read and written.
 kernels/        Everything in numba that encoding and training need.
 """

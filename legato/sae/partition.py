@@ -8,7 +8,7 @@ latent is so computed by one rank in the order in which one process would, and n
 sum: the bits are those of one process.
 
 `Sharded`: every rank holds the weights, moments and gradients of a block of latents, for SAEs that do not fit whole.
-It nominates the candidates among its latents, and decodes what is active of them; these parts of the reconstructions
+It finds the candidates among its latents, and decodes what is active of them; these parts of the reconstructions
 are summed over the ranks, so the last bits depend on how many there are.
 
 Shape legend: N flat tokens, D width, F latents, H those whose weights a rank holds, P pairs in token order, G groups.

@@ -47,7 +47,7 @@ _ARCHITECTURES: dict[str, type["Architecture"]] = {}
 
 def architectures() -> dict[str, type["Architecture"]]:
     """Those that a saved SAE can be of, by their name in cfg.json."""
-    return {name: cls for name, cls in _ARCHITECTURES.items() if cls.is_saved}
+    return {name: cls for name, cls in sorted(_ARCHITECTURES.items()) if cls.is_saved}
 
 
 def all_architectures() -> dict[str, type["Architecture"]]:

@@ -7,7 +7,6 @@ Shape legend: D activation width, F latents.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +46,6 @@ _METADATA_KEYS = (
     "sequence_separator_token",
     "disable_concat_sequences",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SAELensFolder(SAEWeights):
-    """metadata: the folder's metadata (model_name, hook_name, ...).
-
-    legato: the content of legato.json beside it, None where there is none.
-    """
-
-    metadata: dict[str, Any]
-    legato: dict[str, Any] | None
 
 
 def write_saelens_folder(
@@ -113,7 +101,7 @@ def write_saelens_folder(
     return path
 
 
-def read_saelens_folder(path: str | Path) -> SAELensFolder:
+def read_saelens_folder(path: str | Path) -> SAEWeights:
     """Read a SAELens folder, a training save or an inference save, as an SAE that encodes raw activations.
 
     Decoder norms are folded where `rescale_acts_by_decoder_norm` asks for it, which leaves the selection, the codes and
@@ -150,13 +138,11 @@ def read_saelens_folder(path: str | Path) -> SAELensFolder:
     subtracts_b_dec = bool(cfg.get("apply_b_dec_to_input", True))
     if normaliser is not None:
         weights = normaliser.folded_into(weights, subtracts_b_dec)
-    return SAELensFolder(
+    return SAEWeights(
         architecture=architecture,
         weights=weights,
         apply_b_dec_to_input=subtracts_b_dec,
         details=_details(metadata, saved_as) if legato is None else legato,
-        metadata=metadata,
-        legato=legato,
         numbers=numbers,
     )
 

@@ -1,6 +1,6 @@
 """Everything in numba that encoding and training need.
 
-gradients.py  Kernels for sparsities whose code is not just the pre-activation: thresholds per latent, gradients
+gradients.py  Kernels for architectures whose code is not just the pre-activation: thresholds per latent, gradients
               per pair.
 held_top.py   The k largest of each token where what is held counts more: one pass along every run of a
               document.

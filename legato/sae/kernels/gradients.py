@@ -1,4 +1,4 @@
-"""Kernels for sparsities whose code is not just the pre-activation: thresholds per latent, gradients per pair.
+"""Kernels for architectures whose code is not just the pre-activation: thresholds per latent, gradients per pair.
 
 Deterministic like those of pairs.py: each latent or pair is owned by one thread and summed in a fixed order.
 
