@@ -74,7 +74,7 @@ def after(seconds: float):
 
 
 MOMENTS = {
-    "conversion": there("models/.*/fresh/*", 2, cache=True),
+    "conversion": there("models/.*/new/*", 2, cache=True),
     "harvest": there("activations/*/shard_*", 3, cache=True),
     "beginning": there("config.yaml"),
     "training": logged(20),
