@@ -1,6 +1,6 @@
-"""What every command of Legato does with an error: one line on stderr and an exit code.
+"""Error handling of every command: one line on stderr and an exit code.
 
-SIGINT and SIGTERM: the first ends the command where nothing is lost, the second at once.
+The first SIGINT or SIGTERM ends the command at a place where nothing is lost, the second at once.
 """
 
 import errno
@@ -17,13 +17,13 @@ from safetensors import SafetensorError
 from legato.common.distributed import SaidElsewhereError
 from legato.common.errors import LegatoError, UsageError
 
-# How torch's allocators and the system word it, in a plain RuntimeError.
+# Words of torch's allocators and the system for it, in a plain RuntimeError.
 _NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory")
 
 
 class Interrupts:
-    """While it is entered, a signal raises Interrupted in the main thread; inside `held_back` it only shows in
-    `pending` and is raised at its end. A second signal has its default effect: the process dies of it."""
+    """Context in which a signal raises Interrupted in the main thread. Inside `held_back` it only sets `pending` and is
+    raised at the end. A second signal has its default effect: it kills the process."""
 
     def __init__(self) -> None:
         self.pending: int | None = None
@@ -41,7 +41,7 @@ class Interrupts:
 
     @contextmanager
     def held_back(self) -> Iterator[None]:
-        """For work that must not be cut in the middle; it asks `raise_pending` where it may be."""
+        """Protect work that must not be interrupted; the work calls `raise_pending` where it may be."""
         self._held_back = True
         try:
             yield
@@ -86,8 +86,8 @@ def run_command(command: Callable[[Interrupts], None], *, debug: bool = False, g
 
 
 def one_line(error: Exception) -> str | None:
-    """What went wrong and what to do, in one line; None for an error that can only be a fault of Legato's, nothing for
-    one that another process tells of."""
+    """Say in one line what went wrong and what to do; None for an error that can only be a bug of Legato, an empty text
+    for one that another process reports."""
     if isinstance(error, SaidElsewhereError):
         return ""
     if isinstance(error, LegatoError):
@@ -117,7 +117,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(BaseException):
-    """The first signal. Not an Exception: what libraries catch must not swallow it."""
+    """The first signal. Not an Exception, so that libraries do not catch it."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -125,5 +125,5 @@ class Interrupted(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """As a shell reports a command that the signal killed: 130 or 143."""
+        """Exit code of a shell for a command that the signal killed: 130 or 143."""
         return 128 + self.signum

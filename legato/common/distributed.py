@@ -1,10 +1,8 @@
-"""Several processes as one run, where `torchrun` started them. One process is the ordinary case: nothing is sent then.
+"""Several processes as one run, where `torchrun` started them. One process is the usual case: nothing is sent then.
 
-Rank 0 is the writer: it alone speaks and writes what there is one of. A rank that fails or is killed closes its
-connections, at which the others stop with RankLostError; one that only hangs is given up after PATIENCE. Objects
-travel between the ranks of a run as pickles, which no file ever does.
-
-Work that the ranks of a run take in turn, with the same outcome on each of them.
+Rank 0 is the writer: only rank 0 prints, and writes the files of the run. When a rank fails or is killed, its
+connections close and the others stop with RankLostError; a rank that hangs is given up after PATIENCE. Objects
+travel between the ranks as pickles; files never hold pickles.
 """
 
 import os
@@ -31,7 +29,7 @@ class RankLostError(LegatoError):
 
 
 class SaidElsewhereError(LegatoError):
-    """The writer has failed and said so: the others stop without a word."""
+    """The writer has failed and printed the error: the others stop without a message."""
 
 
 def rank() -> int:
@@ -39,12 +37,12 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """The number of processes that work as one."""
+    """Return the number of processes of this run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_size() -> int:
-    """Those of them on this machine."""
+    """Return the number of this run's processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size() > 1 else 1
 
 
@@ -64,8 +62,7 @@ def _patience() -> float:
 
 
 def _divide_threads(ranks: int) -> None:
-    """Share the machine's processors between its ranks, unless OMP_NUM_THREADS asks for a number above the 1 that
-    torchrun sets."""
+    """Share the machine's processors between its ranks, unless OMP_NUM_THREADS is above the 1 that torchrun sets."""
     asked = os.environ.get("OMP_NUM_THREADS", "1")
     own = int(asked) if asked.isdigit() and int(asked) > 1 else max(1, len(os.sched_getaffinity(0)) // ranks)
     torch.set_num_threads(own)
@@ -74,7 +71,7 @@ def _divide_threads(ranks: int) -> None:
 
 @contextmanager
 def rank_errors() -> Iterator[None]:
-    """For what torch.distributed does with other ranks. Raises RankLostError where one is gone."""
+    """Wrap calls of torch.distributed: raise RankLostError where another rank is gone."""
     try:
         yield
     except RuntimeError as error:  # what torch.distributed raises for every way in which a peer can be gone
@@ -88,7 +85,7 @@ def rank_errors() -> Iterator[None]:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Within it the processes that torchrun started are the ranks of one run; without torchrun it does nothing.
+    """Make the processes that torchrun started the ranks of one run; without torchrun do nothing.
 
     Raises RankLostError where they do not find each other.
     """
@@ -100,15 +97,15 @@ def process_group() -> Iterator[None]:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         patience = timedelta(seconds=_patience())
         store, rank, size = next(dist.rendezvous("env://", timeout=patience))
-        # torchrun keeps its store when it starts the ranks again: they must not find the addresses of the dead ones.
+        # torchrun keeps its store when it restarts the ranks: they must not find the addresses of the dead ones.
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     yield
-    dist.destroy_process_group()  # after an error the end of the process does it: the others learn of it by that
+    dist.destroy_process_group()  # after an error the end of the process does it, which tells the others
 
 
 def gather(mine: T) -> list[T]:
-    """What each rank gives, in the order of the ranks, on every rank."""
+    """Return the objects of all ranks, in their order, on every rank."""
     if world_size() == 1:
         return [mine]
     blobs = gather_bytes(torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8))
@@ -116,7 +113,7 @@ def gather(mine: T) -> list[T]:
 
 
 def gather_bytes(mine: torch.Tensor) -> list[torch.Tensor]:
-    """The uint8 tensors (any lengths) of all ranks, in their order, on every rank."""
+    """Return the uint8 tensors (any lengths) of all ranks, in their order, on every rank."""
     with rank_errors():
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
         dist.all_gather(lengths, torch.tensor([len(mine)]))
@@ -129,9 +126,9 @@ def gather_bytes(mine: torch.Tensor) -> list[torch.Tensor]:
 
 
 def broadcast_from_rank0(compute: Callable[[], T]) -> T:
-    """What `compute` gives on the writer, on every rank; the others do not run it.
+    """Run `compute` on the writer only and return its result on every rank.
 
-    Where it raises there, the others raise SaidElsewhereError.
+    Where it raises, the others raise SaidElsewhereError.
     """
     if world_size() == 1:
         return compute()
@@ -152,8 +149,8 @@ def broadcast_from_rank0(compute: Callable[[], T]) -> T:
 
 
 def rank0_first(compute: Callable[[], T]) -> T:
-    """What `compute` gives on each rank, on the writer first: the others find what it fetched, and where it raises
-    there they raise SaidElsewhereError."""
+    """Run `compute` on every rank, on the writer first: the others find the files it fetched. Where it raises on the
+    writer, they raise SaidElsewhereError."""
     own: list[T] = []
     broadcast_from_rank0(lambda: own.append(compute()))
     return own[0] if own else compute()
@@ -166,7 +163,7 @@ def barrier() -> None:
 
 @contextmanager
 def held_by_rank0(context: AbstractContextManager[Any]) -> Iterator[None]:
-    """A context, such as a lock, that the writer enters before any rank is within this one, and leaves with it."""
+    """Enter a context, such as a lock, on the writer only, before any rank goes on."""
     with ExitStack() as stack:
         broadcast_from_rank0(lambda: stack.enter_context(context) and None)
         yield
@@ -174,7 +171,7 @@ def held_by_rank0(context: AbstractContextManager[Any]) -> Iterator[None]:
 
 @contextmanager
 def one_first() -> Iterator[None]:
-    """The first rank of each machine is within it before the others are, who find what it left in the cache."""
+    """Let the first rank of each machine run the block before the others, which find its files in the cache."""
     is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not is_first:
         barrier()
@@ -184,12 +181,12 @@ def one_first() -> Iterator[None]:
 
 
 def shard(members: Sequence[T]) -> list[T]:
-    """This rank's share of a list that all ranks hold: every member is one rank's."""
+    """Return this rank's share of a list that all ranks hold: every member belongs to one rank."""
     return list(members[rank() % world_size() :: world_size()])
 
 
 def gather_dicts(part: dict[str, Any]) -> dict[str, Any]:
-    """The union of the ranks' dicts, on every rank; entries that are dicts themselves are united likewise."""
+    """Merge the ranks' dicts, on every rank; entries that are dicts themselves are merged likewise."""
     parts = gather(part)
     if len(parts) == 1:
         return part
@@ -203,8 +200,8 @@ def gather_dicts(part: dict[str, Any]) -> dict[str, Any]:
 def all_reduce(tensor: torch.Tensor) -> None:
     """Sum a tensor over the ranks, in place, in the order of the ranks: the same bits on each of them.
 
-    Every rank sums up one piece and sends it to the others: it receives at most twice the tensor, however many there
-    are.
+    Every rank sums up one piece and sends it to the others: it receives at most twice the tensor, for any number of
+    ranks.
     """
     if world_size() == 1:
         return
@@ -222,7 +219,7 @@ def all_reduce(tensor: torch.Tensor) -> None:
 
 
 def rows_on_rank0(own: torch.Tensor) -> torch.Tensor:
-    """On the writer the ranks' rows one after the other; elsewhere `own`."""
+    """Concatenate the ranks' rows on the writer; return `own` elsewhere."""
     lengths = gather(len(own))
     with rank_errors():
         if not is_rank0():
@@ -242,20 +239,20 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class Result(Generic[T]):
-    """What a piece of work gave, or why it gave nothing."""
+    """The result of a piece of work, or its error."""
 
     given: T | LegatoError
 
     def get(self) -> T:
-        """Raises the LegatoError that the work ended with, whichever rank did it."""
+        """Return the result; raises the LegatoError that the work ended with, on any rank."""
         if isinstance(self.given, LegatoError):
             raise self.given
         return self.given
 
 
 def map_over_ranks(compute: Callable[[S], T], items: Sequence[S], *, together: bool) -> list[Result[T]]:
-    """The outcome of each item, in their order. together: all ranks ask for the same items; every rank computes its
-    share and gets all. Else this process computes them all by itself."""
+    """Compute the outcome of each item, in their order. together: all ranks call it with the same items, each computes
+    its share and gets all. Else this process computes all."""
 
     def outcome(item: S) -> Result[T]:
         try:

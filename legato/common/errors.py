@@ -5,7 +5,7 @@ class LegatoError(Exception):
     """A failure that the user can act on; the command line prints it without a traceback and exits with 1."""
 
     def __str__(self) -> str:
-        """One line, whatever stood in the file that it quotes: control characters, which a terminal obeys, escaped."""
+        """Return one line, control characters escaped: a quoted file may hold some, and a terminal obeys them."""
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__())
 
 
@@ -14,6 +14,6 @@ class UsageError(LegatoError):
 
 
 def one_line(error: Exception) -> str:
-    """What a library's error says, short enough for one line of ours."""
+    """Shorten the message of a library's error to a part of one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,4 +1,4 @@
-"""What this machine is good at, decided by measuring; and products whose bits do not depend on how many cores it has.
+"""The faster matmul dtype of this machine, by measurement, and products whose bits do not depend on the cores.
 
 Shape legend: N rows of a product, K what is summed over, M columns.
 """
@@ -26,10 +26,8 @@ T = TypeVar("T")
 
 _REMEMBERED = "matmul_dtype.json"
 _ROUNDS = 15
-# Of the sides' best times, the ratio that ends the measuring: noise does not make one side so much faster than it is.
-_CLEAR = 3.0
-# A third and more must be gained, since bfloat16 costs precision.
-_WORTH = 1.33
+_CLEAR = 3.0  # ratio of the best times that ends the measurement: noise does not reach it
+_WORTH = 1.33  # least gain, since bfloat16 costs precision
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -38,15 +36,15 @@ _cores_outside: list[int] = []
 
 
 def settle_matmul_dtype(name: str) -> None:
-    """Fix the answer of `fast_matmul_dtype`: bfloat16 or float32, named by the user or by an earlier process whose work
-    goes on here; auto: measured."""
+    """Fix the answer of `fast_matmul_dtype`: bfloat16 or float32, as the user or an earlier process of this run chose;
+    auto: measured."""
     _settled[:] = [] if name == "auto" else [_DTYPES[name]]
 
 
 def fast_matmul_dtype() -> torch.dtype:
-    """bfloat16 where its matmul beats float32's by a third on this machine, else float32.
+    """Return bfloat16 where its matmul beats float32's by a third on this machine, else float32.
 
-    Measured once a machine: the answer is kept in Legato's cache under the processor and the version of torch.
+    Measured once per machine: the answer is kept in Legato's cache under the processor and the version of torch.
     """
     return _settled[0] if _settled else _measured_matmul_dtype()
 
@@ -57,13 +55,13 @@ def _measured_matmul_dtype() -> torch.dtype:
     known = _remembered()
     if known.get(key) not in [*_DTYPES]:
         known = {**known, key: str(_faster_dtype()).removeprefix("torch.")}
-        with suppress(OSError, LegatoError):  # a cache that cannot be written costs only the measuring
+        with suppress(OSError, LegatoError):  # without a cache it is only measured again
             write_atomically(cache_dir() / _REMEMBERED, json.dumps(known, indent=1).encode())
     return _DTYPES[known[key]]
 
 
 def _remembered() -> dict[str, str]:
-    """Answers of earlier processes; none where the file is missing or not ours, as it can be measured again."""
+    """Read answers of earlier processes; none where the file is missing or damaged: they can be measured again."""
     try:
         known = json.loads((cache_dir() / _REMEMBERED).read_text())
     except (OSError, ValueError, LegatoError):
@@ -72,7 +70,7 @@ def _remembered() -> dict[str, str]:
 
 
 def processor_name() -> str:
-    """The processor's name, or what the platform tells of it."""
+    """Return the processor's name, or the platform's name for it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -82,15 +80,15 @@ def processor_name() -> str:
 
 
 def _faster_dtype() -> torch.dtype:
-    """Time both dtypes' products, in alternation since other work on the machine must not decide, until one is clearly
-    ahead (at once where bfloat16 is emulated: there a product takes 100 times as long)."""
-    for size in (64, 512):  # a small product tells an emulation apart without paying for a large one
+    """Time both dtypes' products by turns, so that other work on the machine slows both, until one is clearly faster
+    (soon where bfloat16 is emulated: there a product takes 100 times as long)."""
+    for size in (64, 512):  # a small product is enough to find an emulation
         matrices = {
             dtype: (torch.ones(size, size, dtype=dtype), torch.ones(size, 4 * size, dtype=dtype))
             for dtype in _DTYPES.values()
         }
         for left, right in matrices.values():
-            left @ right  # the first one pays for what is set up once
+            left @ right  # warm up
         best = dict.fromkeys(matrices, float("inf"))
         for turn in range(_ROUNDS):
             for dtype, (left, right) in matrices.items():
@@ -104,12 +102,12 @@ def _faster_dtype() -> torch.dtype:
 
 @cache
 def _workers(n_threads: int) -> ThreadPoolExecutor:
-    """That many threads, in each of which torch and OpenMP use one core."""
+    """Start threads in which torch and OpenMP use one core each."""
     pool = ThreadPoolExecutor(n_threads, "one-core")
     all_started = Barrier(n_threads)
 
     def settle() -> None:
-        torch.get_num_threads()  # a thread's first question sets its number to the process's
+        torch.get_num_threads()  # a thread's first call sets its number to the process's
         torch.set_num_threads(1)
         all_started.wait()
 
@@ -119,7 +117,7 @@ def _workers(n_threads: int) -> ThreadPoolExecutor:
 
 
 def on_each_core(function: Callable[[T], None], items: Iterable[T]) -> None:
-    """Call `function` for every item, several at a time, each on one core: its bits are those of one thread.
+    """Call `function` for every item, several at a time, each on one core: the bits are those of one thread.
 
     MKL has one number of threads for the process, OpenMP one for each thread: both must be 1 while the workers work.
     """
@@ -133,13 +131,13 @@ def on_each_core(function: Callable[[T], None], items: Iterable[T]) -> None:
 
 
 def cores() -> int:
-    """The threads this process may use, also within `single_threaded`."""
+    """Return the number of threads this process may use, also within `single_threaded`."""
     return _cores_outside[-1] if _cores_outside else torch.get_num_threads()
 
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """Within it torch sums in the order of one thread, whatever the number of cores.
+    """Make torch sum in the order of one thread, for any number of cores.
 
     Reductions over many numbers and products with few rows are divided among threads, and their last bits depend on
     where they are cut. `fixed_matmul` still uses all cores.
@@ -158,14 +156,14 @@ def single_threaded() -> Iterator[None]:
 
 
 def rows_a_block(n_rows: int) -> int:
-    """Rows that `fixed_matmul` multiplies at a time; a function of their number alone."""
+    """Return the rows that `fixed_matmul` multiplies at a time, which depend on their number alone."""
     return min(256, max(16, n_rows // 8))
 
 
 def fixed_matmul(
     left_NK: Tensor, right_KM: Tensor, bias_M: Tensor | None = None, *, block: int = 0, out_NM: Tensor | None = None
 ) -> Tensor:
-    """left_NK @ right_KM (+ bias_M), to the same bits whatever the number of threads, or of the ranks that divide it.
+    """Compute left_NK @ right_KM (+ bias_M), with the same bits for any number of threads or ranks that divide it.
 
     A library's product of few rows differs in the last bits from the same rows in a larger one (MKL on AVX2: below 4
     rows a thread), so rows are multiplied in blocks of a fixed size, each by one core. Ranks that divide the rows must
@@ -202,13 +200,13 @@ class _FixedProduct(torch.autograd.Function):
 
 
 def fixed_product(left_NK: Tensor, right_KM: Tensor) -> Tensor:
-    """`fixed_matmul` for autograd, whose gradients are fixed likewise."""
+    """Do `fixed_matmul` with autograd; its gradients are fixed likewise."""
     return _FixedProduct.apply(left_NK, right_KM)
 
 
 @contextmanager
 def fast_float32() -> Iterator[None]:
-    """Within it float32 matmuls run in oneDNN's kernels, where those keep float32's precision.
+    """Run float32 matmuls in oneDNN's kernels, where those keep float32's precision.
 
     torch gives float32 to MKL, which leaves AVX-512 unused on AMD's processors: 160 GFLOP/s where oneDNN reaches 400 (2
     cores, 1024 x 640 x 32768). The switch is the one that lets oneDNN round to bfloat16; only processors with AMX do.
@@ -233,7 +231,7 @@ def _onednn_float32() -> Iterator[None]:
 
 @cache
 def _onednn_keeps_float32() -> bool:
-    """Whether products under the switch are float32's; rounding their inputs to bfloat16 would be off by 1e-3."""
+    """Test that products under the switch are float32's; inputs rounded to bfloat16 give an error of 1e-3."""
     matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
     if not torch.backends.mkldnn.is_available() or not hasattr(matmul, "fp32_precision"):
         return False
@@ -248,8 +246,8 @@ def _onednn_keeps_float32() -> bool:
 def keep_freed_memory() -> None:
     """Have glibc keep large freed blocks for the next request instead of returning them to the system.
 
-    Training and evaluation allocate the same large buffers over and over; on a 15-minute run the page faults of giving
-    them back and fetching them again were 28 million, a minute of system time. Does nothing where there is no glibc.
+    Training and evaluation allocate the same large buffers again and again; on a 15-minute run this caused 28 million
+    page faults, a minute of system time. Does nothing where there is no glibc.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,4 +1,4 @@
-"""What a command says while it works: lines, and a bar of progress."""
+"""Messages of a working command: lines, and a progress bar."""
 
 import sys
 import time
@@ -14,15 +14,15 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 def log(text: str) -> None:
-    """One line for the person who watches; of several ranks only the writer's is said."""
+    """Print one line; of several ranks only the writer does."""
     if distributed.is_rank0():
         print(text, flush=True)
 
 
 @contextmanager
 def progress_bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function that takes the number of units done: a bar on a terminal, a plain line now and then
-    otherwise."""
+    """Yield a function that takes the number of units done: it draws a bar on a terminal, else prints a line now and
+    then."""
     console = Console(file=sys.stdout)
     if console.is_terminal and distributed.is_rank0():
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -1,4 +1,4 @@
-"""Activations: the record they travel in, what gives them out in batches, and the scale that training sees them in.
+"""Activations: their record, sources that give them in batches, and the normaliser of training.
 
 Shape legend: B rows (contexts), L positions, D width, N valid tokens.
 """
@@ -33,7 +33,7 @@ NORMALISER_ROWS = 1024
 
 @dataclass(frozen=True)
 class ActivationBatch:
-    """Rows of activations with everything a loss or metric needs to know about each position.
+    """Rows of activations with mask, document and token of each position.
 
     acts_BLD: raw activations in the model's dtype. mask_BL: bool, True where the position is text and no outlier.
     doc_BL: int32, document number, -1 on pad. tokens_BL: int64, input ids.
@@ -45,7 +45,7 @@ class ActivationBatch:
     tokens_BL: Tensor
 
     def __post_init__(self) -> None:
-        """Raises LegatoError where the four are not of the same positions."""
+        """Check the fields. Raises LegatoError where the four are not of the same positions."""
         if self.acts_BLD.ndim != 3 or not self.acts_BLD.is_floating_point():
             raise LegatoError(f"acts_BLD is {self.acts_BLD.dtype} {[*self.acts_BLD.shape]}: give floats [B, L, D]")
         if self.mask_BL.dtype != torch.bool:
@@ -56,14 +56,14 @@ class ActivationBatch:
 
 
 class ActivationSource(ABC):
-    """Rows of activations, given out in batches: a store on disk, a stream, the synthetic bed."""
+    """Rows of activations in batches: a store on disk, a stream, the synthetic bed."""
 
     d_in: int
     n_rows: int
 
     @abstractmethod
     def batches_of(self, rows: Iterable[np.ndarray]) -> Iterator[ActivationBatch]:
-        """A batch for each array of row numbers, its rows in that order."""
+        """Yield a batch for each array of row numbers, its rows in that order."""
 
     def batches(
         self,
@@ -74,10 +74,10 @@ class ActivationSource(ABC):
         drop_last: bool = False,
         start_batch: int = 0,
     ) -> Iterator[ActivationBatch]:
-        """Batches of rows: in order (seed None), or in an order drawn from `seed` anew for each epoch.
+        """Yield batches of rows: in order (seed None), or in an order drawn from `seed` anew for each epoch.
 
         epochs: passes over the rows, None for endless. drop_last: leave out an epoch's last batch if it is smaller.
-        start_batch: batches to leave out at the start, without reading them (to go on after an interruption).
+        start_batch: batches to skip at the start, without reading them (to go on after an interruption).
         Raises LegatoError, at the first batch, where the rows do not fill one.
         """
         return self.batches_of(_row_batches(self.n_rows, rows_per_batch, seed, epochs, drop_last, start_batch))
@@ -98,7 +98,7 @@ def _row_batches(
 
 
 class ActivationStream(ActivationSource):
-    """Activations of a token set at one site, computed as they are asked for: what `harvest` would have stored.
+    """Activations of a token set at one site, computed on demand; equal to those that `harvest` stores.
 
     outlier_factor: positions whose norm exceeds that many median norms are masked.
     Raises UsageError for a layer or site that does not exist.
@@ -125,12 +125,12 @@ class ActivationStream(ActivationSource):
         self._yardstick: Tensor | None = None  # activations of the rows of the median
 
     def first_tokens(self, n_rows: int) -> Tensor:
-        """int64 input ids [n_rows, L] of the first rows, or of all there are."""
+        """Return int64 input ids [n_rows, L] of the first rows, or of all if there are fewer."""
         return self.tokens.tokens_BL[:n_rows].long()
 
     def batches_of(self, rows: Iterable[np.ndarray]) -> Iterator[ActivationBatch]:
-        """See `ActivationSource`. Several ranks must go through it together: each computes one batch in turn, and gets
-        those of the others."""
+        """Yield batches. Several ranks must call it together: each computes one batch in turn and gets those of the
+        others."""
         numbers = iter(rows)
         while turn := list(islice(numbers, distributed.world_size())):
             own = turn[distributed.rank() :][:1]
@@ -138,7 +138,7 @@ class ActivationStream(ActivationSource):
                 yield from batches
 
     def compute(self, rows: np.ndarray) -> tuple[ActivationBatch, np.ndarray]:
-        """The rows' activations, from a forward pass of their own, and how many text positions of each are outliers.
+        """Compute the rows' activations in a forward pass of their own, and count outliers among each row's text.
 
         Raises LegatoError for activations that are not finite.
         """
@@ -146,10 +146,10 @@ class ActivationStream(ActivationSource):
         return self._masked(rows, self._forward(rows), outlier_norm)
 
     def compute_in_order(self, rows: np.ndarray) -> tuple[ActivationBatch, np.ndarray]:
-        """As `compute`, for one who goes through all rows in order: the rows of the median come from its forward pass.
+        """Like `compute`, for a caller that reads all rows in order: rows of the median come from its forward pass.
 
-        It is not run twice, and run again where the median was known from before: the last bits of a row may depend on
-        those that keep it company.
+        That pass is not run twice, but it is run if the median is known already: the last bits of a row may depend on
+        the other rows in its forward pass.
         """
         first = self._rows_of_median()
         if not np.isin(rows, first).all():
@@ -160,12 +160,12 @@ class ActivationStream(ActivationSource):
 
     @property
     def outlier_norm(self) -> float:
-        """Text positions with a larger norm are outliers."""
+        """Norm above which text positions are outliers."""
         return self.outlier_factor * self.median_norm
 
     @cached_property
     def median_norm(self) -> float:
-        """Median norm of the text positions of the first 32 rows with text. Set it where it is known from before.
+        """Median norm of the text positions of the first 32 rows with text. Set it where it is already known.
 
         Raises LegatoError if there is no text or if the norms are zero or not finite.
         """
@@ -180,7 +180,7 @@ class ActivationStream(ActivationSource):
         return median
 
     def key(self) -> str:
-        """SHA-256 of all that determines the activations."""
+        """Compute the SHA-256 of all that determines the activations."""
         parts = {
             "format": FORMAT,
             "model": self.language_model.fingerprint(),
@@ -193,7 +193,7 @@ class ActivationStream(ActivationSource):
         return sha256_json(parts)
 
     def provenance(self) -> dict[str, Any]:
-        """The same for people, json-able, with the versions that computed them."""
+        """Describe the origin of the activations for people, json-able, with the library versions."""
         return {
             "model": self.language_model.name,
             "model_sha256": self.language_model.fingerprint(),
@@ -229,7 +229,7 @@ def _finite_norms(acts_BLD: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Normaliser:
-    """x' = (x - mean_D) * scale, so that over valid positions E x' = 0 and E ||x'||^2 = D.
+    """Scale of training: x' = (x - mean_D) * scale, so that over valid positions E x' = 0 and E ||x'||^2 = D.
 
     mean_D: float32. scale: sqrt(D / E ||x - mean||^2).
     """
@@ -240,7 +240,7 @@ class Normaliser:
     @classmethod
     @single_threaded()
     def fit(cls, source: ActivationSource, *, max_rows: int = NORMALISER_ROWS) -> "Normaliser":
-        """From the valid positions of up to `max_rows` rows drawn at random; sums in float64.
+        """Fit to the valid positions of up to `max_rows` rows drawn at random; sums in float64.
 
         Raises LegatoError if there are none, or if they are all equal or not finite.
         """
@@ -267,12 +267,8 @@ class Normaliser:
         return cls(mean_D.float(), math.sqrt(source.d_in / variance))
 
     def apply(self, acts: Tensor) -> Tensor:
-        """Normalised activations [..., D], float32."""
+        """Normalise activations [..., D] to float32."""
         return (acts.float() - self.mean_D.to(acts.device)) * self.scale
-
-    def invert(self, normalised: Tensor) -> Tensor:
-        """Raw activations [..., D] of normalised ones, float32."""
-        return normalised.float() / self.scale + self.mean_D.to(normalised.device)
 
     def save(self, path: str | Path) -> None:
         save_file({"mean": self.mean_D, "scale": torch.tensor(self.scale, dtype=torch.float64)}, path)
@@ -284,10 +280,10 @@ class Normaliser:
 
 
 def position_shuffled(batches: Iterable[ActivationBatch], seed: int = 0) -> Iterator[ActivationBatch]:
-    """The same activations in another order: the valid positions of each document's stretch inside a row are permuted.
+    """Permute the valid positions of each document's stretch inside a row.
 
-    Nothing of a sequence is left in them, so persistence that an SAE still shows is made by its own mechanism. Special
-    tokens and outliers keep their place.
+    This destroys the sequence, so persistence that an SAE still shows comes from its own mechanism. Special tokens and
+    outliers keep their place.
     """
     generator = torch.Generator().manual_seed(seed)
     for batch in batches:

@@ -1,4 +1,4 @@
-"""Corpora -> documents: the packaged demo articles, local files and folders, hub data sets."""
+"""Documents of a corpus: the packaged demo articles, local files and folders, hub data sets."""
 
 import bz2
 import gzip
@@ -20,17 +20,17 @@ from legato.common.errors import LegatoError, UsageError
 from legato.data.hub_datasets import hub_records
 
 DEMO_ARTICLES = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-MIN_ARTICLE_CHARACTERS = 600  # disambiguation pages and stubs end below, the shortest real article lies at 720
-TEXT_PART_CHARACTERS = 20_000  # a longer .txt becomes several documents, so that held-out text can be told apart
-MAX_LINE_BYTES = 64 * 2**20  # of a .jsonl: one document, and what an archive of some kilobytes could unpack to
+MIN_ARTICLE_CHARACTERS = 600  # disambiguation pages and stubs are shorter; the shortest real article has 720
+TEXT_PART_CHARACTERS = 20_000  # a longer .txt becomes several documents, so that some can be held out
+MAX_LINE_BYTES = 64 * 2**20  # of a .jsonl, one document; a small archive could unpack to more
 MAX_MEMORY_SHARE = 0.5  # of what is free: text is held while it is tokenised
 LISTED_COLUMNS = 8
-PARQUET_ROWS = 64  # at once: equal texts are stored once, so that few bytes may be many
+PARQUET_ROWS = 64  # at once: equal texts are stored once, so a small file may unpack to many bytes
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it came from, such as "gensim-enwiki/Anarchism" or "brown.jsonl.gz:12"."""
+    """One text and its source, such as "gensim-enwiki/Anarchism" or "brown.jsonl.gz:12"."""
 
     text: str
     source: str
@@ -43,13 +43,13 @@ def load_documents(
     max_stream_characters: int | None = None,
     text_column: str = "text",
 ) -> Iterator[Document]:
-    """Documents of a corpus, in its own order; blank texts are left out.
+    """Read the documents of a corpus, in its own order, without blank texts.
 
     dataset: "demo"; a .txt, .jsonl, .jsonl.gz or .parquet file; a folder of such files (searched in depth, sorted by
         path); or a hub data set id, "name" or "name:configuration", whose train split is streamed.
-    max_documents: where to end any corpus.
-    max_stream_characters: where to end a hub stream, which may hold more text than there is memory. A local corpus is
-        read whole, so that a sample of it can be a sample of all its files.
+    max_documents: stop after so many documents.
+    max_stream_characters: stop a hub stream here, since it may hold more text than fits in memory. A local corpus is
+        read whole, so that a sample of it can come from all its files.
     text_column: the key or column that holds the text, for everything but "demo" and .txt.
 
     A .txt file is one document; one longer than 20,000 characters is cut at blank lines (or else at line ends).
@@ -68,10 +68,10 @@ def load_documents(
 
 
 def split_held_out(documents: Iterable[Document], fraction: float) -> tuple[list[Document], list[Document]]:
-    """(train, held-out) documents, each in the order given.
+    """Split into (train, held-out) documents, each in the order given.
 
-    Distinct texts are ranked by a hash and the first of them, up to `fraction` of all characters, are held out: the
-    split needs no seed, and copies of a text (up to case and white space) land on one side. Both sides get at least
+    Distinct texts are sorted by a hash and the first of them, up to `fraction` of all characters, are held out: the
+    split needs no seed, and copies of a text (up to case and white space) are on one side. Both sides get at least
     one text; UsageError if there is only one.
     """
     assert 0 < fraction < 1, fraction
@@ -117,7 +117,7 @@ def _first_characters(documents: Iterator[Document], limit: int | None) -> Itera
 
 
 def _fitting(documents: Iterator[Document], dataset: str) -> Iterator[Document]:
-    """The documents as long as all of them together fit into memory; LegatoError from where they do not."""
+    """Yield the documents; raise LegatoError once all together do not fit into memory."""
     room, used = MAX_MEMORY_SHARE * psutil.virtual_memory().available, 0
     for document in documents:
         used += len(document.text)
@@ -197,7 +197,7 @@ def _read_txt(path: Path, name: str, text_column: str) -> Iterator[Document]:
 
 
 def _cut(text: str) -> Iterator[str]:
-    """The text in parts of at least TEXT_PART_CHARACTERS, cut after a blank line, or a line end where none is near."""
+    """Cut the text into parts of at least TEXT_PART_CHARACTERS, after a blank line, else a line end, else a space."""
     start = 0
     while len(text) - start > 2 * TEXT_PART_CHARACTERS:
         least, most = start + TEXT_PART_CHARACTERS, start + 2 * TEXT_PART_CHARACTERS

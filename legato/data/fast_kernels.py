@@ -30,7 +30,7 @@ _EXP_LIMIT = np.float32(60)
 
 
 def as_array(tensor: Tensor) -> Any:
-    """The tensor's memory as the kernels read it."""
+    """View the tensor's memory as the kernels read it."""
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
@@ -94,7 +94,7 @@ def _store_overload(array: Any, index: int, value: Any) -> Any:
 
 @_exact
 def _exp(x: Any) -> Any:
-    """exp of |x| <= 60 to 1e-7 relative (Cephes' expf)."""
+    """Compute exp of |x| <= 60 to 1e-7 relative (Cephes' expf)."""
     t = x * _LOG2_E + _ROUND_MAGIC
     n = t - _ROUND_MAGIC
     r = (x - n * _LN2_HIGH) - n * _LN2_LOW
@@ -119,7 +119,7 @@ def _reciprocal_rms(row: Any, eps: Any) -> Any:
 
 @_reducing
 def rms_norm(x_ND: Any, weight_D: Any, eps: Any, out_ND: Any) -> None:
-    """out = x / rms(x) * weight."""
+    """Compute out = x / rms(x) * weight."""
     for n in range(len(x_ND)):
         x_D, out_D = x_ND[n], out_ND[n]
         scale = _reciprocal_rms(x_D, eps)
@@ -129,7 +129,7 @@ def rms_norm(x_ND: Any, weight_D: Any, eps: Any, out_ND: Any) -> None:
 
 @_reducing
 def add_rms_norm(sum_ND: Any, x_ND: Any, weight_D: Any, eps: Any) -> None:
-    """sum += x / rms(x) * weight."""
+    """Add x / rms(x) * weight to sum."""
     for n in range(len(x_ND)):
         x_D, sum_D = x_ND[n], sum_ND[n]
         scale = _reciprocal_rms(x_D, eps)
@@ -141,7 +141,7 @@ def add_rms_norm(sum_ND: Any, x_ND: Any, weight_D: Any, eps: Any) -> None:
 def arrange_heads(
     x_ND: Any, weight_H: Any, eps: Any, cos_LK: Any, sin_LK: Any, n_groups: int, per_group: int, out_RH: Any
 ) -> None:
-    """Each head as one row: RMS-normed if weight_H is not empty, its first K dimensions rotated by the position.
+    """Write each head as one row: RMS-normed if weight_H is not empty, first K dimensions rotated by the position.
 
     x_ND: tokens of whole contexts of L positions, heads side by side. out_RH: rows ordered by context, key group,
     position, head in the group, so that all queries of a key group are one matrix.
@@ -179,7 +179,7 @@ def arrange_heads(
 
 @_exact
 def _softmax_row(scores_S: Any, scale: Any, softcap: Any, buffer_S: Any) -> None:
-    """In place: softmax(softcap * tanh(scores * scale / softcap)), or without the cap where it is 0."""
+    """Compute in place softmax(softcap * tanh(scores * scale / softcap)), without the cap where it is 0."""
     n_keys = len(scores_S)
     for s in range(n_keys):
         buffer_S[s] = _load(scores_S, s) * scale
@@ -214,7 +214,7 @@ def _sum(values: Any) -> Any:
 
 @_exact
 def causal_softmax(scores_RS: Any, per_group: int, scale: Any, softcap: Any, window: int) -> None:
-    """In place, each row over the keys its position may see: the last `window` up to itself; 0 elsewhere.
+    """Compute in place each row's softmax over the keys its position may see: the last `window`; 0 elsewhere.
 
     scores_RS: rows ordered as `arrange_heads` writes them, S = L keys each.
     """
@@ -231,13 +231,13 @@ def causal_softmax(scores_RS: Any, per_group: int, scale: Any, softcap: Any, win
 
 @_exact
 def _smooth_gate(x: Any, linear: Any, cubic: Any) -> Any:
-    """x * sigmoid(linear * x + cubic * x^3): SiLU or tanh-GELU, see the constants below."""
+    """Compute x * sigmoid(linear * x + cubic * x^3): SiLU or tanh-GELU, see the constants below."""
     return x / (_ONE + _clamped_exp(-x * (linear + cubic * x * x)))
 
 
 @_exact
 def activation(x_NI: Any, linear: Any, cubic: Any) -> None:
-    """In place."""
+    """Apply the activation in place."""
     for n in range(len(x_NI)):
         x_I = x_NI[n]
         for i in range(len(x_I)):
@@ -246,7 +246,7 @@ def activation(x_NI: Any, linear: Any, cubic: Any) -> None:
 
 @_exact
 def gated_activation(gate_NI: Any, up_NI: Any, linear: Any, cubic: Any) -> None:
-    """gate = activation(gate) * up."""
+    """Compute gate = activation(gate) * up in place."""
     for n in range(len(gate_NI)):
         gate_I, up_I = gate_NI[n], up_NI[n]
         for i in range(len(gate_I)):

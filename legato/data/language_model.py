@@ -28,8 +28,8 @@ from legato.data.model_files import located, quiet_loading, usable_device, usabl
 Positions = Literal["absolute", "relative", "fixed"]
 SITES = ("resid_post", "attn_out", "mlp_out")
 CHECK_TOKENS = 8
-# What a layer adds to the residual stream. Models that normalise a block's output before adding it (Gemma 2 and 3,
-# OLMo 2) are known by the name of the norm after the MLP; in others `post_attention_layernorm` is the norm before it.
+# Modules whose output a layer adds to the residual stream. Models that normalise a block's output first (Gemma 2 and 3,
+# OLMo 2) have a norm of this name after the MLP; in others `post_attention_layernorm` is the norm before it.
 POST_NORMS = {"attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"}
 BLOCK_NAMES = {
     "attn_out": ("self_attn", "attn", "attention", "self_attention", "mixer"),
@@ -65,11 +65,11 @@ class LanguageModel:
     def load(
         cls, model: str, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False
     ) -> "LanguageModel":
-        """A model by name.
+        """Load a model by name.
 
         model: "demo" (the packaged Gemma 3 270M), a local folder, a .gguf file or a hub id such as "gpt2".
         dtype: "float32", "bfloat16", "float16" or "auto": bfloat16 where its matmul is measured fast, else float32.
-        Raises UsageError, in one line, for everything that cannot be found or loaded.
+        Raises UsageError, in one line, for a model that cannot be found or loaded.
         """
         torch_device = usable_device(device)
         torch_dtype = usable_dtype(dtype, torch_device)
@@ -81,12 +81,12 @@ class LanguageModel:
                     source, dtype=torch_dtype, output_loading_info=True, **options
                 )
                 tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            except Exception as error:  # transformers raises a dozen kinds for what is wrong with a model
+            except Exception as error:  # transformers raises a dozen kinds for a wrong model
                 raise UsageError(f"cannot load the model {model}: {one_line(error)}") from error
         network, report = loaded
         if missing := sorted(report["missing_keys"]):
             raise UsageError(f"the weights of {model} are incomplete: {len(missing)} missing, such as {missing[0]}")
-        if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without one
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one for a folder without
             raise UsageError(f"the model {model} has no tokenizer: put its files, such as tokenizer.json, beside it")
         return cls(network.to(torch_device), tokenizer, model)
 
@@ -99,7 +99,7 @@ class LanguageModel:
         return self.model.device
 
     def module_path(self, layer: int, site: str = "resid_post") -> str:
-        """Path of the module whose output is read, as in `model.get_submodule`, e.g. "model.layers.9"."""
+        """Return the path of the module whose output is read, as in `model.get_submodule`, e.g. "model.layers.9"."""
         path = f"{self._layers_path}.{self._check_layer(layer)}"
         if site not in SITES:
             raise UsageError(f"unknown site {site!r}: choose one of {', '.join(SITES)}")
@@ -114,7 +114,7 @@ class LanguageModel:
         return f"{path}.{name}"
 
     def fingerprint(self) -> str:
-        """SHA-256 over architecture, configuration and every weight: the same model gives the same activations."""
+        """Return the SHA-256 over configuration and every weight: the same model gives the same activations."""
         return self._fingerprint
 
     @torch.no_grad()
@@ -122,12 +122,12 @@ class LanguageModel:
     def activations(
         self, tokens_BL: Tensor, layer: int, site: str = "resid_post", *, first_position: int = 0
     ) -> Tensor:
-        """acts_BLD in the model's dtype: the output of `layer` (resid_post) or what its attention or MLP adds.
+        """Compute acts_BLD in the model's dtype: the output of `layer` (resid_post), of its attention or of its MLP.
 
         tokens_BL: input ids of full rows, attended causally from the first. Nothing after the site is computed.
-        first_position: the position id of the rows' first token; see `positions` for what it can move.
-        Raises UsageError for a layer or site that the model does not have, for rows that reach beyond its context and
-        for another first position where the model has no position ids.
+        first_position: the position id of the rows' first token; `positions` tells its effect.
+        Raises UsageError for a layer or site that the model does not have, for rows longer than its context, and for
+        another first position where the model has no position ids.
         """
         path = self.module_path(layer, site)
         with self._numbered_from(first_position, tokens_BL.shape[1]):
@@ -138,9 +138,9 @@ class LanguageModel:
 
     @cached_property
     def positions(self) -> Positions:
-        """How a token's position enters: "absolute" if the embedding depends on it (GPT-2's learned positions);
-        "relative" if only attention does, by distances, so that a shift of all position ids changes nothing (rotary);
-        "fixed" if there are no position ids to shift (ALiBi)."""
+        """Kind of positions: "absolute" if the embedding depends on them (GPT-2's learned positions); "relative" if
+        only attention does, by distances, so that a shift of all position ids changes nothing (rotary); "fixed" if
+        there are no position ids to shift (ALiBi)."""
         if "position_ids" not in signature(self._decoder.forward).parameters:
             return "fixed"
         tokens_BL = torch.ones(1, 2, dtype=torch.long)
@@ -152,7 +152,7 @@ class LanguageModel:
     @torch.no_grad()
     @fast_float32()
     def resume(self, acts_BLD: Tensor, tokens_BL: Tensor, layer: int, site: str = "resid_post") -> Tensor:
-        """hidden_BLD, what the unembedding reads, when the site puts out acts_BLD instead of its own result.
+        """Compute hidden_BLD, the input of the unembedding, with acts_BLD as the output of the site.
 
         For resid_post the layers up to `layer` are not run again; for the others they are.
         tokens_BL: the tokens that acts_BLD stands for. Errors as in `activations`; LegatoError if the architecture
@@ -165,7 +165,7 @@ class LanguageModel:
     @torch.no_grad()
     @fast_float32()
     def unembed(self, hidden_ND: Tensor, out: Tensor | None = None) -> Tensor:
-        """logits_NV in the model's dtype; with V up to 262,144, give it few tokens at a time. out: written to."""
+        """Compute logits_NV in the model's dtype; V may be 262,144, so give few tokens at a time. out: written to."""
         head = self.model.get_output_embeddings()
         hidden_ND = hidden_ND.to(self.device, self.dtype)
         if type(head) is nn.Linear and head.bias is None:
@@ -195,12 +195,12 @@ class LanguageModel:
 
     @cached_property
     def _layers_return_tuple(self) -> bool:
-        """Whether a layer returns (hidden, ...) or, as the newer architectures do, hidden alone."""
+        """True where a layer returns (hidden, ...), False where it returns hidden alone, as newer architectures do."""
         return isinstance(self._output_of(self._layers[0], torch.zeros(1, 1, dtype=torch.long)), tuple)
 
     @cached_property
     def _fused(self) -> FusedDecoder | None:
-        """The fast way through the layers, if it knows this architecture and gives what transformers gives."""
+        """The fast layers, if they know this architecture and give the same result as transformers."""
         fused = FusedDecoder.of(self._decoder, self._layers, self._text_config)
         if fused is None:
             return None
@@ -220,7 +220,7 @@ class LanguageModel:
         return self._fused if tokens_BL.shape[1] <= FUSED_MAX_CONTEXT else None
 
     def _embedded(self, tokens_BL: Tensor) -> Tensor:
-        """hidden_BLD that the first layer is given."""
+        """Compute hidden_BLD, the input of the first layer."""
 
         def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             raise _Reached(args[0] if args else kwargs["hidden_states"])
@@ -229,7 +229,7 @@ class LanguageModel:
         return self._run_until(handle, tokens_BL)
 
     def _output_of(self, module: nn.Module, tokens_BL: Tensor) -> Any:
-        """What the module puts out on these tokens; nothing after it runs."""
+        """Compute the module's output on these tokens; nothing after it runs."""
 
         def stop(_module: nn.Module, _args: object, output: Any) -> None:
             raise _Reached(output)
@@ -247,7 +247,7 @@ class LanguageModel:
 
     @contextmanager
     def _numbered_from(self, first_position: int, length: int) -> Iterator[None]:
-        """Within it the decoder's position ids start at first_position."""
+        """Make the decoder's position ids start at first_position."""
         if first_position == 0:
             yield
             return
@@ -269,7 +269,7 @@ class LanguageModel:
 
     @contextmanager
     def _prefix_done(self, tokens_BL: Tensor, layer: int, first_position: int = 0) -> Iterator[None]:
-        """Within it the decoder need not compute the layers before `layer`."""
+        """Compute the layers before `layer` now; inside the block the decoder skips them."""
         fused = self._fused_for(tokens_BL)
         if fused is None or layer == 0:
             yield
@@ -280,7 +280,7 @@ class LanguageModel:
 
     @contextmanager
     def _replaced_layers(self, n_layers: int, acts_BLD: Tensor) -> Iterator[None]:
-        """Within it the first n_layers compute nothing and put out acts_BLD."""
+        """Make the first n_layers return acts_BLD without computing."""
         output = (acts_BLD,) if self._layers_return_tuple else acts_BLD
 
         def constant(*_args: object, **_kwargs: object) -> Any:
@@ -301,7 +301,7 @@ class LanguageModel:
         return layer
 
     def _run_decoder(self, tokens_BL: Tensor) -> Tensor:
-        """Final normed hidden states."""
+        """Compute the final normed hidden states."""
         if tokens_BL.shape[1] > self.max_context:
             raise UsageError(
                 f"{self.name} takes contexts of at most {self.max_context} tokens, not {tokens_BL.shape[1]}"
@@ -332,7 +332,7 @@ class LanguageModel:
             residual_BLD = acts_BLD
         n_done = layer + 1
         if fused := self._fused_for(tokens_BL):
-            # The fused layers read nothing but the residual stream: equal rows, as under ablation, stay equal.
+            # The fused layers read only the residual stream: equal rows, as under ablation, stay equal.
             alike = bool((residual_BLD == residual_BLD[:1]).all())
             rows_BLD = fused.run(residual_BLD[:1] if alike else residual_BLD, n_done, self.n_layers - 1)
             residual_BLD, n_done = rows_BLD.expand_as(residual_BLD), self.n_layers
@@ -340,7 +340,7 @@ class LanguageModel:
             return self._run_decoder(tokens_BL)
 
     def _check_restart(self, tokens_BL: Tensor, layer: int, site: str) -> None:
-        """Splicing the site's own activations back must give the model's own logits."""
+        """Check that splicing the site's own activations back gives the model's own logits."""
         hidden_BLD = self._resume(self.activations(tokens_BL, layer, site), tokens_BL, layer, site)
         spliced = self.unembed(hidden_BLD.flatten(0, 1)).float().view(*tokens_BL.shape, -1)
         own = self.model(input_ids=tokens_BL.to(self.device).long(), use_cache=False).logits.float()
@@ -357,7 +357,7 @@ class LanguageModel:
 
 
 class _Reached(Exception):
-    """Unwinds the forward pass once what it should give is there."""
+    """Stops the forward pass and carries the value that was asked for."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -368,7 +368,7 @@ def _hidden(output: Any) -> Tensor:
 
 
 def _find_layers(model: PreTrainedModel, n_layers: int, name: str) -> tuple[str, nn.ModuleList, nn.Module]:
-    """Path and list of the decoder layers and the module that owns them: the shallowest list of that many modules."""
+    """Find (path, list, owner) of the decoder layers: the shallowest list of that many modules."""
     found = [
         (path, module)
         for path, module in model.named_modules()

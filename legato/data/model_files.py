@@ -1,4 +1,4 @@
-"""Finding and opening a language model: where its name leads, on which device and in which dtype it is loaded."""
+"""Find a language model by its name, and choose the device and dtype to load it."""
 
 import os
 import re
@@ -17,7 +17,7 @@ HUB_TIMEOUT_SECONDS = 5
 
 
 def located(model: str) -> tuple[str, bool]:
-    """What transformers loads for this name, and whether it must do so without the network."""
+    """Return the source that transformers loads for this name, and True if it must do so without the network."""
     if model == "demo":
         return str(demo_model_folder()), True
     path = Path(os.path.expanduser(model))
@@ -35,7 +35,7 @@ def located(model: str) -> tuple[str, bool]:
 
 
 def _must_stay_offline(hub_id: str) -> bool:
-    """Whether the hub is out of reach but the model in the local cache; one quick question, no retries."""
+    """Tell whether the hub is out of reach but the model in the local cache; one quick request, no retries."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
@@ -75,7 +75,7 @@ def usable_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """transformers draws its loading bars even where the output is not a terminal, and warns of what is an error."""
+    """Silence the loading bars of transformers, and its warnings of what we report as errors."""
     was_enabled, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Documents -> rows of tokens with a mask and a document number, packed so that no text is lost or repeated.
+"""Rows of tokens with a mask and document numbers, packed so that no text is lost or repeated.
 
 Shape legend: B rows (contexts), L positions (the context length).
 """
@@ -49,7 +49,7 @@ class TokenSet:
         return self.tokens_BL.shape[0]
 
     def fingerprint(self) -> str:
-        """SHA-256 over everything the set holds."""
+        """Return the SHA-256 of the whole set."""
         return self._fingerprint
 
     @cached_property
@@ -68,11 +68,11 @@ def tokenise(
     max_tokens: int | None = None,
     seed: int = 0,
 ) -> TokenSet:
-    """Tokens of `documents` in rows of `context_length`.
+    """Tokenise `documents` to rows of `context_length`.
 
-    Each row starts with BOS if the tokenizer has one. A document is cut into full rows; what remains of it shares a
-    row with the remains of others (best fit, largest first), each opened by a separator: BOS, else EOS, else nothing.
-    Every text token lands in exactly one place. The rows come in a shuffled order too: any first rows are a sample.
+    Each row starts with BOS if the tokenizer has one. A document is cut into full rows; its rest shares a row with the
+    rests of others (best fit, largest first), each opened by a separator: BOS, else EOS, else nothing. Every text token
+    is in exactly one place. The rows are shuffled too: any first rows are a sample.
 
     max_tokens: stop after this many text tokens. The documents are drawn in an order shuffled by `seed`, so that a
         part of a corpus is a fair sample of it; the last document may be cut short.
@@ -130,7 +130,7 @@ def tokenise(
 def _encoded(
     documents: list[Document], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None, seed: int
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(index, token ids) of the documents in shuffled order, as many as max_tokens allows; empty ones left out."""
+    """Yield (index, token ids) of the documents in shuffled order, up to max_tokens, without empty ones."""
     order = np.random.default_rng(seed).permutation(len(documents)).tolist()
     left = max_tokens
     for first in range(0, len(order), _DOCUMENTS_PER_CALL):
@@ -148,9 +148,9 @@ def _encoded(
 
 
 def _best_fit(lengths: list[int], room: int, separator: int) -> list[list[int]]:
-    """Members of each shared row: every piece, largest first, goes where the least room is left over (else a new row).
+    """List the members of each shared row: every piece, largest first, goes to the row with the least room for it.
 
-    A first piece takes its length, a further one its length and a separator.
+    A first piece needs its length, a further one its length and a separator.
     """
     rows: list[list[int]] = []
     rows_by_space: list[list[int]] = [[] for _ in range(room + 1)]
@@ -168,6 +168,6 @@ def _best_fit(lengths: list[int], room: int, separator: int) -> list[list[int]]:
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that never stand for text. "Unknown" does stand for text, unless it doubles as BOS or EOS as in GPT-2."""
+    """Return the ids that are never text. "Unknown" is text, unless it is BOS or EOS too, as in GPT-2."""
     marks = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
     return set(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - marks)

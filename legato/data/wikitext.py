@@ -1,8 +1,8 @@
-"""MediaWiki source -> plain prose, for the packaged demo corpus.
+"""Conversion of MediaWiki source to plain prose, for the packaged demo corpus.
 
-The parser is mwparserfromhell's; what is decided here is what each node reads like. Whatever cannot be put into words
-(a formula, a family-tree template) leaves a gap mark, and a sentence is never printed with a hole in it: the
-parenthesis or else the paragraph around the gap is dropped.
+mwparserfromhell parses; this module gives the text of each node. A node that has no text (a formula, a family-tree
+template) leaves a gap mark. The parenthesis, or else the paragraph, around a gap is dropped, so that no sentence has a
+hole.
 """
 
 import re
@@ -49,7 +49,7 @@ _PRINTS_ARGUMENT = {
     "okina": 0, "bibleref2": 0, "math": 0, "mvar": 0,
 }  # fmt: skip
 
-# Reading aids that leave no hole when they are taken out.
+# Reading aids that leave no hole when they are removed.
 _SILENT = re.compile(
     r"(cite|vcite|citation|harv|sfn|ipac?-|ipa-|respell|pron|refn|efn|#tag:ref|rp$|ref label|note label|cn$|fact$|who$|"
     r"by whom|which|when$|where$|clarify|vague|according to whom|page needed|verify|dubious|full$|sic$|isbn|issn|oclc|"
@@ -76,7 +76,7 @@ _MONTHS = ("January", "February", "March", "April", "May", "June", "July", "Augu
 
 
 def to_prose(source: str) -> str:
-    """Running text of one article, a blank line between paragraphs; "" where there is none (a list of links)."""
+    """Return the prose of one article, a blank line between paragraphs; "" where there is none (a list of links)."""
     source = re.sub(r"<!--.*?(-->|\Z)", "", source, flags=re.DOTALL)
     source = re.sub(r"<ref\b[^<>]*/>|<ref\b[^<>]*>.*?</ref\s*>", REFERENCE, source, flags=re.DOTALL | re.IGNORECASE)
     source = re.sub(r"__[A-Z]+__", "", source)
@@ -87,7 +87,7 @@ def to_prose(source: str) -> str:
 
 
 def _kept_sections(article: Wikicode) -> list[list[Node]]:
-    """Nodes of each section, without its heading; reference apparatus and all below it left out."""
+    """Return the nodes of each section, without headings, and without references and the like."""
     sections: list[list[Node]] = [[]]
     dropped_level = 7  # headings have levels 1 to 6
     for node in article.nodes:
@@ -187,7 +187,7 @@ def _render_template(template: Template) -> str:
 
 
 def _convert(arguments: list[str], named: dict[str, str]) -> str:
-    """{{convert|20|-|25|cm|in}} -> 20–25 cm; the converted value is left out."""
+    """Render {{convert|20|-|25|cm|in}} as 20–25 cm; the converted value is left out."""
     text = ""
     for position, argument in enumerate(arguments):
         if argument in _BETWEEN_VALUES:
@@ -224,7 +224,7 @@ def _fraction(arguments: list[str], named: dict[str, str]) -> str:
 
 
 def _chemical(arguments: list[str], named: dict[str, str]) -> str:
-    """{{chem|Sn|9|4-}} -> Sn₉⁴⁻."""
+    """Render {{chem|Sn|9|4-}} as Sn₉⁴⁻."""
     text = ""
     for argument in arguments:
         if re.fullmatch(r"\d+", argument):
@@ -288,7 +288,7 @@ _MIN_ITEM_WORDS = 15
 
 
 def _paragraphs(text: str) -> list[str]:
-    """Printable paragraphs of a rendered section."""
+    """Return the printable paragraphs of a rendered section."""
     blocks: list[str] = []
     for line in text.split("\n"):
         line = line.strip()
@@ -309,7 +309,7 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _printable(block: str) -> str:
-    """The block as it should be read, or "" where it is not prose."""
+    """Return the block as it should be read, or "" where it is not prose."""
     is_item, is_quote = block.startswith(ITEM), QUOTE in block
     text = _tidy(block)
     first = next((character for character in text if character.isalnum()), "")
@@ -333,7 +333,7 @@ def _without_last_sentence(paragraph: str) -> str:
 
 
 def _tidy(text: str) -> str:
-    """Spaces and punctuation mended where something was taken out."""
+    """Repair spaces and punctuation where something was removed."""
     text = text.replace(ITEM, " ").replace(QUOTE, " ")
     text = re.sub(rf"(?<=[.!?\"”)]){REFERENCE}+(?=\w)", " ", text).replace(REFERENCE, "")
     text = re.sub(r"'{2,}", "", text)

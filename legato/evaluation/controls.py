@@ -1,7 +1,7 @@
-"""Controls: what is left of a result when what it claims to measure is taken away, or bought without training.
+"""Controls: trained SAEs whose codes are changed afterwards, without training.
 
-A post-hoc control is a trained SAE whose codes are changed afterwards. It stands in the results as a row of its own and
-shows how much consistency the change buys by itself, and at what cost.
+A control has a row of its own in the results. It shows how much consistency the change gives by itself, and at what
+cost.
 
 Shape legend: B rows, L positions, D width, F latents.
 """
@@ -26,16 +26,16 @@ from legato.sae.segments import Segments
 
 class Smoother(Protocol):
     def __call__(self, codes_LF: Tensor, runs: Sequence[slice]) -> Tensor:
-        """Codes of one row, smoothed inside each of its runs (consecutive valid tokens of one document)."""
+        """Smooth the codes of one row inside each of its runs (consecutive valid tokens of one document)."""
         ...
 
 
 @dataclass(frozen=True)
 class MovingAverage:
-    """h_t = alpha h_{t-1} + (1 - alpha) f_t, h = f at the first token of a run.
+    """Moving average h_t = alpha h_{t-1} + (1 - alpha) f_t, h = f at the first token of a run.
 
-    A latent is dropped where it last fired so long ago that this firing's weight has fallen below `cutoff` of what it
-    was, alpha^n < cutoff, so that codes stay sparse: with the defaults it lasts 6 tokens longer than it fired.
+    Codes stay sparse: a latent that last fired n tokens ago is dropped once alpha^n < cutoff. With the defaults it
+    lasts 6 tokens longer than it fired.
     """
 
     alpha: float = 0.5
@@ -62,8 +62,8 @@ class MovingAverage:
 
 @dataclass(frozen=True)
 class ChunkMean:
-    """Codes averaged over the `window` tokens of non-overlapping chunks, counted from the start of each run; the last
-    chunk of a run may be shorter."""
+    """Mean code over chunks of `window` tokens, counted from the start of each run; a run's last chunk may be
+    shorter."""
 
     window: int = 8
 
@@ -107,7 +107,7 @@ class Smoothed:
 
 
 def smoothed(codes: SparseCodes, mask_BL: Tensor, doc_BL: Tensor, smoother: Smoother) -> SparseCodes:
-    """The codes after smoothing, one row at a time so that no more than [L, F] is dense."""
+    """Smooth the codes, one row at a time so that no more than [L, F] is dense."""
     B, L, F = codes.shape
     layout = Segments.of(mask_BL, doc_BL)
     ends = torch.searchsorted(codes.token_P, torch.arange(0, (B + 1) * L, L)).tolist()
@@ -137,7 +137,7 @@ def with_hysteresis(
 
 @dataclass(frozen=True)
 class Control:
-    """A row of the results that was not trained: what is judged, and what stands for it under "training"."""
+    """A row of the results that was not trained: the SAE to judge, and its section "training" of metrics.json."""
 
     judged: EvaluableSAE
     training: dict[str, Any]
@@ -146,10 +146,10 @@ class Control:
 def post_hoc_control(
     kind: str, sae: SparseAutoencoder, calibration: Sequence[ActivationBatch], *, k: int, release: float
 ) -> Control | None:
-    """Make a control of CONTROLS of a trained SAE; None where its codes have no thresholds for it to be made of.
+    """Make one of CONTROLS of a trained SAE; None where the SAE has no thresholds and the control needs them.
 
-    A TopK SAE can only be given hysteresis, inside each token's budget. calibration: what the threshold of post-hoc
-    hysteresis is set on, so that its L0 is k.
+    A TopK SAE can only be given hysteresis, inside each token's budget. calibration: activations on which the threshold
+    of post-hoc hysteresis is set, so that its L0 is k.
     """
     settings: dict[str, Any]
     if kind == "hysteresis":

@@ -1,7 +1,12 @@
-"""One pass over held-out activations that judges every SAE of a bank.
+"""Judge every SAE of a bank in one pass over held-out activations.
 
 All SAEs share each activation batch, the sums over the activations themselves, and, for the language model's loss, one
 clean forward pass and one chunk of clean logits.
+
+Splicing replaces valid positions only: special tokens and outliers keep their activation. Zero ablation replaces every
+position. The loss counts at valid positions whose next token is text of the same document. SAEBench's own numbers
+(`core.saebench`, only with a model) follow its rules instead: outliers are reconstructed, and every position whose
+token is not pad, EOS or BOS counts.
 
 Shape legend: B rows, L positions, D width, F latents.
 """
@@ -35,7 +40,7 @@ from legato.evaluation.sums.lag_pairs import DEFAULT_LAGS, check_lags
 from legato.sae.protocol import EvaluableSAE
 
 _SINGLE = "the SAE"
-_SPLICED_AT_ONCE = 4  # rows, whoever computes them: the last bits of a forward pass depend on how many go through it
+_SPLICED_AT_ONCE = 4  # rows, fixed: the last bits of a forward pass depend on how many rows go through it
 
 
 @torch.no_grad()
@@ -55,30 +60,37 @@ def evaluate(
     failures: dict[str, str] | None = None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> dict[str, Any]:
-    """Metrics of one SAE, or {name: metrics} of a bank of SAEs, on held-out activations.
+    """Return the metrics of one SAE, or {name: metrics} of a bank of SAEs, on held-out activations.
 
     activations: a store or stream (read in order, `rows_per_batch` rows at a time), or batches. A multiple of 16 rows
         keeps to SAEBench's batches, which its numbers depend on.
     language_model, layer, site: also measure the language model's loss with the reconstruction spliced in, on the first
-        `ce_rows` rows. Splicing replaces valid positions only: special tokens and outliers keep their activation. Zero
-        ablation replaces every position. The loss counts at valid positions whose next token is text of the same
-        document. SAEBench's own numbers (`core.saebench`) follow its rules instead: outliers are reconstructed, and
-        every position whose token is not pad, EOS or BOS counts; without a model they are left out.
+        `ce_rows` rows.
     kept_rows: rows whose codes are kept for the position x position matrix and the bootstrap.
     bootstrap: replicates of a bootstrap over documents: `consistency.interval95` gives the interval of each mean excess
-        at lag 1, as do its rows by firing rate and by group of the objective; "arrays" the replicates by name, paired
-        across SAEs and runs on the same rows.
+        at lag 1, so do its rows by firing rate and by group of the objective. "arrays" holds the replicates by name,
+        paired across SAEs and runs on the same rows.
     together: all ranks of a run (see distributed.py) call this with the same SAEs and activations. They share the rows
-        to encode and to splice; what comes of them is added up in the order of the rows, so that every rank returns
-        what one process would, to the last bit.
-    failures: for a bank, receives {name: reason} of the SAEs that cannot be judged, and the others are; without it the
-        first such SAE raises.
+        to encode and to splice, and sum in the order of the rows: every rank returns the bits of one process.
+    failures: for a bank, receives {name: reason} of SAEs that cannot be judged; without it the first such SAE raises.
     progress: called with the number of rows judged so far.
 
     Returns per SAE {"core", "consistency", "position"}, plain numbers and lists as in metrics.json, and beside them
     "features" (columns of the feature table, see table.py) and "arrays" ("position_matrix" (L, L), "rate_FL", the
     firing rate by position, NaN where undefined, and "tokens_L", the valid tokens it is a share of), all numpy.
     Raises LegatoError where there is nothing to measure: no valid position, no latent that fires, values not finite.
+
+    >>> from legato.sae.codes import SparseCodes
+    >>> class Halving:  # an SAE: weights, encode_sparse, decode_sparse
+    ...     W_enc, b_enc, W_dec = torch.eye(2), torch.zeros(2), torch.eye(2) / 2
+    ...     encode_sparse = staticmethod(lambda batch: SparseCodes.from_dense(batch.acts_BLD))
+    ...     decode_sparse = staticmethod(lambda codes: codes.dense() / 2)
+    >>> acts, zero = torch.tensor([[[2.0, 0], [1, 0], [0, 3], [0, 1]]]), torch.zeros(1, 4, dtype=torch.int64)
+    >>> found = evaluate(Halving(), [ActivationBatch(acts, mask_BL=zero == 0, doc_BL=zero, tokens_BL=zero)], lags=(1,))
+    >>> found["core"]["l0"], round(found["core"]["fvu"], 4), found["consistency"]["jaccard"]
+    (1.0, 0.4286, 0.5)
+
+    FVU is (15 / 4) / (15 - 25 / 4); adjacent tokens share 1 + 0 + 1 of 1 + 2 + 1 latents.
     """
     bank = dict(sae) if isinstance(sae, Mapping) else {_SINGLE: sae}
     if not bank:
@@ -91,19 +103,13 @@ def evaluate(
     kept = {name: CodeBuffer(kept_rows) for name in bank}
     batches = (EvalBatch.of(raw, lags, language_model) for raw in _batches(activations, rows_per_batch))
     for batch, encoded in _encoded(bank, failures if failures is not None else {}, batches, together):
-        raw = batch.raw
-        _, length, width = raw.acts_BLD.shape
+        _, length, width = batch.raw.acts_BLD.shape
         if shared is None:
             shared = _Shared.zero(width, length, lags)
             judges = {name: SAESums.zero(one.W_enc.shape[1], length, lags) for name, one in bank.items()}
-        n_rows = min(ce_rows - int(shared.rows), len(raw.mask_BL))
+        n_rows = min(ce_rows - int(shared.rows), len(batch.raw.mask_BL))
         shared.add(batch)
-        decoded = {}
-        for name in list(judges):
-            with _failing(name, judges, failures):
-                decoded[name] = Decoded.of(bank[name], encoded[name].get())
-                judges[name].add(batch, decoded[name])
-                kept[name].add(decoded[name].codes, raw.mask_BL, raw.doc_BL)
+        decoded = _add(batch, encoded, bank, judges, kept, failures)
         if language_model is not None and layer is not None and n_rows > 0:
             losses = partial(spliced, decoded, batch, language_model, layer=layer, site=site)
             for part in map_over_ranks(losses, torch.arange(n_rows).split(_SPLICED_AT_ONCE), together=together):
@@ -122,11 +128,29 @@ def evaluate(
     return results if isinstance(sae, Mapping) else results[_SINGLE]
 
 
+def _add(
+    batch: EvalBatch,
+    encoded: Mapping[str, Result[Encoded]],
+    bank: Mapping[str, EvaluableSAE],
+    judges: dict[str, SAESums],
+    kept: Mapping[str, CodeBuffer],
+    failures: dict[str, str] | None,
+) -> dict[str, Decoded]:
+    """Add a batch to the sums of every SAE; return the reconstructions."""
+    decoded = {}
+    for name in list(judges):
+        with _failing(name, judges, failures):
+            decoded[name] = Decoded.of(bank[name], encoded[name].get())
+            judges[name].add(batch, decoded[name])
+            kept[name].add(decoded[name].codes, batch.raw.mask_BL, batch.raw.doc_BL)
+    return decoded
+
+
 def _encoded(
     bank: Mapping[str, EvaluableSAE], dropped: Container[str], batches: Iterator[EvalBatch], together: bool
 ) -> Iterator[tuple[EvalBatch, dict[str, Result[Encoded]]]]:
-    """Every batch with the codes of the SAEs that are not dropped by then. Ranks work on as many batches at a time as
-    give each of them something to encode."""
+    """Yield every batch with the codes of the SAEs that are not dropped by then. Ranks take several batches at a time,
+    enough for each rank to have something to encode."""
     at_once = math.ceil(distributed.world_size() / len(bank)) if together else 1
     while some := list(islice(batches, at_once)):
         names = [name for name in bank if name not in dropped]
@@ -138,7 +162,7 @@ def _encoded(
 
 @dataclass
 class _Shared(Summed):
-    """What all SAEs are measured against."""
+    """Sums over the activations, which all SAEs are measured against."""
 
     inputs: InputSums
     counts: PairCounts
@@ -219,7 +243,7 @@ def _batches(activations: ActivationSource | Iterable[ActivationBatch], rows: in
 
 @contextmanager
 def _failing(name: str, judges: dict[str, SAESums], failures: dict[str, str] | None) -> Iterator[None]:
-    """Put the SAE's name in front of an error about it; with a record of failures, note it there and drop the SAE."""
+    """Put the SAE's name in front of its errors. With a record of failures, note the error there and drop the SAE."""
     try:
         yield
     except LegatoError as error:

@@ -1,7 +1,7 @@
-"""All sums about one SAE, and how a batch adds to them.
+"""All sums about one SAE, and the adding of a batch to them.
 
-Two sets of positions count: Legato's valid positions, and SAEBench's (outliers included, see saebench_core.py). They
-differ in few rows, so only those rows are encoded, and spliced into the language model, a second time.
+Two sets of positions count: Legato's valid positions, and SAEBench's (outliers included, see core/saebench.py). They
+differ in few rows. Only those rows are encoded, and spliced into the language model, a second time.
 
 Shape legend: B rows, L positions, D width, N counted tokens.
 """
@@ -23,7 +23,7 @@ from legato.evaluation.core.splice import TokenLosses, splice_losses
 from legato.evaluation.latents.burstiness import GapSums
 from legato.evaluation.latents.tokens import TokenCounts
 from legato.evaluation.sums.accumulators import CodeSums, Summed
-from legato.evaluation.sums.lag_pairs import Floats, LagPairs, pairs_by_latent
+from legato.evaluation.sums.lag_pairs import Floats, LagPairs, pairs_by_latent, step_norms
 from legato.sae.codes import SparseCodes
 from legato.sae.protocol import EvaluableSAE
 
@@ -40,7 +40,7 @@ class BenchPositions:
 
     @classmethod
     def of(cls, batch: ActivationBatch, language_model: LanguageModel | None) -> "BenchPositions":
-        """All positions whose token is not pad, EOS or BOS. Without a language model: the valid ones."""
+        """Take all positions whose token is not pad, EOS or BOS. Without a language model: the valid ones."""
         mask_BL = batch.mask_BL
         if language_model is not None:
             tokenizer = language_model.tokenizer
@@ -52,7 +52,7 @@ class BenchPositions:
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """A batch of activations with what all SAEs need to know about it. step_BL: ||x_t - x_{t-1}||."""
+    """A batch of activations, and what is computed of it once for all SAEs. step_BL: ||x_t - x_{t-1}||."""
 
     raw: ActivationBatch
     layout: LagPairs
@@ -61,11 +61,8 @@ class EvalBatch:
 
     @classmethod
     def of(cls, batch: ActivationBatch, lags: tuple[int, ...], language_model: LanguageModel | None) -> "EvalBatch":
-        acts_BLD = batch.acts_BLD.float()
-        step_BL = torch.zeros(acts_BLD.shape[:2])
-        step_BL[:, 1:] = (acts_BLD[:, 1:] - acts_BLD[:, :-1]).norm(dim=-1)
         layout = LagPairs.of(batch.mask_BL, batch.doc_BL, lags)
-        return cls(batch, layout, BenchPositions.of(batch, language_model), step_BL)
+        return cls(batch, layout, BenchPositions.of(batch, language_model), step_norms(batch.acts_BLD))
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Decoded:
-    """The codes with the reconstructions that they give."""
+    """Codes and their reconstructions."""
 
     codes: SparseCodes
     out_BLD: Tensor
@@ -99,7 +96,7 @@ class Decoded:
 
 
 def _take(batch: ActivationBatch, rows: Tensor, mask_BL: Tensor) -> ActivationBatch:
-    """Some rows of a batch under another mask."""
+    """Take some rows of a batch, with another mask."""
     return replace(
         batch,
         acts_BLD=batch.acts_BLD[rows],
@@ -164,7 +161,7 @@ def _without_rows(codes: SparseCodes, rows: Tensor) -> SparseCodes:
 
 @dataclass(frozen=True)
 class SplicedRows:
-    """Losses of some rows at the positions that either set counts: clean, and by name of what is spliced in.
+    """Losses of some rows at the positions that either set counts: of the clean model, and by name of the replacement.
 
     own_N, bench_loss_N, bench_N: where Legato counts, where SAEBench counts the loss, and where the divergence.
     """
@@ -191,7 +188,7 @@ def spliced(
     layer: int,
     site: str,
 ) -> SplicedRows:
-    """Losses with every SAE's reconstruction of these rows of the batch spliced into the model."""
+    """Measure the losses with every SAE's reconstruction of these rows of the batch spliced into the model."""
     raw = _take(batch.raw, rows, batch.raw.mask_BL)
     bench_BL = batch.bench.mask_BL[rows]
     own_BL = raw.mask_BL & _next_is_text(raw, language_model)
@@ -230,7 +227,7 @@ def _replaced(losses: TokenLosses, place_N: NDArray[Any], other: TokenLosses) ->
 
 
 def _next_is_text(batch: ActivationBatch, language_model: LanguageModel) -> Tensor:
-    """Whether the next position holds a text token of the same document."""
+    """Mark the positions that are followed by a text token of the same document."""
     special = torch.tensor(sorted(language_model.special_token_ids), dtype=torch.long)
     is_text_BL = ~torch.isin(batch.tokens_BL.long(), special)
     next_BL = torch.zeros_like(is_text_BL)

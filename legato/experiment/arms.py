@@ -1,4 +1,4 @@
-"""The arms of an experiment: which SAEs the bank trains. What an arm is, is decided here, saved, then only read."""
+"""The arms of an experiment: the SAEs to train. Only this module decides an arm's fields; they are saved and read."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ class Arm:
     role: `baseline`, `named` (asked for by name), `grid` (a member of the window x coefficient ablation alone), `sweep`
         (`method` at another k) or `control` (made of a trained SAE without training).
     in_grid: whether it is a point of the ablation, asked for by name or not.
-    recipe: what it trains with, every coefficient included, as it is saved.
+    recipe: its options and every coefficient, as saved.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Arm:
     recipe: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def saved(self) -> dict[str, Any]:
-        """`training.recipe` of metrics.json and `objective` of legato.json."""
+        """Return `training.recipe` of metrics.json and `objective` of legato.json."""
         own = {name: getattr(self, name) for name in ("role", "method", "group", "in_grid", "seed")}
         return {**self.recipe, **own}
 
@@ -46,10 +46,10 @@ class PlannedArm:
 
 
 def planned_arms(config: ExperimentConfig, d_in: int) -> list[PlannedArm]:
-    """The baseline first, then its sweep over k, the named arms with theirs and the window x coefficient grid.
+    """Plan the baseline, its sweep over k, the named arms with their sweeps and the window x coefficient grid.
 
-    With several seeds every arm is there once a seed. d_in: width of the activations, which the published T-SAE
-    objective depends on. Raises UsageError where an arm without a k is to be swept.
+    Every arm is planned once per seed. d_in: width of the activations, for the published T-SAE objective. Raises
+    UsageError where an arm without a k is to be swept.
     """
     sweep, options = config.arms.sweep_k, _options(config, d_in)
     base = SAEConfig("baseline", BatchTopK(config.training.k), config.training.d_sae)
@@ -69,12 +69,12 @@ def planned_arms(config: ExperimentConfig, d_in: int) -> list[PlannedArm]:
 
 
 def seeded(group: str, seed: int, first: int) -> str:
-    """The name of a group's arm of a seed; that of the run's first seed has none in its name."""
+    """Return the name of a group's arm of a seed; the run's first seed is left out of the name."""
     return group if seed == first else f"{group}_seed{seed}"
 
 
 def recipe(sae: SAEConfig) -> dict[str, Any]:
-    """What an SAE trains with, every coefficient included."""
+    """Return the options of an SAE's training with every coefficient."""
     term = sae.terms[0] if sae.terms else None
     return {
         "term": term.name if term else None,
@@ -98,7 +98,7 @@ def _options(config: ExperimentConfig, d_in: int) -> Options:
 
 
 def _changed(base: SAEConfig, name: str, options: Options) -> SAEConfig:
-    """The baseline with the changes of a name of --temporal; its name tells the window and weight of a grid's term."""
+    """Apply a name of --temporal to the baseline; the name of a grid's arm has window and weight."""
     sae = base
     for part in name.split("+"):
         fields = recipes()[part].fields(options)
@@ -124,7 +124,7 @@ def _at_k(sae: SAEConfig, k: int) -> PlannedArm:
 
 
 def _once_each(bank: Iterable[PlannedArm]) -> list[PlannedArm]:
-    """Every arm once: one that is named and a point of the grid is both."""
+    """Remove repeated arms: one that is named and a point of the grid is kept as both."""
     unique: dict[str, PlannedArm] = {}
     for planned in bank:
         known = unique.setdefault(planned.sae.name, planned)

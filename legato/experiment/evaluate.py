@@ -1,4 +1,4 @@
-"""The stages of experiment.py, each from its config and what the stage before it gives."""
+"""Evaluation stage of experiment.py, and the bank of trained arms that it takes."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,13 +39,13 @@ CALIBRATION_BATCHES = 8
 BOOTSTRAP_REPLICATES = 200
 CONTROL_ROWS = 32
 OFFSET_ROWS = 16
-VOCABULARY_ROWS = 16_384  # contexts of the text to train on whose tokens can be named as promoted
+VOCABULARY_ROWS = 16_384  # contexts of the training text whose tokens can be promoted ones
 CONTROL_KEYS = ("kappa1", "kappa1_excess_within", "ac1", "ac1_excess_within")
 
 
 @dataclass(frozen=True)
 class TrainedArm:
-    """training: the arm's section of metrics.json, but for its recipe, which `arm` holds."""
+    """A trained arm. training: its section of metrics.json, without the recipe, which `arm` holds."""
 
     arm: Arm
     sae: SparseAutoencoder
@@ -54,13 +54,13 @@ class TrainedArm:
 
 @dataclass(frozen=True)
 class Bank:
-    """The trained arms by name, and what became of those that failed, in training or when they were judged."""
+    """The trained arms by name, and the reason for each that failed, in training or evaluation."""
 
     trained: dict[str, TrainedArm]
     failures: dict[str, str]
 
     def fail(self, failures: Mapping[str, str], run: RunDir, checkpoint: Checkpoint | None) -> None:
-        """Move SAEs that cannot be judged to the failed ones, on disk too; a control is only reported."""
+        """Move SAEs that cannot be judged to the failed ones, on disk too; only report a control."""
         if checkpoint is not None:
             checkpoint.finish_evaluation(failures)
         for name, reason in failures.items():
@@ -80,11 +80,11 @@ def evaluate_arms(
     checkpoint: Checkpoint | None = None,
     controls: Callable[[], Mapping[str, tuple[Arm, Control]]] = dict,
 ) -> None:
-    """Judge every SAE on the held-out side in one pass and save the numbers; what cannot be judged fails. Of several
-    ranks each judges its share, or all judge together where there are fewer SAEs than ranks, and the writer saves.
+    """Judge every SAE on the held-out side in one pass and save the numbers; an SAE that cannot be judged fails.
 
-    controls: rows that were not trained, by name. Parts that an earlier attempt finished come from the checkpoint, and
-    all is done where it says so.
+    Several ranks judge a share each, or all together where there are fewer SAEs than ranks; the writer saves.
+    controls: rows that were not trained, by name. Parts that an earlier attempt finished come from the checkpoint;
+    nothing is done if all are finished.
     """
     if checkpoint is not None and checkpoint.progress.evaluated:
         return
@@ -130,7 +130,7 @@ def evaluate_arms(
 def _judged(
     saes: Mapping[str, EvaluableSAE], activations: Activations, model: LanguageModel, ce_rows: int
 ) -> dict[str, Any]:
-    """{"results", "failures"} of the pass over the held-out side, by name."""
+    """Judge SAEs in one pass over the held-out side; return {"results", "failures"}, each by name."""
     failures: dict[str, str] = {}
     own, together = _divided(saes)
     with progress_bar("evaluate", activations.held_out.n_rows) as progress:
@@ -159,7 +159,7 @@ def _redundancies(
     run: RunDir,
     part: Callable[[str, Callable[[], Any]], Any],
 ) -> dict[str, dict[str, Any]]:
-    """The section `redundancy` of trained SAEs, each made by one rank. firing: their latents that fire, [F] by name."""
+    """Make the section `redundancy` of each SAE, on one rank. firing: latents that fire, [F] by name."""
     vocabulary_V = torch.unique(activations.train.first_tokens(VOCABULARY_ROWS))
     arms = [bank.trained[name].arm for name in firing]
     others = {name: OtherSAE(bank.trained[name].sae.W_dec, fires_F) for name, fires_F in firing.items()}
@@ -188,23 +188,23 @@ def _write_core_file(
 
 
 def _own(members: Mapping[str, T]) -> dict[str, T]:
-    """This rank's share."""
+    """Return this rank's share."""
     return {name: members[name] for name in distributed.shard(list(members))}
 
 
 def _divided(members: Mapping[str, T]) -> tuple[dict[str, T], bool]:
-    """What this rank judges, and whether all ranks judge it together."""
+    """Return the members that this rank judges, and True if all ranks judge them together."""
     together = len(members) < distributed.world_size()
     return dict(members) if together else _own(members), together
 
 
 def _now(name: str, compute: Callable[[], Any]) -> Any:
-    """In place of `Checkpoint.part` where nothing is kept."""
+    """Compute directly, in place of `Checkpoint.part`, where no checkpoint is kept."""
     return compute()
 
 
 def _shuffled(compared: Mapping[str, EvaluableSAE], activations: Activations) -> dict[str, dict[str, float]]:
-    """What is left of persistence when the order of the tokens is taken away, for those that still fire."""
+    """Measure persistence on activations in shuffled order, for the SAEs that still fire there."""
     failures: dict[str, str] = {}
     batches = position_shuffled(activations.held_out.batches(CONTROL_ROWS, seed=None))
     own, together = _divided(compared)
@@ -231,7 +231,7 @@ def _redundancy(
     model: LanguageModel,
     run: RunDir,
 ) -> dict[str, Any]:
-    """The section of metrics.json; the tables, and the passages that are found on the way, are written."""
+    """Return the section of metrics.json; write its tables, and the passages from the same codes."""
     passages = ExampleRecorder()
     codes = passages.listen(coded(sae, activations.held_out.batches(CONTROL_ROWS, seed=None)))
     redundant = redundancy(codes, sae.W_dec, decode=partial(_token_strings, model))
@@ -245,7 +245,7 @@ def _token_strings(model: LanguageModel, ids: Sequence[int]) -> list[str]:
 
 
 def _partners(arm: Arm, arms: Iterable[Arm]) -> list[str]:
-    """The arms of its seed whose latents an arm's are matched with: the baseline, or for the baseline all others."""
+    """List the arms of its seed to match an arm's latents with: the baseline, or for the baseline all others."""
     others = [other for other in arms if other.seed == arm.seed and other.name != arm.name]
     return sorted(other.name for other in others if "baseline" in (arm.role, other.role))
 
@@ -259,7 +259,7 @@ def _save_passages(
     model: LanguageModel,
     run: RunDir,
 ) -> None:
-    """What the report's feature browser shows of an arm."""
+    """Write the files of an arm for the report's feature browser."""
     decode = partial(_token_strings, model)
     text, order = passages.gathered()
     if distributed.is_rank0() and not run.shown_text.is_file():
@@ -271,7 +271,7 @@ def _save_passages(
 def _offsets(
     compared: Mapping[str, EvaluableSAE], activations: Activations, model: LanguageModel
 ) -> dict[str, dict[str, Any]]:
-    """The offset test on the first held-out rows, with the shifts that the model's context has room for."""
+    """Run the offset test on the first held-out rows, with the shifts that the model's context has room for."""
     shifts = [shift for shift in SHIFTS if shift <= model.max_context // 2]
     first = next(activations.held_out.batches(OFFSET_ROWS, seed=None))
     tokens = TokenSet(first.tokens_BL, first.mask_BL, first.doc_BL, bos=activations.provenance["bos"])
@@ -291,7 +291,7 @@ def _offsets(
 
 
 def _add_specialisation(results: Mapping[Arm, dict[str, Any]], model: LanguageModel) -> None:
-    """The kinds of latents of the trained arms, in clusters that they share."""
+    """Add the kinds of latents of the trained arms, in clusters that they share."""
     if not results:
         return
     from legato.evaluation.specialisation.kinds import (
@@ -313,7 +313,7 @@ def _add_specialisation(results: Mapping[Arm, dict[str, Any]], model: LanguageMo
 
 
 def post_hoc(config: ExperimentConfig, bank: Bank, activations: Activations) -> dict[str, tuple[Arm, Control]]:
-    """The controls that are made of the baselines, and of plain TopK, without training, by name."""
+    """Make the controls of the baselines, and of plain TopK, without training; return them by name."""
     bases = {
         trained.arm: trained.sae
         for trained in bank.trained.values()

@@ -1,4 +1,4 @@
-"""What an experiment reads: model, text, activations and where they came from."""
+"""Inputs of an experiment: model, text, activations and their origin."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from legato.data.store import ActivationStore
 from legato.data.tokens import TokenSet, tokenise
 from legato.experiment.config import DataConfig, ExperimentConfig, ModelConfig
 
-CHARACTERS_PER_TOKEN = 6  # of a hub stream, to be on the safe side: English has some 4.5
+CHARACTERS_PER_TOKEN = 6  # of a hub stream, with a margin: English has some 4.5
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Text:
 
 @dataclass(frozen=True)
 class Activations:
-    """Activations of both sides, those to train on stored or computed as they are asked for; n_valid: valid positions
-    of one pass over them; provenance says what was read where."""
+    """Activations of both sides; those to train on are stored or computed on demand. n_valid: valid positions of one
+    pass over them; provenance: their origin."""
 
     train: ActivationStore | ActivationStream
     held_out: ActivationStore
@@ -38,13 +38,13 @@ class Activations:
 
     @property
     def key(self) -> str:
-        """Of all that determines the activations of both sides."""
+        """Key of all that determines the activations of both sides."""
         train = self.train.key() if isinstance(self.train, ActivationStream) else self.train.key
         return f"{train} {self.held_out.key}"
 
 
 def load_model(config: ModelConfig, context_length: int) -> LanguageModel:
-    """Load the frozen language model. UsageError where it has no such layer or site, or a shorter context."""
+    """Load the frozen language model. Raises UsageError for an unknown layer or site, or a shorter context."""
     with distributed.one_first():  # which downloads or converts it
         model = LanguageModel.load(config.model, dtype=config.dtype)
     if context_length > model.max_context:
@@ -59,7 +59,7 @@ def layer_of(config: ModelConfig, model: LanguageModel) -> int:
 
 
 def read_text(config: ExperimentConfig, model: LanguageModel) -> Text:
-    """Train and held-out tokens from disjoint documents."""
+    """Tokenise train and held-out text from disjoint documents."""
     data = config.data
     characters = CHARACTERS_PER_TOKEN * data.corpus_tokens / (1 - data.held_out)
     documents = load_documents(data.dataset, max_stream_characters=int(characters), text_column=data.text_column)
@@ -84,7 +84,7 @@ def read_text(config: ExperimentConfig, model: LanguageModel) -> Text:
 
 
 def harvest_activations(config: ExperimentConfig, model: LanguageModel, text: Text) -> Activations:
-    """Both sides' activations, from the cache where an earlier run left them."""
+    """Harvest both sides' activations, or take them from the cache of an earlier run."""
     layer, site = layer_of(config.model, model), config.model.site
 
     def stored(name: str, tokens: TokenSet) -> ActivationStore:
@@ -95,7 +95,7 @@ def harvest_activations(config: ExperimentConfig, model: LanguageModel, text: Te
     if config.data.store:
         train = stored("harvest", text.train)
         n_valid, n_outliers = train.n_valid, train.n_outliers
-    else:  # the same batches, as they are needed; outliers are found as they come
+    else:  # the same batches on demand; outliers are found with each batch
         train = ActivationStream(model, text.train, layer=layer, site=site)
         n_valid, n_outliers = text.train.n_valid, 0
     held_out = stored("harvest held-out", text.held_out)
@@ -115,7 +115,7 @@ def harvest_activations(config: ExperimentConfig, model: LanguageModel, text: Te
 
 
 def origin(model: LanguageModel, data: DataConfig, *, layer: int, site: str, bos: bool) -> dict[str, Any]:
-    """Where activations come from, as it is saved with what is made of them."""
+    """Describe the origin of activations, to be saved with the SAEs and their results."""
     return {
         "model": model.name,
         "layer": layer,

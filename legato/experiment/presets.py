@@ -1,7 +1,6 @@
-"""Presets of the experiment: by name, the options in which each differs from the demo's.
+"""Presets of the experiment: by name, the options that differ from the demo's.
 
-Widths, layers and texts of the larger models are those that published SAEs of them have, so that numbers can be set
-side by side.
+Widths, layers and texts of the larger models are those of published SAEs, so that numbers can be compared.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""The recipes of --temporal by name: what each changes about the baseline. `A+B` makes both changes."""
+"""The recipes of --temporal by name: changes to the baseline. `A+B` makes both changes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -48,7 +48,7 @@ class Options:
     release: float
 
     def weight(self, default: float) -> float:
-        """--coefficient, or the term's own."""
+        """Return --coefficient, or the term's default."""
         return default if self.coefficient is None else self.coefficient
 
 
@@ -72,7 +72,7 @@ def _term(make: Callable[[Options], TemporalLoss]) -> Recipe:
 
 
 def _published_tsae(d_in: int) -> TsaeContrastive:
-    """The published weights, carried over to our units.
+    """Make the published T-SAE term, its weights converted to our units.
 
     temporal-saes adds .1 * InfoNCE at temperature 1 to the mean over its two groups of w_g times the squared error. On
     activations of unit mean square (its normalize_activations; on raw ones of norm 6e3 the term would vanish beside the

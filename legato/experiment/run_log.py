@@ -1,6 +1,6 @@
-"""What a person and a tracker see of a running stage. Nothing here changes training.
+"""Logs of a running stage for people and trackers. Nothing here changes training.
 
-Training steps to Weights & Biases, where --wandb asks for it: one run with the curves of every arm.
+With --wandb training steps also go to Weights & Biases: one run with the curves of every arm.
 """
 
 import json
@@ -17,7 +17,7 @@ from legato.common.errors import LegatoError, UsageError
 
 
 class Tracker(Protocol):
-    """Takes what log.jsonl takes."""
+    """A receiver of the records of log.jsonl."""
 
     def __call__(self, record: Mapping[str, Any]) -> None: ...
 
@@ -25,9 +25,9 @@ class Tracker(Protocol):
 
 
 class RunLog:
-    """Appends one record per logged step to log.jsonl, to TensorBoard where it is installed, and hands it to `also`.
+    """Append one record per logged step to log.jsonl, to TensorBoard where it is installed, and pass it to `also`.
 
-    steps_done: where training goes on after that many; TensorBoard then forgets what it was told of later ones.
+    steps_done: steps before this attempt; TensorBoard then forgets its records of later ones.
     """
 
     def __init__(self, log: Path, tensorboard: Path, *, steps_done: int = 0, also: Tracker | None = None) -> None:
@@ -49,7 +49,7 @@ class RunLog:
         self._stack.close()
 
     def sync(self) -> int:
-        """Bring all records to the disk; returns the length of log.jsonl."""
+        """Write all records to the disk; return the length of log.jsonl."""
         for writer in self._writers.values():
             writer.flush()
         self._file.flush()
@@ -80,11 +80,11 @@ class RunLog:
 
 
 class SharedLog:
-    """The log that the writer keeps for all ranks: what they are told lies there after `flush`, in the order of the
-    steps and then of `arms`. flush and sync are for all ranks at once."""
+    """Log of all ranks, kept by the writer: `flush` adds the records of all ranks, in the order of the steps, then of
+    `arms`. All ranks must call flush and sync together."""
 
     def __init__(self, log: Callable[[], RunLog], arms: Sequence[str]) -> None:
-        """log: opens it, on the writer only."""
+        """Open the log by calling `log`, on the writer only."""
         self._log = log() if distributed.is_rank0() else None
         self._place = {name: place for place, name in enumerate(arms)}
         self._records: list[Mapping[str, Any]] = []
@@ -108,20 +108,20 @@ class SharedLog:
                 self._log(record)
 
     def sync(self) -> int:
-        """Bring all records to the disk; returns the length of log.jsonl, on the writer."""
+        """Write all records to the disk; return the length of log.jsonl, on the writer."""
         self.flush()
         return 0 if self._log is None else self._log.sync()
 
 
-FOLDER = "wandb"  # what its client writes into
+FOLDER = "wandb"  # of its client
 _ID = "legato_run_id"
 
 
 class WandbLog:
-    """Takes the records of log.jsonl. WANDB_MODE=offline keeps them in the run's folder, for `wandb sync`."""
+    """Send records to Weights & Biases. WANDB_MODE=offline keeps them in the run's folder, for `wandb sync`."""
 
     def __init__(self, project: str, root: Path) -> None:
-        """root: the run's folder; its name is the run's. Training that goes on goes on in the same run.
+        """Open the run. root: the run's folder, whose name it gets. Continued training continues the same run.
 
         Raises UsageError where wandb is not installed, LegatoError where it cannot log in.
         """

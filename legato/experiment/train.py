@@ -1,4 +1,4 @@
-"""The training stage of experiment.py: the bank in one or several passes, saved, and gone on with after a cut."""
+"""Training stage of experiment.py: train the bank in one or several passes, save it, continue after a stop."""
 
 import dataclasses
 import math
@@ -41,11 +41,11 @@ def train_arms(
     wandb: str = "",
     shard_latents: bool = False,
 ) -> Bank:
-    """Train the bank on shared batches and save every SAE; in several passes where it would not fit in memory. Of
-    several ranks each trains its share of the members, or its share of the latents of those that fit no other way.
+    """Train the bank on shared batches and save every SAE; in several passes where it does not fit in memory. Several
+    ranks train a share of the members each, or a share of the latents of those that would not fit otherwise.
 
-    What an earlier attempt has trained is opened, what it was training goes on from the checkpoint.
-    wandb: the Weights & Biases project that the steps are sent to as well, if any. shard_latents: divide the latents of
+    SAEs that an earlier attempt has trained are opened; unfinished ones continue from the checkpoint.
+    wandb: the Weights & Biases project to send the steps to as well, if any. shard_latents: divide the latents of
     every member.
     """
     wanted = {one.arm.name: one for one in planned}
@@ -72,7 +72,7 @@ def train_arms(
 
 @dataclass(frozen=True)
 class _Stage:
-    """What all passes share. calibration: contexts in stored order, the same ones for every arm, whatever the seed."""
+    """Inputs that all passes share. calibration: contexts in stored order, the same for every arm and seed."""
 
     planned: Mapping[str, PlannedArm]
     config: ExperimentConfig
@@ -101,14 +101,14 @@ class _Stage:
 
 
 def _progress_found(run: RunDir, checkpoint: Checkpoint) -> Progress:
-    """What an earlier attempt finished; an SAE whose files have changed since is named and trained again."""
+    """Return the progress of an earlier attempt; name SAEs whose files have changed, to be trained again."""
     progress = checkpoint.progress
     for name, record in list(progress.trained.items()):
         folder = run.sae(name)
         if Manifest.of(folder).sha256 != record["files"]:
             log(f"{folder} is missing or damaged: it is trained again")
             del progress.trained[name]
-    for name, failure in progress.failed.items():  # where the earlier attempt was cut off before it moved it
+    for name, failure in progress.failed.items():  # if the earlier attempt stopped before it moved it
         run.fail_sae(name, failure["steps"], failure["reason"])
     return progress
 
@@ -118,10 +118,10 @@ def _opened(run: RunDir, planned: PlannedArm, record: Mapping[str, Any]) -> Trai
 
 
 def _cut_logs(run: RunDir, missing: Sequence[SAEConfig], going_on: Collection[str], log_bytes: int) -> None:
-    """Take out of the logs what is trained again."""
+    """Remove from the logs the arms that are trained again."""
     cut(run.log, log_bytes)
     anew = [arm.name for arm in missing if arm.name not in going_on]
-    run.forget_log(anew)  # in vain, but where one of them was trained and then damaged
+    run.forget_log(anew)  # removes something only where a trained SAE was damaged
     for name in anew:
         shutil.rmtree(run.tensorboard / name, ignore_errors=True)
 
@@ -133,7 +133,7 @@ def _passes(
     config: ExperimentConfig,
     shard_latents: bool,
 ) -> Iterator[BankState]:
-    """Banks to train, this rank's part of each, one after the other: the saved one first."""
+    """Yield the banks to train, this rank's part of each: the saved one first."""
     source, training = stage.activations.train, config.training
     started = distributed.gather_dicts(dict.fromkeys(saved.bank.names, None)) if saved else {}
     new = [arm for arm in missing if arm.name not in started]
@@ -185,7 +185,7 @@ def _train_pass(
                 log=run_log if state.is_kept_here else lambda record: None,
                 after_step=after_step,
             )
-        except NoMemberLeftError as error:  # of this pass; the others may be well
+        except NoMemberLeftError as error:  # of this pass; the others may succeed
             result = BankResult([], error.failed)
         saved = {trainer.arm.name: _save(trainer, stage, run) for trainer in result.finished}
         own = {name: arm for name, arm in saved.items() if arm is not None}
@@ -219,8 +219,8 @@ def _failure(steps: int, reason: str) -> dict[str, Any]:
 
 
 def _save(trainer: SAETrainer, stage: _Stage, run: RunDir) -> TrainedArm | None:
-    """The finished SAE as it lies on the disk, which is what is judged; None but on the first of the ranks that trained
-    it together."""
+    """Save the finished SAE and open it again, since the saved one is judged. Of ranks that trained it together only
+    the first does; the others return None."""
     finished = trainer.finish_on_first(stage.normaliser, stage.calibration)
     if finished is None:
         return None

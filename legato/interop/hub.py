@@ -73,9 +73,9 @@ def push_to_hub(
 def from_pretrained(
     repo_id: str, *, subfolder: str | None = None, revision: str | None = None, token: str | None = None
 ) -> SparseAutoencoder:
-    """An SAE from the hub, or from the local cache where the hub cannot be reached; of any format Legato reads.
+    """Load an SAE from the hub, or from the local cache where the hub cannot be reached; any format Legato reads.
 
-    subfolder: of a repository with several SAEs, the folder of one. Raises as `hub_files.download` does.
+    subfolder: of a repository with several SAEs, the folder of one. Raises as `hub_download.download` does.
     """
     return SparseAutoencoder.load(download(repo_id, subfolder=subfolder, revision=revision, token=token))
 
@@ -83,7 +83,7 @@ def from_pretrained(
 def model_card(
     sae: SparseAutoencoder, repo_id: str, metrics: Mapping[str, Any] | None = None, subfolder: str | None = None
 ) -> str:
-    """README.md of the repository: what the SAE is, how to use it, what was measured, what was not."""
+    """Write README.md of the repository: the SAE, its use, and its measured numbers."""
     details = sae.details
     call = f'from_pretrained("{repo_id}"' + (f', subfolder="{subfolder}")' if subfolder else ")")
     known = {
@@ -139,7 +139,7 @@ def _value(metrics: Mapping[str, Any], key: str) -> float | None:
 
 
 def _metrics_of(folder: Path) -> Mapping[str, Any] | None:
-    """What the run that the folder lies in measured of it, or what was uploaded with it; None where nothing was."""
+    """Read the metrics uploaded with the SAE, or those of the run that holds its folder; None where there are none."""
     beside, run = folder / METRICS_FILE, folder.resolve().parent.parent / METRICS_FILE
     try:
         if beside.is_file():

@@ -1,4 +1,4 @@
-"""sae-bench's evaluations other than `core`: what each needs, checked before it starts, and the start.
+"""Start sae-bench's evaluations other than `core`, after a check of what each needs.
 
 They load the language model themselves, by a name that TransformerLens knows, and data sets from the hub.
 """
@@ -19,8 +19,8 @@ FORGET_CORPUS = Path("sae_bench/evals/unlearning/data/bio-forget-corpus.jsonl")
 
 @dataclass(frozen=True)
 class Needs:
-    """module: of sae_bench.evals. datasets: hub ids it reads. options: of its config. key: whether it asks OpenAI.
-    forget_corpus: whether it reads FORGET_CORPUS."""
+    """Needs of an evaluation. module: of sae_bench.evals. datasets: hub ids it reads. options: of its config. key: it
+    asks OpenAI. forget_corpus: it reads FORGET_CORPUS."""
 
     module: str
     config: str
@@ -57,9 +57,9 @@ EVALS = {
 
 
 def check_needs(name: str, model_name: str, has_dataset: Callable[[str], str | None]) -> None:
-    """UsageError, in one line, for the first thing that is absent of what an evaluation needs.
+    """Raise UsageError, in one line, for the first need of an evaluation that is absent.
 
-    has_dataset: why a data set cannot be had; None where it can.
+    has_dataset: returns the reason why a data set is not available; None where it is.
     """
     needs = EVALS[name]
     if needs.key and not os.environ.get(KEY):
@@ -79,7 +79,7 @@ def check_needs(name: str, model_name: str, has_dataset: Callable[[str], str | N
 def start(name: str, wrapped: Any, sae_name: str, model_name: str, out: str | Path) -> Path:
     """Run one evaluation on a wrapped SAE; sae-bench writes its file in `out`, which is returned.
 
-    Raises UsageError for what is absent, LegatoError for what fails inside.
+    Raises UsageError for an absent need, LegatoError for a failure inside.
     """
     check_model(model_name)
     check_needs(name, model_name, dataset_absence)
@@ -95,13 +95,13 @@ def start(name: str, wrapped: Any, sae_name: str, model_name: str, out: str | Pa
     Path(out).mkdir(parents=True, exist_ok=True)
     try:
         run_eval(config, [(sae_name, wrapped)], "cpu", str(out), force_rerun=True, **arguments)
-    except Exception as error:  # sae-bench raises whatever its parts do
+    except Exception as error:  # sae-bench raises any kind
         raise LegatoError(f"sae-bench's {name} failed: {_line(error)}") from error
     return Path(out)
 
 
 def check_model(model_name: str) -> None:
-    """UsageError for a model that TransformerLens does not know or that cannot be had."""
+    """Raise UsageError for a model that TransformerLens does not know or that is not available."""
     from transformer_lens.loading_from_pretrained import get_official_model_name
     from transformers import AutoConfig
 

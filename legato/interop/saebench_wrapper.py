@@ -33,7 +33,7 @@ class LegatoSAE(BaseSAE):
     """
 
     def __init__(self, sae: SparseAutoencoder, model_name: str, layer: int, hook_name: str | None = None) -> None:
-        """hook_name: None is TransformerLens' name of the layer's resid_post, as most of sae-bench needs it."""
+        """Wrap an SAE. hook_name: None for TransformerLens' name of the layer's resid_post, for most of sae-bench."""
         cpu = torch.device("cpu")
         super().__init__(sae.d_in, sae.d_sae, model_name, layer, cpu, torch.float32, hook_name)
         norm_F = sae.W_dec.norm(dim=-1)
@@ -49,7 +49,7 @@ class LegatoSAE(BaseSAE):
         self.cfg.architecture_str = sae.architecture.name  # type: ignore[attr-defined]  # core asks for it, the class lacks it
 
     def follow(self, model: nn.Module, special: Sequence[int]) -> None:
-        """From now on the rows that `model` is given tell where documents end: at the special tokens."""
+        """Take documents from the rows that `model` reads from now on: special tokens end them."""
         self._special = tuple(special)
 
         def note(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -59,7 +59,7 @@ class LegatoSAE(BaseSAE):
         model.register_forward_pre_hook(note, with_kwargs=True)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Codes [..., F] of raw activations [B, L, D] or [N, D], rescaled by the decoder norms."""
+        """Encode raw activations [B, L, D] or [N, D] to codes [..., F], rescaled by the decoder norms."""
         acts = x.to("cpu", torch.float32)
         loose = acts.ndim == 2
         codes = self._sae.encode(acts[:, None])[:, 0] if loose else self._sae.encode(acts, *self._layout(acts))
@@ -72,7 +72,7 @@ class LegatoSAE(BaseSAE):
         return self.decode(self.encode(x))
 
     def _layout(self, acts_BLD: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """(mask_BL, doc_BL) of the rows last seen, where these are their activations."""
+        """Return (mask_BL, doc_BL) of the last rows read, if their shape is that of the activations."""
         tokens_BL = self._tokens_BL
         if tokens_BL is None or tokens_BL.shape != acts_BLD.shape[:2]:
             return None, None
@@ -92,7 +92,7 @@ def run_core(
     name: str,
     dataset: str,
 ) -> Path:
-    """sae-bench's `core` on these rows; returns the file that it wrote, `<release>_<name>_eval_results.json`.
+    """Run sae-bench's `core` on these rows; return the file that it wrote, `<release>_<name>_eval_results.json`.
 
     Whole batches of 16 rows count. Raises UsageError where there is none.
     """
@@ -155,7 +155,7 @@ def run_core(
 
 
 def _core_config(core: ModuleType, model_name: str, dtype: str, n_batches: int, dataset: str, context_size: int) -> Any:
-    """All of core's numbers, on as many batches of each kind."""
+    """Ask for all of core's numbers, on as many batches of each kind."""
     return core.CoreEvalConfig(
         model_name=model_name,
         llm_dtype=dtype,

@@ -1,4 +1,4 @@
-"""The run as one flat table, a row per SAE: ablation.parquet, and the same as ablation.csv."""
+"""Flat table of a run, one row per SAE: ablation.parquet, and the same as ablation.csv."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,7 +49,7 @@ _SCHEMA = pa.schema(
 
 
 def ablation_table(run: SavedRun) -> pa.Table:
-    """What is different about each arm, and what was measured of it, from the saved metrics; rows in their order."""
+    """Make a row per arm from the saved metrics, in their order: the arm's options and its results."""
     return pa.Table.from_pylist([_row(arm) for arm in run.arms], schema=_SCHEMA)
 
 
@@ -86,7 +86,7 @@ def _row(arm: Arm) -> dict[str, Any]:
 
 
 def _groups(groups: Any) -> str | None:
-    """Matryoshka groups as `share:weight` pairs, null for an ordinary SAE."""
+    """Write Matryoshka groups as `share:weight` pairs, null for an ordinary SAE."""
     if not isinstance(groups, list) or len(groups) < 2:
         return None
     return " ".join(f"{share:g}:{weight:g}" for share, weight in groups)

@@ -12,7 +12,7 @@ from legato.results.saved_run import SavedRun, seed_groups, standard_error
 
 
 def final_info(run: SavedRun) -> dict[str, Any]:
-    """final_info.json in the AI-Scientist shape: per recipe `means`, `stderrs` and `final_info_dict` over its seeds.
+    """Build final_info.json as AI-Scientist reads it: per recipe `means`, `stderrs`, `final_info_dict` over its seeds.
 
     Keys are the dotted keys of metrics.json (`core.fvu`). A standard error is sd / sqrt(n) over n >= 2 seeds; with one
     seed `stderrs` is empty and `note` says so.
@@ -42,7 +42,7 @@ def write_final_info(run: SavedRun | str | Path) -> Path:
 
 
 def _scalars(node: Any, prefix: str = "") -> list[tuple[str, float]]:
-    """Every finite number below the sections of an arm's metrics, by dotted key; lists and the recipe are left out."""
+    """List every finite number of an arm's metrics by dotted key, without lists and the recipe."""
     found = []
     for key, value in node.items():
         if isinstance(value, dict) and key != "recipe":

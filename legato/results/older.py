@@ -1,4 +1,4 @@
-"""What the arms of runs are that were saved before each arm said so itself."""
+"""Roles, methods and groups of arms in older runs, which did not save them."""
 
 import json
 from collections.abc import Mapping
@@ -9,11 +9,11 @@ _IDENTITY = ("role", "method", "group", "in_grid")
 
 
 def older_identities(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """{arm: {role, method, group}} by what arms share: one recipe is one method, one recipe and k one group.
+    """Return {arm: {role, method, group}}: arms of one recipe are a method, arms of one recipe and k a group.
 
-    A method or group is called after its arm with the shortest name; the method's k is that arm's, at another k an arm
-    belongs to its sweep. The arm called `baseline` tells which method is the baseline. Arms that differ in nothing but
-    window and coefficient are the ablation where there are at least two of both.
+    A method or group has the name of its arm with the shortest name. That arm's k is the method's; arms at another k
+    are its sweep. The method of the arm called `baseline` is the baseline. Arms that differ only in window and
+    coefficient are the ablation where there are at least two of both.
     """
     shared = {name: _shared(arm) for name, arm in metrics.items()}
     budget = {name: _part(arm, "recipe").get("k") for name, arm in metrics.items()}
@@ -44,7 +44,7 @@ def _part(arm: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _shared(arm: Mapping[str, Any]) -> str:
-    """An arm's recipe apart from its budget and its seed, as text; of an arm without one: itself."""
+    """Write an arm's recipe without budget and seed as text; a unique text where it has none."""
     recipe, post_hoc = _part(arm, "recipe"), _part(arm, "post_hoc")
     if not recipe:
         return f"no recipe {id(arm)}"

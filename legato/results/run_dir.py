@@ -1,4 +1,4 @@
-"""The folder of one run: every path in it, and what may be written where."""
+"""The folder of one run: all its paths, and the functions that write to it."""
 
 import json
 import math
@@ -30,13 +30,13 @@ _PACKAGES = ("legato-sae", "torch", "transformers", "numpy", "numba")
 
 
 class Configuration(Protocol):
-    """What config.yaml keeps of a run, plain values only."""
+    """A configuration that config.yaml can keep, plain values only."""
 
     def to_dict(self) -> dict[str, Any]: ...
 
 
 class RunDir:
-    """All paths under out_dir (README lists what each file is)."""
+    """All paths under out_dir (README describes each file)."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
@@ -61,12 +61,12 @@ class RunDir:
 
     @property
     def release(self) -> str:
-        """The name SAEBench files carry for this run."""
+        """Name of this run in SAEBench files."""
         return f"legato_{self.root.resolve().name}"
 
     @classmethod
     def claim(cls, root: str | Path, config: Configuration, *, resume: bool = False) -> "RunDir":
-        """The folder for a new run, or for one of the same configuration that did not finish.
+        """Check the folder for a new run, or for an unfinished one of the same configuration.
 
         resume: only the latter. Raises UsageError for a finished run, another configuration, a folder that is not a
         run, no write permission.
@@ -80,7 +80,7 @@ class RunDir:
             if not run.config.is_file():
                 raise UsageError(f"--out_dir {root} is not empty and holds no run: choose a new folder")
             if run.final_info.is_file() and not run.is_unfinished:
-                shutil.rmtree(run.checkpoint, ignore_errors=True)  # where it was cut off just before it did
+                shutil.rmtree(run.checkpoint, ignore_errors=True)  # the run was stopped just before it did this
                 raise UsageError(f"--out_dir {root} holds a finished run: choose a new folder, or delete it first")
             difference = changes(_read_config(run.config).get("config", {}), config.to_dict())
             if difference:
@@ -99,18 +99,18 @@ class RunDir:
 
     @property
     def is_unfinished(self) -> bool:
-        """Whether an earlier attempt left something to go on with. The checkpoint goes when the run is sealed."""
+        """True where an earlier attempt left a checkpoint to continue. A finished run deletes it."""
         return self.checkpoint.is_dir() and not (self.final_info.is_file() and self.checksums.is_file())
 
     def settle_machine(self, dtype: str) -> None:
-        """Where an earlier attempt left a run to go on with, compute as it did; and all ranks alike. dtype: of the
-        matmuls, bfloat16 or float32, where the user names it; auto: what is faster on this machine."""
+        """Fix the matmul dtype: as in an earlier attempt at this run, and the same on all ranks. dtype: bfloat16 or
+        float32, or auto for the faster one on this machine."""
         settle_matmul_dtype(dtype)
         if self.is_unfinished or distributed.world_size() > 1:
             settle_matmul_dtype(distributed.broadcast_from_rank0(self._settled))
 
     def _settled(self) -> str:
-        """The matmul's dtype; says where this machine is not the one that the run began on."""
+        """Return the matmul dtype; print a note where the run began on another machine."""
         now = environment()
         before: dict[str, Any] = {}
         if self.is_unfinished:
@@ -122,8 +122,8 @@ class RunDir:
 
     @contextmanager
     def locked(self, config: Configuration) -> Iterator[None]:
-        """One process at a time works in the folder. Raises UsageError for a second one, and where the first has left
-        another run behind since `claim`."""
+        """Hold the folder's lock: one process at a time. Raises UsageError for a second process, and where another run
+        came into the folder since `claim`."""
         self.root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.root / LOCK)
         try:
@@ -139,14 +139,14 @@ class RunDir:
             lock.release()
 
     def forget_log(self, arms: Iterable[str]) -> None:
-        """Take some arms' records out of log.jsonl."""
+        """Remove some arms' records from log.jsonl."""
         marks = tuple(f'{{"arm": {json.dumps(arm)},'.encode() for arm in arms)
         lines = self.log.read_bytes().splitlines(keepends=True) if self.log.is_file() else []
         if any(line.startswith(marks) for line in lines):
             write_atomically(self.log, b"".join(line for line in lines if not line.startswith(marks)))
 
     def begin(self, config: Configuration, resolved: Mapping[str, Any]) -> None:
-        """Write config.yaml and start the log; drops what an unfinished run left behind."""
+        """Write config.yaml and start the log; delete the files of an unfinished run."""
         self.root.mkdir(parents=True, exist_ok=True)
         for folder in (
             "checkpoint",
@@ -179,7 +179,7 @@ class RunDir:
         self.log.write_text("")
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """metrics.json. Raises LegatoError if any number in it is not finite: such a state is no result."""
+        """Write metrics.json. Raises LegatoError if any number in it is not finite."""
         bad = [path for path, value in _leaves(metrics) if isinstance(value, float) and not math.isfinite(value)]
         if bad:
             raise LegatoError(
@@ -192,14 +192,14 @@ class RunDir:
         sweep([*self.root.glob(".*.tmp"), *self.root.glob("saes/.*"), *self.checkpoint.rglob(".*.tmp")])
 
     def write_failure(self, arm: str, tensors: Mapping[str, torch.Tensor], steps: int, reason: str) -> None:
-        """What is left of an arm that failed: its weights after the last good step, and why it stopped."""
+        """Save the weights of a failed arm after its last good step, and the reason of the failure."""
         folder = self.root / "failed" / arm
         folder.mkdir(parents=True, exist_ok=True)
         save_file(dict(tensors), folder / "weights.safetensors")
         write_atomically(folder / "reason.json", json.dumps({"steps": steps, "reason": reason}).encode())
 
     def fail_sae(self, arm: str, steps: int, reason: str) -> None:
-        """Move a saved SAE that cannot be judged to the failed ones, with the reason; nothing where it is there."""
+        """Move a saved SAE that cannot be judged to the failed ones, with the reason; do nothing if done before."""
         if not self.sae(arm).is_dir():
             return
         folder = self.root / "failed" / arm
@@ -214,7 +214,7 @@ class RunDir:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, commit and hardware, as they are saved with every run."""
+    """Return versions, commit and hardware, to be saved with every run."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -251,7 +251,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Where two configurations differ, in words; empty where they do not."""
+    """List the differences of two configurations in words; empty where there are none."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
     changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     return ", ".join(f"{name} {before.get(name)} instead of {after.get(name)}" for name in changed)

@@ -1,6 +1,6 @@
 """The saved results of a run folder, as the notes, the report and `plot.py` read them.
 
-Nothing here computes a metric; what a run did not save reads as None.
+Nothing here computes a metric; values that a run did not save are None.
 """
 
 import json
@@ -21,19 +21,19 @@ from legato.results.older import older_identities
 from legato.results.run_dir import RunDir
 from legato.results.schema import read_metrics
 
-MAX_HIGHLIGHTED = 7  # as many as a reader tells apart by colour, line style and marker
+MAX_HIGHLIGHTED = 7  # a reader can tell so many apart by colour, line style and marker
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One SAE of a run and what was different about it.
+    """One SAE of a run and its options.
 
     role: `baseline`, `named` (an arm the reader asked for by name), `grid` (a member of the window x coefficient
         ablation alone), `sweep` (the recipe of the arm `method` at another k) or `control` (made of a trained SAE
         without training). in_grid: whether it is a point of the ablation, asked for by name or not.
     metrics: this arm's part of metrics.json.
-    method: the recipe's name whatever its k and its seed. group: with its k: arms that differ only in their seed share
-        it.
+    method: the recipe's name whatever its k and its seed. group: with its k, shared by arms that differ
+        only in their seed.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Arm:
 
     @property
     def rate_bins(self) -> dict[tuple[float, float], tuple[float, int]]:
-        """Kappa excess at lag 1 and number of latents by firing-rate bin (low, high), measured bins only."""
+        """(kappa excess at lag 1, number of latents) by firing-rate bin (low, high), measured bins only."""
         consistency = self.metrics.get("consistency")
         rows = consistency.get("by_rate_bin") if isinstance(consistency, Mapping) else None
         return {
@@ -64,7 +64,7 @@ class Arm:
         }
 
     def value(self, key: str) -> float | None:
-        """The number at a dotted key such as `core.fvu`; None where it is absent or not finite."""
+        """Return the number at a dotted key such as `core.fvu`; None where it is absent or not finite."""
         node: Any = self.metrics
         for part in key.split("."):
             if not isinstance(node, Mapping) or part not in node:
@@ -73,7 +73,7 @@ class Arm:
         return float(node) if _is_number(node) else None
 
     def series(self, key: str) -> np.ndarray | None:
-        """The list of numbers at a dotted key as float64, gaps as nan; None where it is absent or has no number."""
+        """Return the list of numbers at a dotted key as float64, gaps as nan; None where there is no number."""
         node: Any = self.metrics
         for part in key.split("."):
             if not isinstance(node, Mapping) or part not in node:
@@ -99,7 +99,7 @@ class SavedRun:
 
     @classmethod
     def open(cls, path: str | Path) -> "SavedRun":
-        """Open a run folder; UsageError where it is none, LegatoError where its metrics cannot be read."""
+        """Open a run folder. Raises UsageError where it is none, LegatoError where its metrics cannot be read."""
         path = Path(path)
         metrics_path = RunDir(path).metrics
         if not os.path.isfile(metrics_path):
@@ -121,7 +121,7 @@ class SavedRun:
 
     @classmethod
     def of(cls, run: "SavedRun | str | Path") -> "SavedRun":
-        """A run as it is, or the folder of one opened."""
+        """Return a run unchanged; open it if a folder is given."""
         return run if isinstance(run, SavedRun) else cls.open(run)
 
     @property
@@ -129,7 +129,7 @@ class SavedRun:
         return self.path.resolve().name
 
     def setting(self, stage: str, name: str) -> Any:
-        """A value of config.yaml as it was used (`resolved` before what was asked for); None where it was not saved."""
+        """Return a value of config.yaml as it was used (`resolved` before `config`); None where it was not saved."""
         for part in (self.config.get("resolved"), (self.config.get("config") or {}).get(stage)):
             if isinstance(part, Mapping) and part.get(name) is not None:
                 return part[name]
@@ -149,7 +149,7 @@ class SavedRun:
 
     @property
     def trained(self) -> tuple[Arm, ...]:
-        """Every arm but the controls, which would stretch the axes of any figure of costs."""
+        """Every arm but the controls, whose costs would stretch the axes of figures."""
         return tuple(arm for arm in self.arms if arm.trained)
 
     @property
@@ -174,15 +174,15 @@ class SavedRun:
         return read_json(path)
 
     def arrays(self, arm: str) -> dict[str, np.ndarray]:
-        """The arrays saved for an arm (`position_matrix` (L, L), ...); empty where none were saved."""
+        """Read the arrays saved for an arm (`position_matrix` (L, L), ...); empty where none were saved."""
         return self._stored(RunDir(self.path).arrays / f"{arm}.npz")
 
     def redundancy_map(self, arm: str) -> dict[str, np.ndarray]:
-        """The clustered map of lagged correlations (`latents`, `lags`, `c`, `excess`); empty where none was saved."""
+        """Read the clustered map of lagged correlations (`latents`, `lags`, `c`, `excess`); empty without one."""
         return self._stored(RunDir(self.path).redundancy / f"{arm}.npz")
 
     def redundant_pairs(self, arm: str, most: int) -> dict[str, list[dict[str, Any]]]:
-        """The strongest pairs of latents of each class, at most so many; empty where no table of pairs was saved."""
+        """Read the strongest pairs of latents of each class, at most `most`; empty where no table was saved."""
         path = RunDir(self.path).redundancy / f"{arm}.parquet"
         if not path.is_file():
             return {}
@@ -205,7 +205,7 @@ class SavedRun:
         return arrays
 
     def latent_column(self, arm: str, column: str) -> np.ndarray | None:
-        """One column of an arm's feature table as float64; None where the table or the column is absent."""
+        """Read a column of an arm's feature table as float64; None where the table or the column is absent."""
         path = RunDir(self.path).features / f"{arm}.parquet"
         if not path.is_file():
             return None
@@ -217,9 +217,9 @@ class SavedRun:
 
 
 def arms_of(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[Arm, ...]:
-    """The arms of a metrics.json in its order: what each is stands in its `training.recipe`.
+    """Read the arms of a metrics.json in its order, each from its `training.recipe`.
 
-    Runs from before role, method and group were saved are told by what their recipes share, see `older_identities`.
+    In older runs without role, method and group these follow from the recipes, see `older_identities`.
     """
     recipes = {name: _recipe(arm_metrics) for name, arm_metrics in metrics.items()}
     if any("group" not in recipe for recipe in recipes.values()):
@@ -250,7 +250,7 @@ def _arm_of(name: str, recipe: Mapping[str, Any], metrics: Mapping[str, Any]) ->
 
 
 def read_log(path: Path) -> dict[str, dict[str, np.ndarray]]:
-    """log.jsonl as columns per arm, rows in order of writing, absent values nan; a torn last line is left out."""
+    """Read log.jsonl as columns per arm, rows in order of writing, absent values nan; skip a broken last line."""
     rows: dict[str, list[dict[str, float]]] = {}
     for line in _lines(path):
         try:
@@ -289,7 +289,7 @@ def _is_number(value: Any) -> bool:
 
 
 def seed_groups(run: SavedRun) -> dict[str, list[Arm]]:
-    """Arms by recipe, the seeds of each in the order they were saved."""
+    """Group arms by recipe, the seeds of each in the order they were saved."""
     groups: dict[str, list[Arm]] = {}
     for arm in run.arms:
         groups.setdefault(arm.group, []).append(arm)
@@ -297,16 +297,16 @@ def seed_groups(run: SavedRun) -> dict[str, list[Arm]]:
 
 
 def mean(arms: Sequence[Arm], key: str) -> float | None:
-    """Of what the arms saved under a dotted key; None where none did."""
+    """Average what the arms saved under a dotted key; None where none did."""
     values = [value for arm in arms if (value := arm.value(key)) is not None]
     return float(np.mean(values)) if values else None
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Standard error of the mean, sd with n - 1 over sqrt(n), of at least two values."""
+    """Compute the standard error of the mean, sd with n - 1 over sqrt(n), of at least two values."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
 def joined(names: Sequence[str]) -> str:
-    """As one says it: a, b and c."""
+    """Join names to `a, b and c`."""
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + f" and {names[-1]}"

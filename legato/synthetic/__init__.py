@@ -1,12 +1,12 @@
-"""Ground truth: activations whose sources are known, and what SAEs and metrics make of them.
+"""Synthetic activations with known sources, to test SAEs and metrics.
 
     legato synthetic --out_dir synth_1
     legato synthetic --out_dir synth_2 --arms hysteresis,hysteresis:shuffled --sources persistent:128,iid:128 --seeds 5
 
 A bed holds sources with a planted rate, persistence (correlation of on/off between adjacent tokens), position profile,
 topic and magnitude, more of them than dimensions, under dense noise. Arms of `--arms` are those of `experiment.py`;
-NAME:shuffled trains NAME on the same activations with each document's tokens in another order, so that what is left of
-its advantage has nothing to do with time.
+NAME:shuffled trains NAME on the same activations with each document's tokens in another order: an advantage that is
+left does not come from time.
 
 To test an idea of your own, give `study` any sparsity or temporal term as an arm beside the baseline:
 
@@ -21,7 +21,7 @@ To test an idea of your own, give `study` any sparsity or temporal term as an ar
 
 A new source is a `Family` of ranges. A new metric: `Bed.build(bed).held_out` holds the true codes (`codes.dense()`), to
 be compared with `.sources.planted(length)`. An SAE from elsewhere: `Judgement.of(sae, bed)`. Each side of a bed is an
-activation source like a store, so `train_bank` and `legato.evaluate` take it as it is.
+activation source like a store, so `train_bank` and `legato.evaluate` take it directly.
 """
 
 from legato.synthetic.bed import Bed, BedConfig

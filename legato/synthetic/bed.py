@@ -1,4 +1,4 @@
-"""A bed of synthetic activations: planted sources in superposition, with dense noise, and their true codes beside them.
+"""Bed of synthetic activations: planted sources in superposition, with dense noise, and their true codes.
 
 Shape legend: B rows, L positions, D width, F sources, R all rows, P active pairs.
 """
@@ -18,18 +18,18 @@ from legato.sae.codes import SparseCodes
 from legato.synthetic.sources import FAMILIES, Family, Sources, fire
 
 BLOCK_ROWS = 32
-BOS_NORM = 30.0  # in units of the usual norm: an invalid position that would wreck a mean if it were not masked
+BOS_NORM = 30.0  # in units of the usual norm: a mean over this invalid position would be visibly wrong
 
 
 @record
 class BedConfig:
-    """families: (family, number of sources) in turn. d_in: width they share.
+    """Options of a bed. families: (family, number of sources) in turn. d_in: width they share.
 
     noise: standard deviation of the dense noise along every direction; the mean magnitude of a source is about 1, so
         1 / noise is the detection index of a source that fires alone. noise_persistence: its lag-1 correlation.
     length: positions a row, the first one a masked start token. document_length: mean tokens of a document (the end of
         one is drawn at every token); a row begins a new one.
-    rows, held_out_rows: of the two sides, same sources and directions. seed: of everything that is drawn.
+    rows, held_out_rows: of the two sides, with the same sources and directions. seed: of all that is drawn.
     """
 
     families: tuple[tuple[Family, Annotated[int, Field(ge=1)]], ...] = Field(((FAMILIES["mixed"], 256),), min_length=1)
@@ -44,7 +44,7 @@ class BedConfig:
 
     @property
     def l0(self) -> float:
-        """Sources that are on at a token, on average."""
+        """Mean number of sources that are on at a token."""
         return Sources.draw(self.families, np.random.default_rng(0)).l0
 
 
@@ -68,7 +68,7 @@ class Rows(ActivationSource):
         return ActivationBatch(self.acts_RLD[rows], mask_BL, self.doc_RL[rows], torch.zeros_like(mask_BL).long())
 
     def first_codes(self, n_rows: int) -> SparseCodes:
-        """True codes of the first rows."""
+        """Return the true codes of the first rows."""
         _, L, F = self.codes.shape
         n_pairs = int(torch.searchsorted(self.codes.token_P, n_rows * L))  # pairs are ordered by token
         return SparseCodes(
@@ -88,7 +88,7 @@ class Bed:
 
     @classmethod
     def build(cls, config: BedConfig) -> "Bed":
-        """The bed of a config; the same one each time."""
+        """Build the bed of a config; the same one each time."""
         rng = np.random.default_rng([config.seed, 0])
         sources = Sources.draw(config.families, rng)
         directions_FD = rng.standard_normal((sources.count, config.d_in), dtype=np.float32)
@@ -132,7 +132,7 @@ def _rows(
 
 
 def _noise(config: BedConfig, B: int, rng: np.random.Generator) -> np.ndarray:
-    """Gaussian, [B, L, D], an autoregression along the row."""
+    """Draw Gaussian noise [B, L, D], an autoregression along the row."""
     noise_BLD = rng.standard_normal((B, config.length, config.d_in), dtype=np.float32) * np.float32(config.noise)
     rho = np.float32(config.noise_persistence)
     if rho:

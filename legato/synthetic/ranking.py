@@ -1,4 +1,4 @@
-"""Which metric orders latents by what, and which is misled by something else.
+"""Rank correlations of metrics with planted properties, which show the metrics that are misled.
 
 Shape legend: F sources or latents.
 """
@@ -9,18 +9,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
-from torch import Tensor
 
 from legato.evaluation.consistency.persistence import consistency_features
 from legato.evaluation.position.attachment import position_features
 from legato.evaluation.sums.accumulators import CodeSums, firing_rate
-from legato.evaluation.sums.lag_pairs import DEFAULT_LAGS, LagPairs, pairs_by_latent
+from legato.evaluation.sums.lag_pairs import DEFAULT_LAGS, LagPairs, pairs_by_latent, step_norms
 from legato.sae.codes import SparseCodes
 from legato.synthetic.bed import Rows
 
 Floats = NDArray[np.float64]
 
-# What each metric is meant to measure, or is often read as.
+# The property that each metric is meant to measure, or is often read as.
 METRICS = {
     "kappa1_excess_within": "persistence",
     "kappa1_order_share": "persistence",
@@ -43,17 +42,17 @@ LEAST = 10  # sources that a rank correlation is taken over
 
 
 def metric_columns(codes: SparseCodes, rows: Rows) -> dict[str, Floats]:
-    """METRICS of each latent, NaN where undefined.
+    """Compute METRICS of each latent, NaN where undefined.
 
-    kappa1_order_share: (real - null) / (1 - null) with the within-document null, the share of the order that could be
-    there. kappa1 ... document_eta2 as in the feature table (evaluation/latents/table.py). mean_run_length, in tokens,
-    and switching_rate, switches a token, are the two ratios without their division by chance. smoothness: the latent's
+    kappa1_order_share: (real - null) / (1 - null) with the within-document null, the share of the possible order.
+    kappa1 ... document_eta2: as in the feature table (evaluation/latents/table.py). mean_run_length, in tokens, and
+    switching_rate, switches per token, are the two ratios without their division by chance. smoothness: the latent's
     share in T-SAE's S over the rows in which it fires.
     """
     mask_BL = rows.mask_RL
     layout = LagPairs.of(mask_BL, rows.doc_RL, DEFAULT_LAGS)
     sums = CodeSums.zero(codes.shape[2], codes.shape[1], DEFAULT_LAGS)
-    sums.add(layout, pairs_by_latent(codes, layout), _steps(rows.acts_RLD))
+    sums.add(layout, pairs_by_latent(codes, layout), step_norms(rows.acts_RLD))
     rate_F = firing_rate(sums)
     columns = {**consistency_features(sums), **position_features(sums)}
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -66,23 +65,17 @@ def metric_columns(codes: SparseCodes, rows: Rows) -> dict[str, Floats]:
     return {name: columns[name] for name in METRICS}
 
 
-def _steps(acts_BLD: Tensor) -> Tensor:
-    """||x_t - x_{t-1}||, 0 at the first position."""
-    step_BL = acts_BLD.new_zeros(acts_BLD.shape[:2])
-    step_BL[:, 1:] = (acts_BLD[:, 1:] - acts_BLD[:, :-1]).norm(dim=-1)
-    return step_BL
-
-
 def rank_correlations(
     columns: Sequence[Mapping[str, Floats]], planted: Sequence[Mapping[str, Floats]], *, replicates: int = 100
 ) -> dict[str, Any]:
-    """How each metric ranks each planted property; columns and planted: one mapping per seed, values per source.
+    """Correlate each metric with each planted property; columns and planted: one mapping per seed, values per source.
 
-    "sources": how many there are with every metric defined; only they count, and metrics and properties that do not
-        vary among them are left out. Fewer than LEAST in a seed give no numbers.
+    "sources": number of those with every metric defined; only they count, and metrics and properties that do not vary
+        among them are left out. Fewer than LEAST in a seed give no numbers.
     "spearman": {metric: {property: rank correlation}}, "interval95" its bounds, by a bootstrap over seeds and sources.
     "weight": the standardised coefficients of the regression of the metric's ranks on the ranks of all properties:
-        Spearman's correlation without what two properties share by chance. What should be 0 and is not misleads.
+        Spearman's correlation without what two properties share by chance. A weight that should be 0 and is not
+        shows that the property misleads the metric.
     All are means over seeds.
     """
     seeds = []
@@ -120,21 +113,21 @@ def rank_correlations(
 
 
 def _spearman(table: Floats, n_metrics: int) -> Floats:
-    """Rank correlations of every metric (the first rows of the table) and every property (the others); 0 where a row
-    does not vary."""
+    """Correlate the ranks of every metric (the first rows of the table) and property (the others); 0 where a row does
+    not vary."""
     ranks = _ranks(table)
     return ranks[:n_metrics] @ ranks[n_metrics:].T
 
 
 def _rank_weights(table: Floats, n_metrics: int) -> Floats:
-    """[2, metrics, properties]: rank correlations, and the weights of the regression on all properties."""
+    """Compute [2, metrics, properties]: rank correlations, and the weights of the regression on all properties."""
     planted = _ranks(table)[n_metrics:]
     spearman = _spearman(table, n_metrics)
     return np.stack([spearman, spearman @ np.linalg.pinv(planted @ planted.T)])
 
 
 def _ranks(table: Floats) -> Floats:
-    """Each row's ranks, centred and of unit length."""
+    """Rank each row, centred and of unit length."""
     ranks = rankdata(table, axis=1)
     ranks -= ranks.mean(1, keepdims=True)
     return ranks / np.maximum(np.sqrt((ranks**2).sum(1, keepdims=True)), 1e-12)

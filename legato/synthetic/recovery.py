@@ -1,4 +1,4 @@
-"""How much of what was planted an SAE has found.
+"""Recovery of the planted sources by an SAE.
 
 Shape legend: F planted sources, S latents of the SAE, N tokens, P active pairs.
 """
@@ -34,8 +34,8 @@ class Match:
 
     @classmethod
     def best(cls, score_FS: Floats) -> "Match":
-        """The one-to-one assignment with the largest sum of scores (Hungarian method); its mean is the MCC, mean
-        correlation coefficient (Hyvärinen & Morioka 2016), of whatever score_FS holds."""
+        """Find the one-to-one assignment with the largest sum of scores (Hungarian method); its mean score is the MCC,
+        mean correlation coefficient (Hyvärinen & Morioka 2016)."""
         sources, latents = linear_sum_assignment(score_FS, maximize=True)
         latent_F = np.full(len(score_FS), -1)
         score_F = np.zeros(len(score_FS))
@@ -48,14 +48,14 @@ class Match:
 
 
 def decoder_cosine(directions_FD: Tensor, W_dec_SD: Tensor) -> Floats:
-    """|cosine| of every planted direction and every decoder row, [F, S]; 0 for a row of zeros."""
+    """Compute |cosine| of every planted direction and every decoder row, [F, S]; 0 for a row of zeros."""
     rows = [torch.nn.functional.normalize(each.double(), dim=-1) for each in (directions_FD, W_dec_SD)]
     return (rows[0] @ rows[1].T).abs().numpy()
 
 
 def code_correlation(planted: SparseCodes, learned: SparseCodes, mask_BL: Tensor) -> Floats:
-    """Pearson correlation over valid tokens of every planted and every learned code, [F, S]; 0 where one of them does
-    not vary. Signed: a latent that is silent where the source fires has not found it."""
+    """Compute the Pearson correlation over valid tokens of every planted and learned code, [F, S]; 0 where one of them
+    does not vary. Signed: a latent that is silent where the source fires has not found it."""
     tokens = mask_BL.reshape(-1).nonzero().flatten().numpy()
     n = len(tokens)
     f, g = (_matrix(codes)[tokens] for codes in (planted, learned))
@@ -75,7 +75,7 @@ def _matrix(codes: SparseCodes) -> csc_array:
 
 
 def encode(sae: EvaluableSAE, rows: Rows) -> SparseCodes:
-    """The SAE's codes of all rows of one side, rescaled by decoder norms."""
+    """Encode all rows of one side; codes are rescaled by decoder norms."""
     parts: list[SparseCodes] = []
     for start in range(0, rows.n_rows, _ROWS_AT_ONCE):
         parts.append(sae.encode_sparse(rows.take(slice(start, start + _ROWS_AT_ONCE))))
@@ -89,14 +89,14 @@ def encode(sae: EvaluableSAE, rows: Rows) -> SparseCodes:
 
 
 def chance_mcc(bed: Bed, d_sae: int, seed: int = 0) -> float:
-    """MCC of a random dictionary: what superposition alone gives."""
+    """Compute the MCC of a random dictionary, the value by chance."""
     generator = torch.Generator().manual_seed(seed)
     return Match.best(decoder_cosine(bed.directions_FD, torch.randn(d_sae, bed.config.d_in, generator=generator))).mcc
 
 
 def found_by_true_directions(bed: Bed, k: int, release: float) -> dict[str, float]:
-    """How hard the bed is, whatever is trained on it: with the true directions as encoder and k pairs on per token on
-    average, the share of planted firings that are on. single_token: above one threshold. held: with hysteresis."""
+    """Measure how hard the bed is for any SAE: the share of planted firings that are on, with the true directions as
+    encoder and k pairs on per token on average. single_token: above one threshold. held: with hysteresis."""
     batch = bed.held_out.take(slice(0, ORACLE_ROWS))
     layout = Segments.of(batch.mask_BL, batch.doc_BL)
     pre_NF = (batch.acts_BLD @ bed.directions_FD.T).flatten(0, 1) * torch.from_numpy(layout.valid_N)[:, None]
@@ -117,8 +117,8 @@ def found_by_true_directions(bed: Bed, k: int, release: float) -> dict[str, floa
 def bootstrap(
     values: Sequence[Floats], *, replicates: int = 1000, seed: int = 0, level: float = 0.95
 ) -> tuple[float, list[float]]:
-    """(mean, [low, high]) of values grouped by seed, none of them empty: seeds are drawn with replacement, then sources
-    inside each."""
+    """Return (mean, [low, high]) of values grouped by seed, no group empty: seeds are drawn with replacement, then
+    sources inside each."""
     rng = np.random.default_rng(seed)
     n_seeds = len(values)
     drawn = rng.integers(n_seeds, size=(replicates, n_seeds))

@@ -1,4 +1,4 @@
-"""The study's results as text and as one figure, drawn from what synthetic.json holds and nothing else."""
+"""Results of a study as text and as one figure, drawn from synthetic.json alone."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -52,7 +52,7 @@ _LOOK: dict[Any, Any] = {
 
 
 def tables(results: Mapping[str, Any]) -> str:
-    """Recovery, metrics and sweep as plain text."""
+    """Write recovery, metrics and sweep as plain text."""
     bed, difficulty = results["bed"], results["difficulty"]
     lines = [
         f"{bed['sources']} sources in {bed['d_in']} dimensions, L0 {bed['l0']:.2f}, noise {bed['noise']:g}: with the "
@@ -161,7 +161,7 @@ def _draw_recovery(ax: Axes, results: Mapping[str, Any]) -> None:
 def _points(
     ax: Axes, arms: Mapping[str, Any], name: str, at: NDArray[Any], scores: Sequence[Mapping[str, Any]], along: str
 ) -> None:
-    """Means with their intervals, `along` y or x."""
+    """Draw means with their intervals, `along` y or x."""
     style = run_styles(list(arms))[name]
     means = np.array([score["mean"] for score in scores])
     error = np.abs(np.array([score["interval95"] for score in scores]).T - means)

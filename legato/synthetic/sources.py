@@ -1,4 +1,4 @@
-"""Planted sources: what is drawn for each one, and when it fires.
+"""Planted sources: their properties and their firings.
 
 Shape legend: B rows, L positions, F sources.
 """
@@ -23,12 +23,12 @@ PROFILES = ("ramp", "fall", "first_half", "second_half")
 @dataclass(frozen=True)
 class Family:
     """Sources drawn alike: each property evenly spread over its range, in an order of its own, so that no property
-    tells anything about another.
+    depends on another.
 
     rate: share of positions where the source is on (spread evenly in its logarithm, like topic and magnitude).
     persistence: rho, the correlation of on/off between adjacent tokens of one document; rho^lag at a lag.
-    position: how far the rate swings around its mean along the context, 0 (flat) to 1 (down to 0, up to twice).
-    topic: share of the documents in which the source can be on at all; 1: in all.
+    position: swing of the rate around its mean along the context, 0 (flat) to 1 (down to 0, up to twice).
+    topic: share of the documents in which the source can be on.
     magnitude: mean code where it is on. spread: standard deviation of the log of the code around it.
     magnitude_persistence: correlation of the log code between adjacent tokens.
     """
@@ -96,17 +96,17 @@ class Sources:
 
     @property
     def l0(self) -> float:
-        """Sources that are on at a token, on average."""
+        """Mean number of sources that are on at a token."""
         return float(self.rate_F.sum())
 
     def rate_LF(self, length: int) -> Floats:
-        """Probability that each source is on, by position."""
+        """Compute the probability that each source is on, by position."""
         shapes_LF = profile_shapes(length)[:, self.profile_F]
         return self.rate_F * (1 + self.position_F * shapes_LF)
 
     def planted(self, length: int) -> dict[str, Floats]:
-        """What metrics are ranked against. position: the coefficient of variation of the rate along the context;
-        topic: 1 less the share of documents."""
+        """Return the properties that metrics are ranked against. position: coefficient of variation of the rate along
+        the context; topic: 1 less the share of documents."""
         rate_LF = self.rate_LF(length)
         return {
             "persistence": self.persistence_F,
@@ -119,7 +119,7 @@ class Sources:
 
     @classmethod
     def draw(cls, families: Sequence[tuple[Family, int]], rng: np.random.Generator) -> "Sources":
-        """`count` sources of each family, one after the other."""
+        """Draw `count` sources of each family, one after the other."""
         parts = [_drawn(family, count, rng) for family, count in families]
         return cls(**{f.name: np.concatenate([part[f.name] for part in parts]) for f in fields(cls)})
 
@@ -138,7 +138,7 @@ def _drawn(family: Family, count: int, rng: np.random.Generator) -> dict[str, ND
 
 
 def profile_shapes(length: int) -> Floats:
-    """The profiles of PROFILES, [L, 4]."""
+    """Return the shapes of PROFILES, [L, 4]."""
     ramp_L = np.linspace(-1, 1, length)
     half_L = np.where(np.arange(length) < length // 2, 1.0, -1.0)
     half_L -= half_L.mean()
@@ -147,14 +147,14 @@ def profile_shapes(length: int) -> Floats:
 
 
 def fire(sources: Sources, starts_BL: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.float32]:
-    """code_BLF of rows whose documents begin where starts_BL is True (and at position 0): positive where a source is
-    on, 0 elsewhere.
+    """Draw code_BLF of rows whose documents begin where starts_BL is True (and at position 0): positive where a source
+    is on, 0 elsewhere.
 
     Each source carries a uniform number that a token keeps with probability rho and draws anew otherwise; it is on
     where that number lies below the rate of the position. With a flat profile this is the two-state Markov chain with
-    stationary rate p and P(on | on) = rho + (1 - rho) p, and with any profile the rate at a position is exact, at every
-    position. Whether a document is one of the source's topic is drawn with the document. Log codes are kept and drawn
-    anew in the same way, with their own persistence.
+    stationary rate p and P(on | on) = rho + (1 - rho) p, and with any profile the rate is exact at every position. For
+    each document it is drawn whether it has the source's topic. Log codes are kept and drawn anew in the same way, with
+    their own persistence.
     """
     chance_FL = np.ascontiguousarray((sources.rate_LF(starts_BL.shape[1]) / sources.topic_F).T)
     return _fire(

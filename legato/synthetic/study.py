@@ -1,4 +1,4 @@
-"""Train arms on beds of planted sources, several seeds, and report what they recover.
+"""Train arms on beds of planted sources, several seeds, and measure their recovery.
 
 Shape legend: F planted sources.
 """
@@ -46,13 +46,13 @@ BINS = {
     ".3 to .6": (0.3, 0.6),
     ".6 to 1": (0.6, 1.0),
 }
-RECOVERED = 0.5  # code correlation from which a latent is taken for its source
+RECOVERED = 0.5  # least code correlation at which a latent counts as its source
 CALIBRATION_BATCHES = 8
 
 
 @record
 class StudyConfig:
-    """seeds: one bed and one SAE per arm each, both drawn with it. The rest as in TrainConfig."""
+    """Options of a study. seeds: one bed and one SAE per arm each, both drawn with it. The rest as in TrainConfig."""
 
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], DIFFERENT] = (0, 1, 2)
     steps: int = Field(300, ge=1)
@@ -62,7 +62,7 @@ class StudyConfig:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What one SAE recovered of one bed. decoder, code: matches by |decoder cosine| and by code correlation.
+    """Recovery of one bed by one SAE. decoder, code: matches by |decoder cosine| and by code correlation.
     columns: metrics of each source's latent (by code), NaN where its correlation is below RECOVERED."""
 
     decoder: Match
@@ -72,7 +72,7 @@ class Judgement:
 
     @classmethod
     def of(cls, sae: EvaluableSAE, bed: Bed) -> "Judgement":
-        """Raises LegatoError where the SAE has another width than the bed."""
+        """Judge an SAE. Raises LegatoError where it has another width than the bed."""
         if sae.W_dec.shape[1] != bed.config.d_in:
             raise LegatoError(f"the SAE has width {sae.W_dec.shape[1]}, the bed {bed.config.d_in}: train it on the bed")
         rows = bed.held_out
@@ -89,7 +89,7 @@ class Judgement:
 
 
 def train_on(bed: Bed, arms: Sequence[SAEConfig], config: StudyConfig) -> dict[str, EvaluableSAE]:
-    """The arms, trained on the bed in one bank, by name. Raises LegatoError where one of them fails."""
+    """Train the arms on the bed in one bank; return them by name. Raises LegatoError where one of them fails."""
     normaliser = Normaliser.fit(bed.train)
     dtype = fast_matmul_dtype()
     calibration = [
@@ -112,7 +112,7 @@ def study(
     release: float = 0.5,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Recovery of the planted sources by every arm, and how every metric ranks what was planted.
+    """Measure every arm's recovery of the planted sources, and how every metric ranks their properties.
 
     arms: one of them named "baseline"; their seed is replaced by each of config.seeds, as is the bed's.
     progress: called once a seed.
@@ -167,8 +167,7 @@ def _differences(mine: Sequence[Judgement], baseline: Sequence[Judgement], key: 
 
 
 def _scores(scores: Sequence[Floats], persistence: Sequence[Floats]) -> dict[str, Any]:
-    """{bin of planted persistence: {"mean", "interval95", "per_seed", "sources"}}; bins without sources are left
-    out."""
+    """Return {bin of planted persistence: {"mean", "interval95", "per_seed", "sources"}}, without empty bins."""
     result = {}
     for name, (low, high) in BINS.items():
         chosen = [score_F[(rho >= low) & (rho < high)] for score_F, rho in zip(scores, persistence, strict=True)]

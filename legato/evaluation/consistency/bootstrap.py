@@ -32,7 +32,7 @@ def bootstrap_documents(
     seed: int = 0,
     populations: Mapping[str, NDArray[np.bool_]] = MappingProxyType({}),
 ) -> dict[str, Floats]:
-    """Mean excess over all latents that fire, and over each population of latents [F], per replicate, [R], at one lag.
+    """Compute the mean excess of all latents that fire, and of each population [F], per replicate [R], at one lag.
 
     Keys as in STATISTICS with the lag after the name, `kappa1_excess_within`, `<population>/kappa1_excess_within`. A
     latent whose firings all lie in documents that a replicate did not draw is left out of that replicate's mean, and a
@@ -52,7 +52,7 @@ def bootstrap_documents(
 def document_means(
     kept: CodeBuffer, *, lag: int = 1, populations: Mapping[str, NDArray[np.bool_]] = MappingProxyType({})
 ) -> dict[str, float]:
-    """The statistics of bootstrap_documents with every document drawn once."""
+    """Compute the statistics of bootstrap_documents with every document drawn once."""
     document_N = np.zeros(kept.doc_BL.numel(), np.intp)
     means = _weighted_means(kept, lag, np.ones((1, 1)), document_N, populations)
     return {name: float(values_R[0]) for name, values_R in means.items()}
@@ -61,10 +61,10 @@ def document_means(
 def intervals(
     replicates: Mapping[str, Floats], means: Mapping[str, float], level: float = 0.95
 ) -> dict[str, list[float] | None]:
-    """Percentile interval [low, high] of each statistic about its mean; None where no replicate has a value.
+    """Compute the percentile interval [low, high] of each statistic about its mean; None without any value.
 
-    A replicate leaves out latents that fire in no drawn document, rare ones above all, which shifts all replicates
-    alike (some 3 % on the demo): they are recentred on the mean of the documents themselves.
+    A replicate leaves out latents that fire in no drawn document, mostly rare ones. This shifts all replicates alike
+    (some 3 % on the demo), so they are recentred on the mean of the documents themselves.
     """
     tails = [(1.0 - level) / 2.0, (1.0 + level) / 2.0]
     found: dict[str, list[float] | None] = {}
@@ -234,7 +234,7 @@ def _add_group(  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True)
 def _score(member_Q, lag, sums, at, tokens_LR, pairs_LR, n_R, n_pairs_R, total_QXR, count_QXR):  # type: ignore[no-untyped-def]
-    """Add the excesses of one latent, by its sums over each replicate, to the populations that it is a member of."""
+    """Add the excesses of one latent, in each replicate, to the populations that it is a member of."""
     for x in range(2):
         for r in range(n_R.size):
             if n_R[r] == 0.0 or n_pairs_R[r] == 0.0:

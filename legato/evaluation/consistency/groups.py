@@ -1,4 +1,4 @@
-"""The parts of a dictionary that consistency is reported for apart: bins of the firing rate, groups of the objective.
+"""Parts of a dictionary with consistency numbers of their own: bins of the firing rate, groups of the objective.
 
 Shape legend: F latents, R bootstrap replicates.
 """
@@ -26,7 +26,7 @@ def bin_key(edges: Sequence[float]) -> str:
 
 
 def dictionary_parts(objective: Mapping[str, Any]) -> dict[str, slice]:
-    """The parts of the dictionary that an objective (`legato.experiment.arms.recipe`) treats differently: nested
+    """Find the parts of the dictionary that an objective (`legato.experiment.arms.recipe`) treats differently: nested
     groups, the slow fraction of a term. Empty for an ordinary SAE."""
     width = objective.get("d_sae")
     if width is None:
@@ -39,7 +39,7 @@ def dictionary_parts(objective: Mapping[str, Any]) -> dict[str, slice]:
 
 
 def latent_groups(rate_F: Floats, objective: Mapping[str, Any]) -> Masks:
-    """Latents by `<bin>`, `<group>` and `<group>/<bin>`, keys of `bin_key` and `dictionary_parts`."""
+    """Return masks of latents by `<bin>`, `<group>` and `<group>/<bin>`, keys of `bin_key` and `dictionary_parts`."""
     bins = {bin_key(edges): in_bin_F for edges, in_bin_F in rate_bins(rate_F)}
     found = dict(bins)
     for name, latents in dictionary_parts(objective).items():

@@ -1,10 +1,10 @@
-"""Temporal consistency metrics: autocorrelation, kappa, their closed-form nulls, and what follows from them.
+"""Temporal consistency metrics: autocorrelation, kappa, their closed-form nulls, and numbers derived from them.
 
 Two nulls answer two questions. Shuffling the values inside each document destroys order and keeps everything else, so
 `real - within_null` is persistence of order. Shuffling across rows at a fixed position destroys all but the dependence
 on position, so `real - cross_null` is persistence beyond position. Both expectations are exact, no sampling is
-involved. A document is the stretch of it that lies in one row, so drift slower than a context counts as null
-(conservative).
+involved. A document is the part of it that lies in one row, so a change slower than a context counts as null (the
+cautious choice).
 
 Shape legend: F latents, K lags, L positions.
 """
@@ -30,7 +30,7 @@ RATE_BINS = ((1e-4, 1e-3), (1e-3, 1e-2), (1e-2, 1e-1))
 
 @dataclass(frozen=True)
 class Persistence:
-    """Correlation at each lag, what it would be under each null, NaN where undefined (no variance, no pairs)."""
+    """Correlation at each lag and under each null, NaN where undefined (no variance, no pairs)."""
 
     lags: tuple[int, ...]
     real_FK: Floats
@@ -47,14 +47,14 @@ class Persistence:
 
 
 def lag_correlation(counts: PairCounts, sums: PairSums) -> Persistence:
-    """corr(f_t, f_{t+lag}) over valid pairs, centred with the global mean and divided by the global variance.
+    """Compute corr(f_t, f_{t+lag}) over valid pairs, with the global mean and the global variance.
 
     On the on/off indicator this is kappa: where the left ends of the pairs fire at the global rate p it equals
     (P(on_{t+lag} | on_t) - p) / (1 - p). Global centring makes the statistic linear in the pair sums, hence the nulls
     exact: both shuffles keep the global mean and variance, and
       within: E sum f_t f_{t+lag} = sum over stretches of pairs (S^2 - Q) / (n (n - 1))
-      cross:  E sum f_t f_{t+lag} = sum over positions of pairs(t, t + lag) r_t r_{t+lag}, r_t = mean over rows valid at
-      t.
+      cross:  E sum f_t f_{t+lag} = sum over positions of pairs(t, t + lag) r_t r_{t+lag}, r_t: mean over
+      rows valid at t.
     """
     n = counts.n_tokens
     n_pairs_K = counts.pairs_K
@@ -82,7 +82,7 @@ def lag_correlation(counts: PairCounts, sums: PairSums) -> Persistence:
 
 
 def half_life(lags: tuple[int, ...], ac_FK: Floats) -> tuple[Floats, np.ndarray]:
-    """First lag where the autocorrelation is below AC(0) / 2 = 0.5, interpolated linearly between measured lags.
+    """Find the first lag where the autocorrelation is below AC(0) / 2 = 0.5, linear between measured lags.
 
     Returns (half_life_F in tokens, censored_F). Where it never falls below one half the largest measured lag is
     returned and censored is True. NaN where the autocorrelation is undefined.
@@ -105,13 +105,13 @@ def half_life(lags: tuple[int, ...], ac_FK: Floats) -> tuple[Floats, np.ndarray]
 
 
 def run_length_ratio(sums: CodeSums) -> Floats:
-    """Mean length of a run of consecutive on positions, over 1 / (1 - p), its value for independent firing."""
+    """Compute the mean length of a run of on positions, over 1 / (1 - p), its value for independent firing."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return sums.firing.total_F / sums.runs_F * (1.0 - firing_rate(sums))
 
 
 def switching_ratio(sums: CodeSums) -> Floats:
-    """Share of adjacent pairs where the latent goes on or off, over 2 p (1 - p), its value for independent firing."""
+    """Compute the share of adjacent pairs that switch, over 2 p (1 - p), its value for independent firing."""
     k = _adjacent(sums)
     p_F = firing_rate(sums)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -122,7 +122,7 @@ def switching_ratio(sums: CodeSums) -> Floats:
 
 
 def jaccard(sums: CodeSums) -> tuple[float | None, float | None]:
-    """(Jaccard index of the supports of adjacent tokens, its value for independent latents of the same firing rates).
+    """Return (Jaccard index of adjacent tokens' supports, its value for independent latents of the same firing rates).
 
     Pooled over pairs, sum |A and B| / sum |A or B|; the null is sum p^2 / sum (2 p - p^2). None where nothing fires.
     """
@@ -134,27 +134,27 @@ def jaccard(sums: CodeSums) -> tuple[float | None, float | None]:
 
 
 def sequence_l0(sums: CodeSums) -> float | None:
-    """Distinct latents that fire in a row of valid positions, mean over rows."""
+    """Count the distinct latents that fire in a row of valid positions, mean over rows."""
     return _ratio(sums.rows_F.sum(), sums.n_rows)
 
 
 def smoothness(sums: CodeSums) -> float | None:
-    """T-SAE smoothness S, lower is smoother (AI4LIFE-GROUP/temporal-saes, `lipschitz_cont`; arXiv 2511.05541).
+    """Compute T-SAE smoothness S, lower is smoother (AI4LIFE-GROUP/temporal-saes, `lipschitz_cont`; arXiv 2511.05541).
 
     max over adjacent tokens of |f_t - f_{t-1}| / ||x_t - x_{t-1}||, mean over the latents that fire in the row, mean
-    over rows. It scales with f and falls when codes shrink: for comparison with published numbers, never to be used
+    over rows. It scales with f and falls when codes shrink: compare it with published numbers, but never use it
     alone. None where the raw activations were not given.
     """
     return _ratio(sums.steepest_F.sum(), sums.n_rows_with_steps)
 
 
 def document_eta2(sums: CodeSums) -> Floats:
-    """Share of a latent's variance that lies between documents (stretches), bias-corrected (epsilon squared)."""
+    """Compute the share of a latent's variance that lies between documents (stretches), bias-corrected."""
     return share_between_groups(sums, sums.between_F, sums.n_stretches)
 
 
 def consistency_features(sums: CodeSums) -> dict[str, np.ndarray]:
-    """Per-latent columns; NaN where a quantity is undefined for the latent (it never fires, or never stops)."""
+    """Return per-latent columns; NaN where a quantity is undefined for the latent (it never fires, or never stops)."""
     ac, kappa = lag_correlation(sums.counts, sums.value), lag_correlation(sums.counts, sums.firing)
     columns: dict[str, np.ndarray] = {}
     for name, measured in (("ac", ac), ("kappa", kappa)):
@@ -173,7 +173,7 @@ def consistency_features(sums: CodeSums) -> dict[str, np.ndarray]:
 
 
 def consistency_metrics(sums: CodeSums) -> dict[str, Any]:
-    """Aggregates over latents; keys as in metrics.json. Plain floats and lists; None where nothing defines a value.
+    """Average over latents; keys as in metrics.json. Plain floats and lists; None where a value is undefined.
 
     Means are over alive latents (those that fire in the evaluated text), `*_weighted` are weighted by firing counts,
     and `by_rate_bin` repeats the means within bins of the firing rate, dense latents (p > 0.1) last.
@@ -213,7 +213,7 @@ def consistency_metrics(sums: CodeSums) -> dict[str, Any]:
 
 
 def raw_stream_metrics(counts: PairCounts, sums: PairSums) -> dict[str, Any]:
-    """Autocorrelation and nulls of the raw stream, mean over dimensions: what the codes are to be judged against."""
+    """Average autocorrelation and nulls of the raw stream over dimensions, as a yardstick for the codes."""
     ac = lag_correlation(counts, sums)
     every_D = np.ones(sums.total_F.size, bool)
     series = {
@@ -230,7 +230,7 @@ def raw_stream_metrics(counts: PairCounts, sums: PairSums) -> dict[str, Any]:
 
 
 def mean(values_F: np.ndarray, chosen_F: np.ndarray, weight_F: np.ndarray | None = None) -> float | None:
-    """Mean of the finite chosen values, None where there are none."""
+    """Average the finite chosen values; None where there are none."""
     use_F = chosen_F & np.isfinite(values_F)
     if not use_F.any():
         return None
@@ -238,8 +238,8 @@ def mean(values_F: np.ndarray, chosen_F: np.ndarray, weight_F: np.ndarray | None
 
 
 def rate_bins(rate_F: Floats) -> list[tuple[tuple[float, float], np.ndarray]]:
-    """((low, high), latents in it) of each bin of the firing rate, dense latents last: an edge belongs to the bin above
-    it, but p = .1 is not dense yet."""
+    """Return ((low, high), latents in it) of each bin of the firing rate, dense latents last. An edge belongs to the
+    bin above it, but p = .1 is not dense yet."""
     chosen = [((low, high), (rate_F >= low) & (rate_F < high)) for low, high in RATE_BINS[:-1]]
     low, high = RATE_BINS[-1]
     return [*chosen, ((low, high), (rate_F >= low) & (rate_F <= high)), ((DENSE_RATE, 1.0), rate_F > DENSE_RATE)]

@@ -1,4 +1,4 @@
-"""Core metrics: how well the reconstruction stands for the activation, and how sparse the codes are.
+"""Core metrics: quality of the reconstruction, sparsity of the codes, loss of the language model.
 
 All are per token over valid positions, sums in float64, divided once at the end.
 
@@ -80,7 +80,7 @@ class InputSums(Summed):
         return cls(np.zeros(width))
 
     def add(self, acts_BLD: Tensor, mask_BL: Tensor) -> None:
-        """LegatoError where a valid activation is not finite, or of another width than those before."""
+        """Raises LegatoError where a valid activation is not finite, or of another width than those before."""
         if acts_BLD.shape[-1] != len(self.total_D):
             raise LegatoError(f"activations of width {acts_BLD.shape[-1]} follow some of {len(self.total_D)}")
         x_BLD = acts_BLD.detach().cpu().double() * mask_BL[..., None].cpu()
@@ -116,7 +116,7 @@ class ReconstructionSums(Summed):
     cosine_tokens: float = 0.0
 
     def add(self, errors: TokenErrors, mask_BL: Tensor) -> None:
-        """LegatoError where a reconstruction at a valid position is not finite."""
+        """Raises LegatoError where a reconstruction at a valid position is not finite."""
         mask = mask_BL.cpu().numpy()
         error_N, dot_N = errors.error_BL[mask], errors.dot_BL[mask]
         norm_in_N, norm_out_N = np.sqrt(errors.square_in_BL[mask]), np.sqrt(errors.square_out_BL[mask])
@@ -148,7 +148,7 @@ class SpliceSums(Summed):
     def add(
         self, clean: TokenLosses, sae: TokenLosses, ablation: TokenLosses, ce_N: np.ndarray, kl_N: np.ndarray
     ) -> None:
-        """ce_N, kl_N: bool, the tokens whose loss and whose divergence count."""
+        """Add tokens. ce_N, kl_N: bool, tokens whose loss, and tokens whose divergence counts."""
         self.ce_tokens += float(ce_N.sum())
         self.kl_tokens += float(kl_N.sum())
         self.ce_clean += float(clean.ce_N[ce_N].sum())
@@ -159,7 +159,7 @@ class SpliceSums(Summed):
 
 
 def reconstruction_metrics(inputs: InputSums, sums: ReconstructionSums) -> dict[str, float | None]:
-    """fvu = sum ||x - xhat||^2 / sum ||x - mean||^2 with the global mean: 0 loses nothing, 1 is what the mean gives.
+    """Compute fvu = sum ||x - xhat||^2 / sum ||x - mean||^2, global mean: 0 is perfect, 1 is no better than the mean.
 
     explained_variance = 1 - fvu; explained_variance_within_sequence takes each row's own mean instead (FVE of
     temporal-saes). relative_reconstruction_bias = E||xhat||^2 / E x.xhat (arXiv 2404.16014, eq. 10). None where
@@ -183,7 +183,7 @@ def reconstruction_metrics(inputs: InputSums, sums: ReconstructionSums) -> dict[
 
 
 def sparsity_metrics(codes: CodeSums) -> dict[str, Any]:
-    """l0 and l1 per token, alive and dense latents, density histogram.
+    """Compute l0 and l1 per token, alive and dense latents, and a histogram of firing rates.
 
     frac_alive: latents that fired on any of alive_judged_on_tokens tokens. dense: latents with p > 0.1.
     density_histogram: latents per bin of log10 p, latents rarer than the first edge counted in the first bin.
@@ -207,7 +207,7 @@ def sparsity_metrics(codes: CodeSums) -> dict[str, Any]:
 
 
 def splice_metrics(sums: SpliceSums) -> dict[str, Any]:
-    """Mean next-token loss and KL(clean || spliced), in nats, and scores where 1 is lossless and 0 is zero ablation.
+    """Compute mean next-token loss and KL(clean || spliced), in nats, and scores: 1 is lossless, 0 is zero ablation.
 
     ce_loss_score = (ablation - sae) / (ablation - clean); kl_div_score = (ablation - sae) / ablation.
     """

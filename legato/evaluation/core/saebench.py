@@ -1,10 +1,9 @@
-"""The numbers of SAEBench 0.6.0's `core` evaluation, by its formulas, right or wrong.
+"""The numbers of SAEBench 0.6.0's `core` evaluation, by its own formulas, even where they are wrong.
 
 People compare against its leaderboard, so its file (interop/saebench_file.py) is filled from here; Legato's own tables
-use core.py. What differs from the correct definitions, on purpose:
-- batches of `rows_per_batch` rows matter: several quantities are means over batches, and `mse` is divided by the number
-  of
-  tokens in the batch a second time;
+use reconstruction.py. Differences from the correct definitions, on purpose:
+- batches of ROWS_PER_BATCH rows matter: several quantities are means over batches, and `mse` is divided twice by the
+  number of tokens in the batch;
 - `explained_variance` = 1 - E||e||^2 / (S - (S / D)^2) with S = E||x||^2, which is not a variance (units do not match);
 - `explained_variance_legacy` = mean over tokens of 1 - ||e||^2 / ||x - batch mean||^2;
 - `l1` is a signed sum; undefined values are written as -1;
@@ -57,7 +56,7 @@ class SaeBenchSums(Summed):
         return cls(np.zeros(n_latents), np.zeros(n_latents))
 
     def add_reconstruction(self, errors: TokenErrors, spread_BL: Floats, mask_BL: Tensor) -> None:
-        """spread_BL: ||x - batch mean||^2 (see `batch_spread`). mask_BL: positions that count."""
+        """Add rows. spread_BL: ||x - batch mean||^2 (see `batch_spread`). mask_BL: positions that count."""
         mask = mask_BL.cpu().numpy()
         for start in range(0, len(mask), ROWS_PER_BATCH):
             rows = slice(start, start + ROWS_PER_BATCH)
@@ -72,7 +71,7 @@ class SaeBenchSums(Summed):
                 )
 
     def add_codes(self, codes: SparseCodes) -> None:
-        """codes: at the positions that count; equal to the SAE's own scale where decoder rows have unit norm."""
+        """Add codes at the positions that count; equal to the SAE's own scale where decoder rows have unit norm."""
         B, L, F = codes.shape
         row_P, latent_P = (codes.token_P // L).cpu().numpy(), codes.latent_P.cpu().numpy()
         self.firing_F += np.bincount(latent_P, minlength=F)
@@ -100,7 +99,7 @@ class SaeBenchSums(Summed):
 
 
 def batch_spread(acts_BLD: Tensor, mask_BL: Tensor) -> Floats:
-    """||x - mean||^2 with the mean over the counted tokens of the batch of ROWS_PER_BATCH rows, [B, L]."""
+    """Compute ||x - mean||^2, mean over the counted tokens of each batch of ROWS_PER_BATCH rows, [B, L]."""
     spread_BL = np.zeros(mask_BL.shape)
     for start in range(0, len(mask_BL), ROWS_PER_BATCH):
         rows = slice(start, start + ROWS_PER_BATCH)
@@ -111,9 +110,9 @@ def batch_spread(acts_BLD: Tensor, mask_BL: Tensor) -> Floats:
 
 
 def weight_statistics(sae: Weights) -> dict[str, np.ndarray]:
-    """Per-latent bias, norm, and cosines within and between encoder and decoder. Cost O(F^2 D).
+    """Compute per-latent bias, norm, and cosines within and between encoder and decoder. Cost O(F^2 D).
 
-    Of the SAE with unit decoder rows, whose norms are folded into the encoder, as sae-bench folds them when it loads an
+    Decoder rows are scaled to unit norm first, the norms folded into the encoder, as sae-bench does when it loads an
     SAE (`load_and_format_sae`).
     """
     W_enc_DF, W_dec_DF = sae.W_enc.detach().float(), sae.W_dec.detach().float().T
@@ -129,7 +128,7 @@ def weight_statistics(sae: Weights) -> dict[str, np.ndarray]:
 
 @fast_float32()
 def _max_cosine(vectors_DF: Tensor) -> np.ndarray:
-    """Largest cosine of each column with any other."""
+    """Find the largest cosine of each column with any other."""
     unit_DF = torch.nn.functional.normalize(vectors_DF, dim=0)
     F = unit_DF.shape[1]
     largest_F = torch.empty(F)
@@ -142,7 +141,7 @@ def _max_cosine(vectors_DF: Tensor) -> np.ndarray:
 
 
 def saebench_features(sums: SaeBenchSums, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Per-latent columns in SAEBench's names; -1 where it writes -1 (a latent that never fires has no rows)."""
+    """Return per-latent columns by SAEBench's names; -1 where it writes -1 (a latent that never fires has no rows)."""
     fires_F = sums.rows_F > 0
     heuristic_F = np.divide(sums.firing_F, sums.rows_F, out=np.full(fires_F.size, UNDEFINED), where=fires_F)
     density_F = sums.firing_F / sums.tokens
@@ -197,7 +196,7 @@ def _misc_metrics(features: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def saebench_losses(losses: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The two categories about the language model from `splice_metrics`, in SAEBench's order.
+    """Arrange `splice_metrics` in the two categories about the language model, in SAEBench's order.
 
     Where SAEBench's float32 softmax underflows it writes -1 for all KL values; these are the true ones.
     """

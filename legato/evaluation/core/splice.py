@@ -1,7 +1,7 @@
-"""What the language model loses when a site's output is replaced: next-token loss and KL divergence, per token.
+"""Loss of the language model when a site's output is replaced: next-token loss and KL divergence, per token.
 
-One clean forward pass and one chunk of clean logits serve every replacement, the network restarts at the site, and
-logits exist only for a chunk of tokens at a time (a vocabulary of 262k takes 1 MB per token in float32).
+One clean forward pass and one chunk of clean logits serve every replacement, and the network restarts at the site.
+Logits exist only for a chunk of tokens at a time (a vocabulary of 262k takes 1 MB per token in float32).
 
 Shape legend: B rows, L positions, D width, N counted tokens, V vocabulary.
 """
@@ -49,10 +49,10 @@ def splice_losses(
     layer: int,
     site: str,
 ) -> tuple[TokenLosses, dict[str, TokenLosses]]:
-    """Losses of the clean model and of each replacement of the site's output, at the counted positions in flat order.
+    """Measure the clean model and each replacement of the site's output, at the counted positions in flat order.
 
     spliced: name -> acts_BLD to put in place. counted_BL: bool. In the last column only the divergence means something:
-    there is no next token, the loss is the one of the row's first token. LegatoError where a loss is not finite.
+    there is no next token, and the loss is for the row's first token. Raises LegatoError where a loss is not finite.
     """
 
     def hidden(replaced_BLD: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def splice_losses(
     n_tokens = target_N.numel()
     clean = TokenLosses(np.zeros(n_tokens), np.zeros(n_tokens))
     losses = {name: TokenLosses(np.zeros(n_tokens), np.zeros(n_tokens)) for name in spliced}
-    # Where all tokens share a hidden state, as under zero ablation, they share their logits.
+    # Tokens that share a hidden state, as all do under zero ablation, share their logits.
     constant = {
         name: model.unembed(hidden_ND[:1])[0]
         for name, hidden_ND in spliced_ND.items()
@@ -118,7 +118,7 @@ class _Reference:
         return self.logsumexp_N - _at_target(self.logits_NV, target_N)
 
     def compare(self, logits_NV: Tensor, target_N: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(next-token loss, KL(clean || these)) per token; KL = sum p (l_clean - l) - lse_clean + lse."""
+        """Return (next-token loss, KL(clean || these)) per token; KL = sum p (l_clean - l) - lse_clean + lse."""
         if not _is_fused(logits_NV):
             logits = logits_NV.float()
             logsumexp_N = logits.logsumexp(1).double().cpu().numpy()
@@ -130,7 +130,7 @@ class _Reference:
 
 
 def _is_fused(logits_NV: Tensor) -> bool:
-    """The fused passes below run on the processor; elsewhere torch's own kernels are used."""
+    """Tell whether the fused passes below are used: they run on the CPU, other devices use torch's own kernels."""
     return logits_NV.device.type == "cpu"
 
 
@@ -139,7 +139,7 @@ def _at_target(logits_NV: Tensor, target_N: Tensor) -> NDArray[np.float64]:
 
 
 def _numpy(logits_NV: Tensor) -> NDArray[np.generic]:
-    """The logits without a copy: bfloat16 as its bits (uint16), anything else as float32."""
+    """View the logits without a copy: bfloat16 as its bits (uint16), anything else as float32."""
     if logits_NV.dtype == torch.bfloat16:
         return logits_NV.view(torch.uint16).numpy()
     return logits_NV.float().numpy()
@@ -184,7 +184,7 @@ _C0, _C1, _C2, _C3, _C4, _C5, _C6 = (np.float32(np.log(2.0) ** n / d) for n, d i
 
 @numba.njit(cache=True, fastmath={"contract", "nnan", "ninf"})
 def _exp_block(x_V, shift, out_V, scale_V):  # type: ignore[no-untyped-def]
-    """out = exp(x - shift) with 2^y = 2^g 2^k, in a form that compiles to vector instructions."""
+    """Compute out = exp(x - shift) with 2^y = 2^g 2^k, in a form that compiles to vector instructions."""
     bits_V = scale_V.view(np.int32)
     for i in range(x_V.size):
         y = max((x_V[i] - shift) * _LOG2E, _FLOOR)

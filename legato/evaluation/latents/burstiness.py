@@ -1,4 +1,4 @@
-"""Whether a latent fires in bursts: the gaps between its firings, against shuffled firings.
+"""Burstiness of latents: the gaps between firings, compared with shuffled firings.
 
 Shape legend: F latents, N flat tokens, S stretches (the part of one document that lies in one row).
 """
@@ -18,8 +18,8 @@ class GapSums(Summed):
     """Sums over the gaps between consecutive firings of a latent inside a stretch, in valid tokens.
 
     gaps_F, total_F, square_F: number, sum and sum of squares. shuffled_total_F, shuffled_square_F: the expectations of
-    the two sums over all orders inside each stretch. k firings cut the n + 1 steps from before a stretch to behind it
-    into k + 1 parts, all compositions equally likely, so with M = n + 1 and m = k + 1 a gap g has E g = M / m and
+    the two sums over all orders inside each stretch. k firings cut the n + 1 steps across a stretch into k + 1 parts,
+    all compositions equally likely, so with M = n + 1 and m = k + 1 a gap g has E g = M / m and
     E g (g + 1) = 2 M (M + 1) / (m (m + 1)).
     """
 
@@ -68,11 +68,11 @@ def _add_gaps(start_F, token_P, stretch_N, rank_N, size_S, sums):  # type: ignor
 
 
 def burstiness(sums: GapSums) -> tuple[Floats, Floats]:
-    """(B, B of shuffled firings), B = (sigma - mu) / (sigma + mu) of the gaps between firings (Goh & Barabasi 2008).
+    """Return (B, B of shuffled firings), B = (sigma - mu) / (sigma + mu) of the gaps (Goh & Barabasi 2008).
 
     -1 for a periodic latent, 0 for exponential gaps, towards 1 for bursts. Gaps longer than a context cannot be seen,
-    which lowers B of rare latents, and tokens are discrete, which lowers B of frequent ones: the B that the mean and
-    variance of shuffled gaps give says what to expect. NaN where there are fewer than two gaps.
+    which lowers B of rare latents, and tokens are discrete, which lowers B of frequent ones. So compare with the B of
+    shuffled gaps. NaN where there are fewer than two gaps.
     """
     return _b(sums.gaps_F, sums.total_F, sums.square_F), _b(sums.gaps_F, sums.shuffled_total_F, sums.shuffled_square_F)
 
@@ -87,7 +87,7 @@ def _b(gaps_F: Floats, total_F: Floats, square_F: Floats) -> Floats:
 
 
 def burstiness_features(sums: GapSums) -> dict[str, np.ndarray]:
-    """Per-latent columns; NaN where undefined."""
+    """Return per-latent columns; NaN where undefined."""
     real_F, null_F = burstiness(sums)
     return {
         "burstiness": real_F,

@@ -1,27 +1,27 @@
-"""Passages: what every latent does on real text, saved so that a person can look at it.
+"""Passages: the activations of every latent on real text, saved so that a person can look at them.
 
 strips/tokens.parquet, a row per position of the text shown (the first held-out contexts, up to MAX_TOKENS positions),
 shared by all arms of the run:
   token, text     input id; that token on its own as a string
-  doc, valid      document number, -1 on padding; False for special tokens, padding and outliers, which count nowhere
+  doc, valid      document number, -1 on padding; False for special tokens, padding and outliers, which never count
 Its schema's metadata holds `context_length`: position n is position n % context_length of context n // context_length.
 
 strips/<arm>.parquet, a row per latent. Positions are rows of tokens.parquet; activations are codes rescaled by the
 decoder norm. Lists are empty, numbers null, where a latent does not fire on the text shown.
   latent, firings             index in the dictionary; positions of the text shown where it fires
   max_activation              its largest activation there
-  tokens, values              all of those positions, ascending; activation there in 255ths of the largest, at least 1
+  tokens, values              all of those positions, ascending; activations in 255ths of the largest, at least 1
   top                         centres of its strongest passages, strongest first, at least WINDOW apart
   quantile                    centres where its activation stands at QUANTILES of its firings, at least WINDOW from top
   random                      centres drawn evenly among its firings, at least WINDOW apart
   histogram                   firings in HISTOGRAM_BINS equal bins of activation from 0 to the largest
   similar, similar_cosine     the latents of nearest decoder direction
-  together, together_jaccard  the latents that fire with it: share of the positions where either fires (similar.py)
+  together, together_jaccard  the latents that fire with it: share of the positions where either fires (neighbours.py)
   promoted, promoted_z, suppressed, suppressed_z
-                              tokens whose logits its direction raises and lowers most (promoted.py)
+                              tokens whose logits its direction raises and lowers most (logits.py)
   match/<arm>, match_cosine/<arm>
-                              the latent of another arm that has the nearest decoder direction, however near that is.
-                              Every arm is matched with its seed's baseline, and that with every arm
+                              the latent of another arm with the nearest decoder direction, even if it is not near.
+                              Every arm is matched with its seed's baseline, and the baseline with every arm
 
 Shape legend: B rows, L positions, F latents, P active pairs ordered by latent, then by position.
 """
@@ -52,7 +52,7 @@ SIMILAR = 5
 
 
 class ExampleRecorder:
-    """The text shown and one SAE's codes on it, gathered while the codes pass on their way to something else."""
+    """The text shown and one SAE's codes on it, copied from a stream of codes that another function reads."""
 
     def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
         self._max_tokens = max_tokens
@@ -60,7 +60,7 @@ class ExampleRecorder:
         self._tokens: list[Tensor] = []
 
     def listen(self, batches: Iterable[CodedBatch]) -> Iterator[CodedBatch]:
-        """The batches unchanged; memory: 12 bytes an active pair of the contexts that are kept."""
+        """Yield the batches unchanged and keep a copy; memory: 12 bytes for each active pair of the contexts kept."""
         for batch in batches:
             if self._kept is None:
                 self._kept = CodeBuffer(max(1, self._max_tokens // batch.mask_BL.shape[1]))
@@ -69,7 +69,7 @@ class ExampleRecorder:
             yield batch
 
     def gathered(self) -> tuple["ShownText", PairsByLatent]:
-        """The text and the codes by latent. Raises LegatoError where no batch has passed."""
+        """Return the text and the codes by latent. Raises LegatoError where no batch has passed."""
         if self._kept is None:
             raise LegatoError("no codes have passed: there are no passages to save")
         layout = self._kept.layout()
@@ -80,7 +80,7 @@ class ExampleRecorder:
 
 @dataclass(frozen=True)
 class ShownText:
-    """tokens_BL: input ids. doc_BL: document numbers, -1 on padding. valid_BL: which positions count."""
+    """Text shown. tokens_BL: input ids. doc_BL: document numbers, -1 on padding. valid_BL: positions that count."""
 
     tokens_BL: NDArray[Any]
     doc_BL: NDArray[Any]
@@ -89,7 +89,7 @@ class ShownText:
 
 @dataclass(frozen=True)
 class OtherSAE:
-    """Another arm to find each latent's nearest latent in. alive_F: those that fire."""
+    """Another arm, in which to find each latent's nearest latent. alive_F: latents that fire."""
 
     W_dec: Tensor
     alive_F: NDArray[np.bool_]
@@ -121,7 +121,7 @@ def write_strips(
     logits: TopLogits | None = None,
     seed: int = 0,
 ) -> None:
-    """Write <arm>.parquet; the columns are those above, without promoted tokens where none are given.
+    """Write <arm>.parquet with the columns above; without promoted and suppressed tokens where no logits are given.
 
     order: the SAE's codes on the text. W_dec: [F, D]. seed: of the random passages.
     Cost: O(P log P) and O(F^2 D) for the directions.
@@ -163,7 +163,7 @@ def write_strips(
 
 
 def quantised(order: PairsByLatent) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """Largest activation of each latent, 0 where it never fires, and activations in 255ths of it, at least 1."""
+    """Return each latent's largest activation, 0 where it never fires, and activations in 255ths of it, at least 1."""
     count_F = np.diff(order.ptr_F)
     largest_F = np.zeros(count_F.size, np.float32)
     fires_F = count_F > 0
@@ -173,7 +173,7 @@ def quantised(order: PairsByLatent) -> tuple[NDArray[np.float32], NDArray[np.uin
 
 
 def histograms(order: PairsByLatent, largest_F: NDArray[np.float32]) -> NDArray[np.int32]:
-    """Firings in equal bins of activation from 0 to each latent's largest, [F, HISTOGRAM_BINS]."""
+    """Count firings in equal bins of activation from 0 to each latent's largest, [F, HISTOGRAM_BINS]."""
     latent_P = np.repeat(np.arange(largest_F.size), np.diff(order.ptr_F))
     bin_P = (HISTOGRAM_BINS * order.value_Q / largest_F[latent_P]).astype(np.int64).clip(max=HISTOGRAM_BINS - 1)
     counts = np.bincount(latent_P * HISTOGRAM_BINS + bin_P, minlength=largest_F.size * HISTOGRAM_BINS)
@@ -181,7 +181,7 @@ def histograms(order: PairsByLatent, largest_F: NDArray[np.float32]) -> NDArray[
 
 
 def choose_passages(order: PairsByLatent, context_length: int, seed: int = 0) -> dict[str, NDArray[np.int32]]:
-    """Centres of the passages to show, {top, quantile, random: [F, K]}, -1 where a latent has no more."""
+    """Choose the centres of the passages, {top, quantile, random: [F, K]}, -1 where a latent has no more."""
     sizes = {"top": TOP, "quantile": len(QUANTILES), "random": RANDOM}
     F = order.n_latents
     chosen = {name: np.full((F, size), -1, np.int32) for name, size in sizes.items()}
@@ -237,7 +237,7 @@ def _choose(start_F, token_P, value_P, L, quantiles_Q, draws_FR, top_FK, quantil
 
 
 def _storable(piece: str) -> str:
-    """Without lone surrogates, which some tokenizers give for half a character and no file format takes."""
+    """Replace lone surrogates: some tokenizers give them for half a character, and no file format takes them."""
     return piece.encode("utf-8", "replace").decode()
 
 
@@ -246,7 +246,7 @@ def _lists(start_F: NDArray[Any], values_P: NDArray[Any]) -> Any:
 
 
 def _without_gaps(values_FK: NDArray[Any], shown: NDArray[np.bool_], type: Any = None) -> Any:
-    """A list per latent of the values that are shown."""
+    """Make a list per latent of the values that are shown."""
     shown_FK = np.broadcast_to(shown, values_FK.shape)
     start_F = np.concatenate([[0], np.cumsum(shown_FK.sum(1))])
     return pa.ListArray.from_arrays(pa.array(start_F, pa.int32()), pa.array(values_FK[shown_FK], type))

@@ -1,11 +1,11 @@
 """The tokens whose logits a latent's direction raises and lowers most.
 
 The direct path only: a decoder row d, alone in the residual stream, goes through the model's final norm and its
-unembedding, z = W_U (norm(d) - norm(0)). Layers between the SAE and the end are left out, the norm's scale is that of d
-itself and not of the stream it would be added to (a positive factor per token that changes no order, exact for RMSNorm
-and LayerNorm), and a soft cap on logits is left out, which changes no order either. Logits are then centred and divided
-by their standard deviation over the tokens considered: they have no unit, and a softmax does not see the mean.
-Only tokens of a given vocabulary are considered, the run's text by default: the matrix product is what this costs.
+unembedding, z = W_U (norm(d) - norm(0)). Three things are left out: the layers between the SAE and the end; the norm's
+scale, which is that of d itself and not of the stream (a positive factor per token, so the order of tokens is exact for
+RMSNorm and LayerNorm); and a soft cap on logits, which does not change the order either. Logits are then centred and
+divided by their standard deviation over the tokens considered: they have no unit, and a softmax ignores the mean.
+Only tokens of a given vocabulary are considered, the run's text by default: the matrix product is the main cost.
 
 Shape legend: F latents, D width, V tokens considered, K kept.
 """
@@ -26,7 +26,7 @@ ROWS_AT_ONCE = 512
 
 @dataclass(frozen=True)
 class TopLogits:
-    """Per latent the strings of the tokens, most extreme first, and their standardised logits, [F, K]."""
+    """Strings of the tokens of each latent, most extreme first, and their standardised logits, [F, K]."""
 
     top: list[list[str]]
     top_z_FK: NDArray[np.float32]
@@ -38,7 +38,7 @@ class TopLogits:
 def top_and_bottom_logits(
     model: LanguageModel, W_dec: Tensor, vocabulary_V: Tensor, decode: Callable[[Sequence[int]], list[str]]
 ) -> TopLogits:
-    """W_dec: [F, D], rows in the model's residual stream. vocabulary_V: distinct token ids.
+    """Find the tokens. W_dec: [F, D], rows in the model's residual stream. vocabulary_V: distinct token ids.
 
     Memory: O(V D + ROWS_AT_ONCE V).
     """
@@ -61,7 +61,7 @@ def top_and_bottom_logits(
 
 
 def _final_norm(model: LanguageModel, directions_FD: Tensor) -> Tensor:
-    """What the unembedding reads, float32, where the last layer puts out these directions."""
+    """Compute the input of the unembedding, float32, for these outputs of the last layer."""
     length = min(model.max_context, 64)
     missing = -len(directions_FD) % length
     rows_BLD = torch.nn.functional.pad(directions_FD.float(), (0, 0, 0, missing)).view(-1, length, model.d_model)

@@ -1,4 +1,4 @@
-"""Latents that are like a latent: by the direction they write, and by where they fire.
+"""Neighbours of a latent: latents of similar decoder direction, and latents that fire with it.
 
 Shape legend: F latents, G latents of the other SAE, D width, K kept, N positions, P active pairs ordered by latent.
 """
@@ -29,7 +29,7 @@ class Directions(Protocol):
 def nearest_directions(
     W_dec: Tensor, alive_F: NDArray[np.bool_], other: Directions | None, *, k: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Latents of the other SAE (None: of the same one, itself left out) whose decoder rows have the largest cosine.
+    """Find the latents of the other SAE (None: of the same one, itself left out) with the largest decoder cosine.
 
     Index and cosine [F, k], largest first; -1 and 0 for latents that are not alive and past the last candidate. Only
     latents that are alive are candidates. Memory: O(ROWS_AT_ONCE G).
@@ -55,10 +55,10 @@ def nearest_directions(
 
 
 def coactivation(order: PairsByLatent, n_positions: int, *, k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """The latents that share most positions with a latent: Jaccard index of the two sets of positions, [F, k] each.
+    """Find the latents that share most positions with a latent: index and Jaccard index of the two sets, [F, k] each.
 
     Pairs that share fewer than FEWEST_TOGETHER positions are left out (-1 and 0). Cost: the sum over positions of L0^2;
-    where that is more than MOST_STEPS, only every s-th position is counted, s the least that keeps to it.
+    where that is more than MOST_STEPS, only every s-th position is counted, with the smallest s that is enough.
     """
     steps = float((np.bincount(order.token_Q, minlength=n_positions).astype(np.float64) ** 2).sum())
     stride = max(1, int(np.ceil(steps / MOST_STEPS)))

@@ -7,7 +7,7 @@ Columns. Values that are undefined for a latent (it never fires, or never stops 
   token_mi, token_mi_share        information of firing and the current token's id (nats), Miller-Madow corrected; the
                                   same over the entropy of firing
   token_mi_adjusted               that share beyond chance: 0 for firings shuffled over the text, 1 where the token
-                                  decides. Miller-Madow takes off little of the bias of rare latents: compare by this
+                                  decides. Miller-Madow removes little of the bias of rare latents: compare by this
   top_token, top_token2, top_token3, top_token_share
                                   ids of the tokens it fires on most, and the share of its firings on the first
   burstiness                      (sigma - mu) / (sigma + mu) of the gaps between its firings inside a document;
@@ -21,13 +21,13 @@ Columns. Values that are undefined for a latent (it never fires, or never stops 
   eta2, mi                        share of variance explained by position; information of firing and position (nats)
   rate_position0, rate_position1  firing rate at the first two positions of the context
   offset_jaccard                  Jaccard index of the tokens it fires on before and after the largest shift of the
-                                  offset test (offset.py); null where it fires on neither. Only for compared arms
+                                  offset test (shift_test.py); null where it fires on neither. Only for compared arms
   feature_density, consistent_activation_heuristic, encoder_bias, encoder_norm, encoder_decoder_cosine_sim,
   max_decoder_cosine_sim, max_encoder_cosine_sim
                                   SAEBench's featurewise statistics, in its definitions
   cluster, cluster_name, map_x, map_y
-                                  specialisation (specialisation.py): its cluster and place on the map; null where it
-                                  fires too rarely. Only for the arms that are compared
+                                  specialisation (kinds.py): its cluster and place on the map; null where it fires too
+                                  rarely. Only for compared arms
 """
 
 from collections.abc import Mapping
@@ -47,7 +47,7 @@ INTEGERS = ("top_token", "top_token2", "top_token3", "cluster")  # float64 in me
 
 
 def code_features(sums: CodeSums, tokens: TokenCounts, gaps: GapSums) -> dict[str, np.ndarray]:
-    """Columns that follow from the codes and tokens alone; float64, NaN where undefined."""
+    """Compute the columns that need only codes and tokens; float64, NaN where undefined."""
     count_F = sums.firing.total_F
     mean_F = np.divide(sums.value.total_F, count_F, out=np.full(count_F.size, np.nan), where=count_F > 0)
     return {
@@ -81,6 +81,6 @@ def write_features(path: str | Path, features: Mapping[str, np.ndarray]) -> None
 
 
 def read_features(path: str | Path) -> dict[str, np.ndarray]:
-    """The table as written, nulls as NaN, in names as None."""
+    """Read the table as written, nulls as NaN, in names as None."""
     table = pq.read_table(path)
     return {name: table.column(name).to_numpy(zero_copy_only=False) for name in table.column_names}

@@ -1,4 +1,4 @@
-"""How much the current token says about a latent: sparse counts of (latent, token), and what follows from them.
+"""Information of a latent about the current token, from sparse counts of (latent, token).
 
 Shape legend: F latents, V token ids, P (latent, token) pairs that occur, N flat tokens, C distinct token counts.
 """
@@ -21,7 +21,7 @@ _PENDING = 1 << 20
 
 @dataclass
 class TokenCounts(Summed):
-    """At how many valid positions each token stands, and at how many of them each latent fires.
+    """Counts of the valid positions of each token, and of those where each latent fires.
 
     Only pairs that occur are stored, 16 bytes each: at most one per firing, whatever F and V are.
     key_P: latent << 32 | token, increasing. count_P: positions. tokens_V: positions of each token, as long as the
@@ -40,7 +40,7 @@ class TokenCounts(Summed):
         return cls(n_latents)
 
     def add(self, tokens_BL: Tensor, layout: LagPairs, order: PairsByLatent) -> None:
-        """tokens_BL: token ids, read at valid positions only."""
+        """Add a batch. tokens_BL: token ids, read at valid positions only."""
         if order.n_latents != self.n_latents or tuple(tokens_BL.shape) != layout.shape:
             raise ValueError("these tokens or codes have another shape than the accumulator or the mask")
         tokens_N = tokens_BL.detach().cpu().numpy().astype(np.int64).ravel()
@@ -64,7 +64,7 @@ class TokenCounts(Summed):
         return int(self.tokens_V.sum())
 
     def pairs(self) -> tuple[Ints, Ints, Ints]:
-        """(latent_P, token_P, count_P), by latent, then by token."""
+        """Return (latent_P, token_P, count_P), by latent, then by token."""
         self._flush()
         return self.key_P >> _TOKEN_BITS, self.key_P & ((1 << _TOKEN_BITS) - 1), self.count_P
 
@@ -92,8 +92,8 @@ def _longer_sum(a_V: NDArray[np.int64], b_V: NDArray[np.int64]) -> Ints:
 
 @dataclass(frozen=True)
 class TokenInformation:
-    """Per latent, in nats: plug-in mutual information of firing and token, its Miller-Madow correction, its
-    expectation where the firings are shuffled over all positions, and the entropy of firing."""
+    """Numbers of each latent, in nats: plug-in mutual information of firing and token, its Miller-Madow correction,
+    its expectation for firings shuffled over all positions, and the entropy of firing."""
 
     plug_in_F: Floats
     correction_F: Floats
@@ -106,9 +106,9 @@ class TokenInformation:
 
     @property
     def adjusted_F(self) -> Floats:
-        """(I - E I) / (H - E I): 0 by chance, 1 where the token decides (Vinh, Epps & Bailey 2010).
+        """Compute (I - E I) / (H - E I): 0 by chance, 1 where the token decides (Vinh, Epps & Bailey 2010).
 
-        NaN where the latent never fires or never stops, or fires too rarely for chance to be told from a rule.
+        NaN where the latent never fires, never stops, or fires too rarely to tell chance from a rule.
         """
         room_F = self.entropy_F - self.shuffled_F
         defined_F = room_F > 1e-9 * self.entropy_F
@@ -116,15 +116,15 @@ class TokenInformation:
 
 
 def token_information(sums: TokenCounts) -> TokenInformation:
-    """Mutual information of firing (on / off) and the id of the current token.
+    """Compute the mutual information of firing (on / off) and the id of the current token.
 
     With k of a token's c positions on, n of N positions on, and h(x) = x log x:
         N I = sum over tokens of (h(k) + h(c - k) - h(c)) - h(n) - h(N - n) + h(N),
     to which tokens that the latent never fires on add nothing.
     The Miller-Madow correction is (m_joint - m_firing - m_token + 1) / (2 N), m = cells seen (Miller 1955). It is the
     first term of a series in 1 / count: with thousands of tokens and tens of firings most cells hold one firing, and
-    it takes off a tenth of the bias. So the expectation under a shuffle of the firings over all positions is there
-    too, exact: k is then hypergeometric (Vinh, Epps & Bailey 2010).
+    it removes only a tenth of the bias. So the exact expectation for firings shuffled over all positions is given too:
+    k is then hypergeometric (Vinh, Epps & Bailey 2010).
     """
     latent_P, token_P, count_P = sums.pairs()
     F, N = sums.n_latents, sums.n_tokens
@@ -157,7 +157,7 @@ def _xlogx(x):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, parallel=True)
 def _expected_cells(on_X, counts_C, multiplicity_C, N):  # type: ignore[no-untyped-def]
-    """E sum over tokens of h(k) + h(c - k) - h(c), k ~ Hypergeometric(N, c, n), for each n in on_X."""
+    """Compute E sum over tokens of h(k) + h(c - k) - h(c), k ~ Hypergeometric(N, c, n), for each n in on_X."""
     result = np.zeros(on_X.size)
     for x in numba.prange(on_X.size):
         n = on_X[x]
@@ -188,7 +188,7 @@ def _expected_cells(on_X, counts_C, multiplicity_C, N):  # type: ignore[no-untyp
 
 
 def token_features(sums: TokenCounts) -> dict[str, np.ndarray]:
-    """Per-latent columns (see table.py); NaN where undefined."""
+    """Return per-latent columns (see table.py); NaN where undefined."""
     information = token_information(sums)
     fires_F = information.entropy_F > 0
     share_F = np.divide(
@@ -206,7 +206,7 @@ def token_features(sums: TokenCounts) -> dict[str, np.ndarray]:
 
 
 def _top_tokens(sums: TokenCounts) -> tuple[Floats, Floats]:
-    """The ids each latent fires on most, [F, TOP_TOKENS] (ties to the smaller id), and the first one's share."""
+    """Find the ids each latent fires on most, [F, TOP_TOKENS] (ties: smaller id first), and the first one's share."""
     latent_P, token_P, count_P = sums.pairs()
     order_P = np.lexsort((token_P, -count_P, latent_P))
     start_F = np.searchsorted(latent_P, np.arange(sums.n_latents + 1))

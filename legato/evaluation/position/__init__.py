@@ -1,6 +1,6 @@
-"""Section `position`: what latents know of the place in the context.
+"""Section `position`: dependence of latents on the position in the context.
 
-attachment.py  How far codes depend on the position in the context: variance explained, mutual information,
-               profiles, the matrix.
-shift_test.py  Causal offset test: do the codes of the same tokens stay when the text stands at another offset?
+attachment.py  Dependence of codes on the position in the context: variance explained, mutual information, profiles, the
+               matrix.
+shift_test.py  Causal offset test: compare the codes of the same tokens when the text stands at another offset.
 """

@@ -1,4 +1,4 @@
-"""How far codes depend on the position in the context: variance explained, mutual information, profiles, the matrix.
+"""Dependence of codes on the position in the context: variance explained, mutual information, profiles, the matrix.
 
 Shape legend: B rows, L positions, F latents, P active pairs, G groups of latents.
 """
@@ -19,9 +19,9 @@ MATRIX_GROUPS = 64  # fixed number of partial sums, so the result does not depen
 
 
 def eta2(sums: CodeSums) -> Floats:
-    """Var_t(E[f | t]) / Var(f): share of a latent's variance explained by position alone, bias-corrected.
+    """Compute Var_t(E[f | t]) / Var(f), the share of a latent's variance explained by position, bias-corrected.
 
-    Zero on average where position does not matter, so single values may be slightly negative. NaN where the latent does
+    The mean is 0 where position does not matter, so single values may be slightly negative. NaN where the latent does
     not vary.
     """
     seen_L = sums.counts.tokens_L > 0
@@ -30,7 +30,7 @@ def eta2(sums: CodeSums) -> Floats:
 
 
 def mutual_information(sums: CodeSums) -> Floats:
-    """Mutual information of firing (on / off) and position in nats, Miller-Madow corrected.
+    """Compute the mutual information of firing (on / off) and position in nats, Miller-Madow corrected.
 
     Plug-in estimate less (m_joint - m_firing - m_position + 1) / (2 N), m = number of cells seen (Miller 1955). May be
     slightly negative. 0 for a latent that never fires or never stops.
@@ -50,12 +50,12 @@ def mutual_information(sums: CodeSums) -> Floats:
 
 
 def _entropy(p_XY: Floats) -> Floats:
-    """Sum of -p log p over the last axis."""
+    """Sum -p log p over the last axis."""
     return -(p_XY * np.log(np.where(p_XY > 0, p_XY, 1.0))).sum(1)
 
 
 def position_profile(sums: CodeSums) -> tuple[Floats, Floats, Floats]:
-    """Firing rate r_t of each latent at each position, with its 95 % Wilson interval: (rate_FL, low_FL, high_FL).
+    """Return each latent's firing rate at each position with its 95 % Wilson interval: (rate_FL, low_FL, high_FL).
 
     NaN at positions where no token is valid.
     """
@@ -65,14 +65,14 @@ def position_profile(sums: CodeSums) -> tuple[Floats, Floats, Floats]:
 
 
 def wilson(rate: Floats, n: Floats) -> tuple[Floats, Floats]:
-    """The 95 % Wilson interval (low, high) of a rate seen in n trials, element by element."""
+    """Compute the 95 % Wilson interval (low, high) of a rate seen in n trials, element by element."""
     centre = (rate + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * np.sqrt(rate * (1 - rate) / n + Z95**2 / (4 * n**2))
     return centre - half, centre + half
 
 
 def l0_by_position(sums: CodeSums) -> tuple[Floats, Floats, Floats]:
-    """Mean L0 at each position with a 95 % normal interval: (mean_L, low_L, high_L); NaN where no token is valid."""
+    """Return mean L0 by position with a 95 % normal interval: (mean_L, low_L, high_L); NaN where no token is valid."""
     n_L = np.where(sums.counts.tokens_L > 0, sums.counts.tokens_L, np.nan)
     mean_L = sums.l0_L / n_L
     half_L = Z95 * np.sqrt(np.maximum(sums.l0_square_L / n_L - mean_L**2, 0.0) / n_L)
@@ -80,14 +80,14 @@ def l0_by_position(sums: CodeSums) -> tuple[Floats, Floats, Floats]:
 
 
 def position_features(sums: CodeSums) -> dict[str, np.ndarray]:
-    """Per-latent columns: eta2, mi (nats), and the firing rate at positions 0 and 1 (NaN where nothing is valid)."""
+    """Return per-latent columns: eta2, mi (nats), firing rate at positions 0 and 1 (NaN where nothing is valid)."""
     rate_FL, _, _ = position_profile(sums)
     first = {f"rate_position{t}": rate_FL[:, t] for t in range(min(FIRST_POSITIONS, rate_FL.shape[1]))}
     return {"eta2": eta2(sums), "mi": mutual_information(sums), **first}
 
 
 def position_metrics(sums: CodeSums) -> dict[str, Any]:
-    """Aggregates over alive latents; keys as in metrics.json. None where undefined."""
+    """Average over alive latents; keys as in metrics.json. None where undefined."""
     count_F = sums.firing.total_F
     alive_F = count_F > 0
     eta2_F, mi_F = eta2(sums), mutual_information(sums)
@@ -111,7 +111,7 @@ def position_metrics(sums: CodeSums) -> dict[str, Any]:
 
 
 def position_matrix(layout: LagPairs, order: PairsByLatent) -> Floats:
-    """M[t, t'] = mean over latents of corr over rows of (f_t, f_t'), [L, L].
+    """Compute M[t, t'] = mean over latents of corr over rows of (f_t, f_t'), [L, L].
 
     Rows count where t and t' are both valid and of one document. A latent counts where it varies at t and at t' over
     those rows. NaN where no latent does. Cost O(P L + F L^2), memory O(L^2).

@@ -1,10 +1,10 @@
-"""Causal offset test: do the codes of the same tokens stay when the text stands at another offset?
+"""Causal offset test: compare the codes of the same tokens when the text stands at another offset.
 
 The same text is read again at other offsets, in two ways. `position_ids`: all position ids are shifted and nothing else
-changes; a model with learned positions moves, one with rotary positions must not (a check of the pipeline, up to
-rounding). `prefix`: neutral tokens stand between BOS and the text, so positions shift in any model and the context
-grows by the prefix; this is what a feature that is said not to depend on position has to survive in use. Codes are
-compared token by token on the text alone. A SAE with state along the sequence starts at the text in every reading.
+changes; a model with learned positions gives other activations, one with rotary positions must give the same, up to
+rounding (a check of the pipeline). `prefix`: neutral tokens stand between BOS and the text, so positions shift in any
+model and the context grows by the prefix; a feature that does not depend on position must survive this. Codes are
+compared token by token on the text alone. An SAE with state along the sequence starts at the text in every reading.
 
 Shape legend: B rows, L positions, D width, N = B * L flat tokens, F latents, P / Q active pairs of two readings.
 """
@@ -37,8 +37,8 @@ COARSE_ROUNDING = 0.03
 
 @dataclass(frozen=True)
 class OffsetResult:
-    """section: as in metrics.json. jaccard_F: column `offset_jaccard` of the feature table, NaN where a latent fires in
-    neither reading."""
+    """Result. section: as in metrics.json. jaccard_F: column `offset_jaccard` of the feature table, NaN where a latent
+    fires in neither reading."""
 
     section: dict[str, Any]
     jaccard_F: Floats
@@ -46,10 +46,10 @@ class OffsetResult:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How two readings of the same tokens agree, NaN where undefined.
+    """Agreement of two readings of the same tokens, NaN where undefined.
 
-    jaccard_N: |A and B| / |A or B| of a token's two supports. cosine_N: of its two codes. jaccard_F: the first, of the
-    tokens on which a latent fires.
+    jaccard_N: |A and B| / |A or B| of a token's two supports. cosine_N: of its two codes. jaccard_F: |A and B| /
+    |A or B| of the tokens on which a latent fires.
     """
 
     jaccard_N: Floats
@@ -87,7 +87,7 @@ def _read(
     rows: int,
     length: int,
 ) -> tuple[ActivationBatch, dict[tuple[str, int], ActivationBatch]]:
-    """The text as it is, and by (mode, shift); the same positions are valid in all of them."""
+    """Read the text as it is, and by (mode, shift); the same positions are valid in all of them."""
     tokens_BL, doc_BL = tokens.tokens_BL[:rows, :length].long(), tokens.doc_BL[:rows, :length].int()
     acts = {("", 0): model.activations(tokens_BL, layer, site)}
     for shift in shifts:
@@ -115,7 +115,7 @@ def _read(
 def _stands_still(
     model: LanguageModel, own: ActivationBatch, readings: Mapping[tuple[str, int], ActivationBatch]
 ) -> dict[str, Any] | None:
-    """For a model whose positions are relative: whether shifted position ids leave the activations where they are."""
+    """Check, for a model of relative positions, that shifted position ids do not change the activations."""
     if model.positions != "relative":
         return None
     shifted = [batch for (mode, _), batch in readings.items() if mode == "position_ids"]
@@ -135,7 +135,7 @@ def _movement(own: ActivationBatch, other: ActivationBatch) -> dict[str, float |
 
 
 def _other_token(batch: ActivationBatch, seed: int = 0) -> NDArray[np.int64]:
-    """For each flat token another valid token of its document in its row, each drawn once; -1 where there is none."""
+    """Draw for each flat token another valid token of its document in its row, each once; -1 where there is none."""
     stretch_N = LagPairs.of(batch.mask_BL, batch.doc_BL, (1,)).stretch_N
     rng = np.random.default_rng(seed)
     other_N = np.full(stretch_N.size, -1, np.int64)
@@ -147,7 +147,7 @@ def _other_token(batch: ActivationBatch, seed: int = 0) -> NDArray[np.int64]:
 
 
 def _moved_to(codes: SparseCodes, place_N: NDArray[np.int64]) -> SparseCodes:
-    """The codes of token n at token place_N[n]; dropped where that is -1."""
+    """Move the codes of token n to token place_N[n]; drop them where that is -1."""
     token_P = torch.from_numpy(place_N)[codes.token_P]
     kept = token_P >= 0
     return SparseCodes(token_P[kept], codes.latent_P[kept], codes.value_P[kept], codes.shape)
@@ -173,8 +173,8 @@ def offset_test(
 
     Rows are cut where the largest shift would leave the model's context. Per mode and shift: `jaccard` and `cosine`
     (means over valid tokens where they are defined), `jaccard_null` (against another token of the same document in the
-    other reading: what persistence alone gives), `unchanged` (share of the firing latents that fire on exactly the same
-    tokens), and the yardsticks `movement` = mean ||x' - x|| / ||x|| and `variance_moved` = sum ||x' - x||^2 / sum
+    other reading: the value from persistence alone), `unchanged` (share of the firing latents that fire on exactly the
+    same tokens), and the yardsticks `movement` = mean ||x' - x|| / ||x|| and `variance_moved` = sum ||x' - x||^2 / sum
     ||x - mean||^2, an FVU.
     jaccard_F is that of the largest shift, by position ids where positions are learned, else by prefix.
     Raises UsageError for shifts that the context has no room for, LegatoError where no position is valid.
@@ -223,7 +223,7 @@ def offset_test(
 
 
 def _neutral_token(model: LanguageModel, tokens: TokenSet) -> int:
-    """A line break; the most frequent token of the text where the tokenizer has none."""
+    """Return the line break; the most frequent token of the text where the tokenizer has none."""
     ids = model.tokenizer("\n", add_special_tokens=False)["input_ids"]
     if ids and ids[-1] not in model.special_token_ids:
         return int(ids[-1])

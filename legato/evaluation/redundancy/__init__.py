@@ -1,12 +1,11 @@
 """Section `redundancy`: latents that stand for the same thing.
 
-classes.py   Which pairs of latents are worth measuring, and what class each belongs to (redundancy.py says what
-             they mean).
-examples.py  What a person looks at: contexts with the firing tokens of a pair marked, and the clustered heat
+classes.py   Candidate pairs of latents, and the class of each (pairs.py defines the classes).
+examples.py  Examples for a person to look at: contexts with the firing tokens of a pair marked, and the clustered heat
              map.
-kernels.py   Loops over sparse codes behind sums.py; what each array means is said there.
-pairs.py     Redundancy across positions: pairs of latents that do each other's work, at the same token,
-             elsewhere, or later.
+kernels.py   Loops over sparse codes for sums.py, which explains the arrays.
+pairs.py     Redundancy across positions: pairs of latents with one meaning, at the same token, at other positions, or
+             later.
 sums.py      Sums over pairs of latents at every lag, and the tests on them.
-table.py     What redundancy leaves on disk and in notes.txt.
+table.py     Files of the section redundancy.
 """

@@ -1,4 +1,4 @@
-"""Which pairs of latents are worth measuring, and what class each belongs to (redundancy.py says what they mean).
+"""Candidate pairs of latents, and the class of each (pairs.py defines the classes).
 
 Shape legend: D width, F latents, A alive latents, C candidate pairs, R classified pairs, K = 2 W + 1 lags -W..W.
 """
@@ -31,13 +31,13 @@ COSINE_BLOCK = 512
 
 @dataclass(frozen=True)
 class Limits:
-    """What counts as redundant.
+    """Limits from which pairs count as redundant.
 
-    window: largest lag. cosine: decoders are similar from it on, opposite from its negative on; None: 0.3, in narrow
+    window: largest lag. cosine: from it on decoders are similar, up to its negative opposite; None: 0.3, in narrow
     models the larger 5 / sqrt(D), which one of 3 million pairs of random directions reaches. correlation: a high
-    excess. lead: how far a lag's excess must lie above that of lag 0. overlap: largest share of firings that two
-    disjoint position profiles may have in common. false_discoveries: Benjamini and Hochberg's level. rows: contexts
-    looked at.
+    excess. lead: the least by which a lag's excess must exceed that of lag 0. overlap: largest share of firings that
+    two disjoint position profiles may have in common. false_discoveries: Benjamini and Hochberg's level. rows: contexts
+    that are read.
     """
 
     window: int = 8
@@ -49,13 +49,13 @@ class Limits:
     rows: int = 1024
 
     def similarity(self, width: int) -> float:
-        """The decoder cosine asked for, or the default in a model of this width."""
+        """Return the decoder cosine asked for, or the default in a model of this width."""
         return min(0.9, max(0.3, 5.0 / width**0.5)) if self.cosine is None else self.cosine
 
 
 @dataclass(frozen=True)
 class PairEvidence:
-    """Everything about the candidates that their class depends on.
+    """All numbers that decide the class of the candidates.
 
     n_similar: pairs of alive latents with similar decoders; n_tested: latents in the lead-lag family; n_left_out: pairs
     beyond MAX_PAIRS.
@@ -107,7 +107,7 @@ class PairEvidence:
 
 
 def similar_pairs(directions_FD: Floats, alive_F: NDArray[np.bool_], cosine: float) -> tuple[Ints, Ints, Floats]:
-    """(a, b, cosine) of pairs of alive latents, a < b, whose decoders' cosine is at least `cosine` in size."""
+    """Find (a, b, cosine) of pairs of alive latents, a < b, whose decoders' |cosine| is at least `cosine`."""
     alive_A = np.flatnonzero(alive_F)
     unit_AD = directions_FD[alive_A]
     found = []
@@ -122,8 +122,8 @@ def similar_pairs(directions_FD: Floats, alive_F: NDArray[np.bool_], cosine: flo
 def lagged_pairs(
     sums: LatentSums, layout: LagPairs, order: PairsByLatent, chosen_F: NDArray[np.bool_], floor: float
 ) -> tuple[Ints, Ints, Floats]:
-    """(a, b, excess) of the ordered pairs of chosen latents whose excess reaches `floor` at a lag of 1..W, with the
-    largest such excess."""
+    """Find (a, b, excess) of the ordered pairs of chosen latents whose excess reaches `floor` at a lag of 1..W, with
+    the largest such excess."""
     inverse_F = np.divide(1.0, sums.deviation_F, out=np.zeros(chosen_F.size), where=chosen_F)
     left_FV, right_FV = sums.ends()
     return kernels.lagged_pairs(
@@ -156,7 +156,7 @@ def _cosines(directions_FD: Floats, candidates: Candidates) -> Floats:
 
 
 def classify(evidence: PairEvidence, limits: Limits, similarity: float) -> dict[str, Any]:
-    """Columns of the pairs that have a class, strongest first inside each class (redundancy_table.py lists them)."""
+    """Return the columns (see table.py) of the pairs that have a class, strongest first inside each class."""
     correlations, cosine_C = evidence.correlations, evidence.cosine_C
     excess_CK = np.nan_to_num(correlations.excess_CK, nan=-1.0)
     W = excess_CK.shape[1] // 2
@@ -206,7 +206,7 @@ def classify(evidence: PairEvidence, limits: Limits, similarity: float) -> dict[
 
 
 def _best_lag(excess_CK: Floats) -> tuple[Ints, Floats]:
-    """The lag other than 0 with the largest excess, and that excess."""
+    """Find the lag other than 0 with the largest excess, and that excess."""
     W = excess_CK.shape[1] // 2
     others_CK = excess_CK.copy()
     others_CK[:, W] = -np.inf
@@ -214,7 +214,7 @@ def _best_lag(excess_CK: Floats) -> tuple[Ints, Floats]:
 
 
 def adjusted(p_X: Floats, n_tests: int) -> Floats:
-    """Benjamini and Hochberg's q values among `n_tests` tests, of which only those with p < 1 need be given."""
+    """Compute Benjamini and Hochberg's q values among `n_tests` tests; those with p = 1 need not be given."""
     q_X = np.ones_like(p_X)
     below = np.flatnonzero(p_X < 1.0)
     assert len(below) <= n_tests

@@ -1,4 +1,4 @@
-"""What a person looks at: contexts with the firing tokens of a pair marked, and the clustered heat map.
+"""Examples for a person to look at: contexts with the firing tokens of a pair marked, and the clustered heat map.
 
 Shape legend: L positions, N flat tokens, H latents of the heat map, K lags -W..W.
 """
@@ -43,7 +43,7 @@ class Contexts:
         self._decode = decode
 
     def together(self, a: int, b: int, lag: int) -> list[str]:
-        """Where f_a(t) f_b(t + lag) is largest, each in another stretch, lag >= 0."""
+        """Show the places where f_a(t) f_b(t + lag) is largest, each in another stretch, lag >= 0."""
         (on_a, value_a), (on_b, value_b) = self._firing(a), self._firing(b)
         at, in_a, in_b = np.intersect1d(on_a + lag, on_b, assume_unique=True, return_indices=True)
         same = self._stretch_N[at] == self._stretch_N[at - lag]
@@ -51,7 +51,7 @@ class Contexts:
         return [self._text(a, b, token - lag, token) for token in self._strongest(at[same], strength)[:CONTEXTS]]
 
     def apart(self, a: int, b: int) -> list[str]:
-        """Where a is strongest, where b is, and a's second place."""
+        """Show the place where a is strongest, the same for b, and a's second place."""
         top_a, top_b = self._strongest(*self._firing(a)), self._strongest(*self._firing(b))
         return [self._text(a, b, token, token) for token in (*top_a[:1], *top_b[:1], *top_a[1:2])]
 
@@ -60,7 +60,7 @@ class Contexts:
         return self._order.token_Q[part], self._order.value_Q[part]
 
     def _strongest(self, tokens: NDArray[Any], strength: NDArray[Any]) -> list[int]:
-        """The strongest token of each stretch, strongest first."""
+        """Return the strongest token of each stretch, strongest first."""
         ranked = tokens[np.argsort(-strength, kind="stable")]
         _, first = np.unique(self._stretch_N[ranked], return_index=True)
         return [int(token) for token in ranked[np.sort(first)]]
@@ -77,7 +77,7 @@ class Contexts:
 
 
 def heat_map(latents: Ints, sums: LatentSums, layout: LagPairs, order: PairsByLatent) -> dict[str, NDArray[Any]]:
-    """Lagged correlation of the given latents with each other, neighbours alike.
+    """Correlate the given latents with each other at all lags, and order them so that neighbours are alike.
 
     "latents" [H], "lags" [K], "c" and "excess" [K, H, H] float32: element [k, i, j] is C_ij(lags[k]). Ordered by
     average-linkage clustering of 1 - the largest size of the excess over lags, leaves in optimal order.

@@ -1,6 +1,6 @@
-"""Loops over sparse codes behind sums.py; what each array means is said there.
+"""Loops over sparse codes for sums.py, which explains the arrays.
 
-One candidate or latent is one thread's work from start to end, so results do not depend on the number of threads.
+Each candidate or latent is done by one thread from start to end, so results do not depend on the number of threads.
 """
 
 import numba
@@ -82,7 +82,7 @@ def null_products(a_C, b_C, rate_FL, pairs_VL):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, parallel=True)
 def squared_differences(a_C, b_C, codes, bin_L, score_GCZ, count_TGC):  # type: ignore[no-untyped-def]
-    """Sum over the stretches of each fold of (mean score of a's firings there less that of b's)^2; T = 2: a and b."""
+    """Sum (mean score of a's firings less that of b's)^2 over the stretches of each fold; T = 2: a and b."""
     start_F, token_P, stretch_N = codes
     L = bin_L.size
     square_GC = np.zeros((2, a_C.size))
@@ -107,7 +107,7 @@ def squared_differences(a_C, b_C, codes, bin_L, score_GCZ, count_TGC):  # type: 
 
 @numba.njit(cache=True)
 def sort_by_token(start_F, token_P, value_P, n_tokens):  # type: ignore[no-untyped-def]
-    """The active pairs by token, by latent within a token: start_N, latent_Q, value_Q."""
+    """Sort the active pairs by token, by latent within a token: start_N, latent_Q, value_Q."""
     start = np.zeros(n_tokens + 1, np.int64)
     for j in range(token_P.size):
         start[token_P[j] + 1] += 1
@@ -126,9 +126,9 @@ def sort_by_token(start_F, token_P, value_P, n_tokens):  # type: ignore[no-untyp
 
 @numba.njit(cache=True)
 def lagged_pairs(by_latent, by_token, stretch_N, inverse_F, floor, nulls):  # type: ignore[no-untyped-def]
-    """Ordered pairs whose excess over the null reaches `floor` at a lag of 1..W, with the largest such excess.
+    """Find ordered pairs whose excess over the null reaches `floor` at a lag of 1..W, with the largest such excess.
 
-    A row of the matrices of all lags at a time: memory is O(F W) beside the codes and the result. inverse_F is 1 over
+    One row of the matrices of all lags is done at a time: memory is O(F W) beside codes and result. inverse_F is 1 over
     the standard deviation, 0 for latents to leave out. nulls: mean_F, the null's ends less the real ends (left, right),
     rate_FL, pairs_VL, and the number of pairs by lag. Codes are positive, so a null of 0 at every position bounds the
     excess from above, and the null is summed over positions only where that bound reaches the floor.

@@ -1,9 +1,9 @@
-"""Redundancy across positions: pairs of latents that do each other's work, at the same token, elsewhere, or later.
+"""Redundancy across positions: pairs of latents with one meaning, at the same token, at other positions, or later.
 
-C_ab(lag) = corr(f_a(t), f_b(t + lag)) less what position alone would give (`excess`, see redundancy_sums.py). Classes:
+Excess: C_ab(lag) = corr(f_a(t), f_b(t + lag)), less its value from position alone (see sums.py). Classes:
   duplicate       similar decoders, high excess at lag 0: two latents for one thing
-  position_split  similar decoders, firing at different positions of the context: one thing cut up by position. Its
-                  correlation at lag 0 is negative, so it is looked for among similar decoders, not in C.
+  position_split  similar decoders, firing at different positions of the context: one thing divided by position. Its
+                  correlation at lag 0 is negative, so it is found by its similar decoders, not by C.
   lead_lag        dissimilar decoders, high excess at another lag than 0: b follows a. A bigram, no redundancy.
   antipodal       opposite decoders
 Groups are the connected components of duplicates and position splits.
@@ -11,10 +11,10 @@ Groups are the connected components of duplicates and position splits.
 False discoveries are controlled by Benjamini & Hochberg (1995) in three families of one-sided tests, whose units are
 stretches (parts of one document in one row), never tokens: excess at lag 0 over all pairs of similar decoders
 (duplicate), different position profiles over the same pairs (position_split), and excess over all ordered pairs and
-lags 1..W (lead_lag). The last family holds only latents that fire in at least MIN_STRETCHES stretches, which says
-nothing about how they correlate (Bourgon et al. 2010), and pairs below the threshold count in it with p = 1. Antipodal
-pairs are a fact of the weights and are not tested. Rows of one long document count as independent units: what its topic
-makes latents do together is correlation beyond position.
+lags 1..W (lead_lag). The last family holds only latents that fire in at least MIN_STRETCHES stretches, a choice that is
+independent of their correlation (Bourgon et al. 2010); pairs below the threshold count in it with p = 1. Antipodal
+pairs are a fact of the weights and are not tested. Rows of one long document count as independent units: correlation
+that comes from its topic is correlation beyond position.
 
 Shape legend: B rows, L positions, D width, F latents, R pairs of the table.
 """
@@ -53,7 +53,7 @@ HEAT_MAP_LATENTS = 64
 
 @dataclass(frozen=True)
 class Redundancy:
-    """metrics: the section of metrics.json. pairs: columns of the table (redundancy_table.py). arrays: the heat map."""
+    """Result. metrics: the section of metrics.json. pairs: columns of the table (table.py). arrays: the heat map."""
 
     metrics: dict[str, Any]
     pairs: dict[str, Any]
@@ -67,7 +67,7 @@ def redundancy(
     decode: Callable[[Sequence[int]], list[str]] | None = None,
     limits: Limits | None = None,
 ) -> Redundancy:
-    """Redundant pairs and groups of an SAE's latents on the first `limits.rows` rows of the batches.
+    """Find redundant pairs and groups of an SAE's latents on the first `limits.rows` rows of the batches.
 
     W_dec: [F, D]. decode: token ids to one string each, for the examples; without it there are none.
     Cost: O(tokens L0^2 W) for the correlations and O(F^2 D) for the decoder; memory O(F (L + W)) and the kept codes.
@@ -125,7 +125,7 @@ def _is_redundant(pairs: Mapping[str, Any]) -> NDArray[np.bool_]:
 
 
 def groups(pairs: Mapping[str, Any], n_latents: int) -> Ints:
-    """Group of each latent, 0 the largest, -1 for latents in none: components of duplicates and splits, [F]."""
+    """Number the groups, components of duplicates and splits: [F], 0 the largest, -1 for latents in none."""
     joined_R = _is_redundant(pairs)
     edges = (pairs["latent_a"][joined_R], pairs["latent_b"][joined_R])
     graph = coo_array((np.ones(joined_R.sum()), edges), shape=(n_latents, n_latents))
@@ -163,7 +163,7 @@ def _number(value: float) -> float | None:
 
 
 def _examples(pairs: Mapping[str, Any], contexts: Contexts | None) -> list[list[str]]:
-    """Contexts of the strongest pairs of each class, none for the others."""
+    """Show contexts of the strongest pairs of each class, none for the others."""
     examples: list[list[str]] = [[] for _ in pairs["class"]]
     if contexts is None:
         return examples
@@ -178,7 +178,7 @@ def _examples(pairs: Mapping[str, Any], contexts: Contexts | None) -> list[list[
 
 
 def _most_redundant(pairs: Mapping[str, Any]) -> Ints:
-    """Latents of the first pairs of the table other than antipodal ones, up to HEAT_MAP_LATENTS."""
+    """Take the latents of the first pairs of the table, without antipodal ones, up to HEAT_MAP_LATENTS."""
     chosen_R = pairs["class"] != ANTIPODAL
     both = np.stack([pairs["latent_a"][chosen_R], pairs["latent_b"][chosen_R]], 1).ravel()
     _, first = np.unique(both, return_index=True)

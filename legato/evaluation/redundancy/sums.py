@@ -1,9 +1,9 @@
 """Sums over pairs of latents at every lag, and the tests on them.
 
-C_ab(lag) = corr(f_a(t), f_b(t + lag)) over pairs of valid tokens of one document in one row, centred with the global
-means and divided by the global standard deviations, as the autocorrelation in consistency.py; so it may lie slightly
-above 1 where a latent varies more inside the pairs than outside. Its null, rows shuffled at fixed position for each
-latent on its own, has the exact expectation
+C_ab(lag) = corr(f_a(t), f_b(t + lag)) over pairs of valid tokens of one document in one row, with global means and
+standard deviations, as the autocorrelation in persistence.py; so it may be slightly above 1 where a latent varies more
+inside the pairs than outside. Its null, rows shuffled at fixed position for each latent on its own, has the exact
+expectation
   E sum f_a(t) f_b(t + lag) = sum over positions of pairs(t, t + lag) r_a(t) r_b(t + lag), r(t) = mean over rows.
 
 Shape legend: F latents, L positions, N flat tokens, P active pairs, C candidate pairs (a, b), W window, V = W + 1 lags
@@ -24,7 +24,7 @@ POSITION_BINS = 16  # equal ones; below the first edge, bins double in width, si
 
 @dataclass
 class LatentSums(Summed):
-    """What correlations, nulls and position profiles need to know about each latent alone.
+    """Sums over single latents, from which correlations, nulls and position profiles are computed.
 
     at_FL: sum of f by position. firing_GFL: firings by position in even and odd rows. left_FV, right_FV: sum of f over
     the left, right ends of the valid pairs at each lag. stretches_F: stretches (parts of one document that lie in one
@@ -80,18 +80,18 @@ class LatentSums(Summed):
 
     @property
     def deviation_F(self) -> Floats:
-        """Standard deviation over valid tokens; 0 for a latent that does not vary."""
+        """Compute the standard deviation over valid tokens; 0 for a latent that does not vary."""
         square_F = self.square_F / max(self.tokens_L.sum(), 1.0)
         variance_F = square_F - self.mean_F**2
         return np.sqrt(np.where(variance_F > ROUNDING * square_F, variance_F, 0.0))
 
     @property
     def rate_FL(self) -> Floats:
-        """Mean code at each position."""
+        """Compute the mean code at each position."""
         return np.divide(self.at_FL, self.tokens_L, out=np.zeros_like(self.at_FL), where=self.tokens_L > 0)
 
     def ends(self) -> tuple[Floats, Floats]:
-        """The expectations of left_FV and right_FV under the null."""
+        """Compute the expectations of left_FV and right_FV under the null."""
         V, L = self.pairs_VL.shape
         rate_FL = self.rate_FL
         left_FV = rate_FL @ self.pairs_VL.T
@@ -108,7 +108,7 @@ class Candidates:
 
     @classmethod
     def of(cls, a_C: Ints, b_C: Ints) -> "Candidates":
-        """Pairs in any order, with repetition."""
+        """Take pairs in any order, with repetition."""
         pairs = np.unique(np.stack([np.minimum(a_C, b_C), np.maximum(a_C, b_C)], 1).astype(np.int64), axis=0)
         return cls(np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1]))
 
@@ -144,11 +144,10 @@ class Correlations:
     """C by lag -W..W, its null, and the test that it exceeds the null; NaN and z = 0 where a latent does not vary.
 
     z_CK: with the stretches u as units and P_u = sum of f_a(t) f_b(t + lag) inside one, (sum P_u - E) over
-    sqrt(sum (P_u - E / n)^2), where E is the null's expectation of the sum and n the number of stretches. Neighbouring
-    tokens may depend on each other as they like, only stretches are taken as independent. z^2 is at most the number of
-    stretches in which the pair acts together (the spread is taken about the null, not about the mean), so a few
-    stretches can never be significant, and rare pairs are judged conservatively. For the upper tail only: pairs that
-    happen never to act together have a large negative z.
+    sqrt(sum (P_u - E / n)^2), where E is the null's expectation of the sum and n the number of stretches. Stretches are
+    taken as independent, neighbouring tokens are not. z^2 is at most the number of stretches in which the pair fires
+    together (the spread is taken about the null, not about the mean), so a few stretches are never significant, and
+    rare pairs are judged with caution. Upper tail only: pairs that never fire together have a large negative z.
     """
 
     real_CK: Floats
@@ -186,11 +185,11 @@ class Correlations:
         return cls(real_CK, null_CK, np.where(undefined_CK | ~np.isfinite(z_CK), 0.0, z_CK))
 
 
-# --- where a latent fires ---------------------------------------------------------------------------------------------
+# --- position profiles ------------------------------------------------------------------------------------------------
 
 
 def position_bins(n_positions: int) -> Ints:
-    """Bin of each position: 0, 1, 2-3, 4-7, ... up to the width of one sixteenth of the context, then equal ones."""
+    """Number the bin of each position: 0, 1, 2-3, 4-7, ... up to 1 / 16 of the context wide, then equal ones."""
     width = max(1, n_positions // POSITION_BINS)
     powers = 2 ** np.arange(int(np.log2(width)) + 1)
     edges = np.unique(np.concatenate([powers, np.arange(width, n_positions + 1, width)]))
@@ -198,13 +197,13 @@ def position_bins(n_positions: int) -> Ints:
 
 
 def binned_firing(sums: LatentSums) -> Floats:
-    """Firings by fold, latent and position bin, [G, F, Z]."""
+    """Count firings by fold, latent and position bin, [G, F, Z]."""
     bin_L = position_bins(sums.tokens_L.size)
     return np.add.reduceat(sums.firing_GFL, np.flatnonzero(np.diff(bin_L, prepend=-1)), axis=2)
 
 
 def profile_overlap(firing_GFZ: Floats, candidates: Candidates) -> Floats:
-    """sum over position bins of min(share of a's firings, share of b's): 1 for equal profiles, 0 for disjoint ones."""
+    """Sum min(share of a's firings, share of b's) over position bins: 1 for equal profiles, 0 for disjoint ones."""
     share_FZ = _shares(firing_GFZ.sum(0))
     return np.minimum(share_FZ[candidates.a_C], share_FZ[candidates.b_C]).sum(1)
 
@@ -212,10 +211,10 @@ def profile_overlap(firing_GFZ: Floats, candidates: Candidates) -> Floats:
 def split_z(firing_GFZ: Floats, candidates: Candidates, layout: LagPairs, order: PairsByLatent) -> Floats:
     """Test that two latents fire at different positions, [C]; N(0, 1) or narrower where their profiles are equal.
 
-    Each fold of rows is scored by the difference of the two profiles in the other fold, so that what is tested was not
-    chosen on the same rows. With the stretches u as units and d_u = sum over a's firings in u of (score - mean) / n_a
-    less the same of b, z of a fold is sum d_u / sqrt(sum d_u^2). The two folds' z have the same numerator, so they
-    are averaged as if they were one number.
+    Each fold of rows is scored by the difference of the two profiles in the other fold, so that the score does not
+    depend on the rows that it tests. With the stretches u as units and d_u = sum over a's firings in u of (score -
+    mean) / n_a less the same of b, z of a fold is sum d_u / sqrt(sum d_u^2). The two folds' z have the same numerator,
+    so they are averaged as if they were one number.
     """
     share_GFZ = np.stack([_shares(fold_FZ) for fold_FZ in firing_GFZ])
     share_aGCZ, share_bGCZ = share_GFZ[:, candidates.a_C], share_GFZ[:, candidates.b_C]

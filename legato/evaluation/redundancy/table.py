@@ -1,4 +1,4 @@
-"""What redundancy leaves on disk and in notes.txt.
+"""Files of the section redundancy.
 
 redundancy/<arm>.parquet, a row per pair, strongest first inside each class. Columns:
   latent_a, latent_b      the two latents; of a lead_lag pair, a comes first
@@ -6,13 +6,13 @@ redundancy/<arm>.parquet, a row per pair, strongest first inside each class. Col
   lag                     tokens from a to b: 0, for lead_lag the lag of the largest excess
   c, c_lag0               correlation of f_a(t) and f_b(t + lag); at lag 0
   null, excess            expectation of c when rows are shuffled at fixed position; c less that
-  q                       Benjamini and Hochberg's q value of the pair's test (redundancy.py); null for antipodal
+  q                       Benjamini and Hochberg's q value of the pair's test (pairs.py); null for antipodal
   cosine                  of the two decoder directions
   overlap                 share of their firings that lie in common position bins, 1 for equal position profiles
   density_a, density_b    firing rates
   group                   redundant group, 0 the largest; null for lead_lag and antipodal pairs
   examples                three contexts; a fires at tokens marked 1, b at tokens marked 2. Strongest pairs only
-redundancy/<arm>.npz: the clustered heat map, `latents`, `lags`, `c` and `excess` (see redundancy_examples.heat_map).
+redundancy/<arm>.npz: the clustered heat map, `latents`, `lags`, `c` and `excess` (see examples.heat_map).
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Section `specialisation`: which kinds of latents there are.
+"""Section `specialisation`: kinds of latents.
 
-clustering.py   Clusters of latents by their descriptors: standardised, k chosen by a stated rule, and how far
-                to trust them.
-descriptors.py  What a latent is described by when its kind is asked for, and the rule that names kinds.
-kinds.py        What kinds of latents an SAE has: clusters of their descriptors, named, with a map of them.
+clustering.py   Clusters of latents by their standardised descriptors, with k chosen by a stated rule, and measures of
+                trust.
+descriptors.py  Descriptors of a latent for its kind, and the rule that names kinds.
+kinds.py        Kinds of latents of an SAE: named clusters of their descriptors, and a map.
 """

@@ -1,4 +1,4 @@
-"""Clusters of latents by their descriptors: standardised, k chosen by a stated rule, and how far to trust them.
+"""Clusters of latents by their standardised descriptors, with k chosen by a stated rule, and measures of trust.
 
 Shape legend: M latents, X descriptors.
 """
@@ -12,7 +12,7 @@ from sklearn.metrics import adjusted_rand_score, silhouette_score
 
 from legato.evaluation.sums.lag_pairs import Floats, Ints
 
-CLIP = 3.0  # robust standard deviations; descriptors have tails a hundred wide, which would be all that k-means sees
+CLIP = 3.0  # robust standard deviations; descriptors have tails a hundred wide, which would decide all of k-means
 IQR_OF_NORMAL = 1.349
 LISTED_K = range(2, 11)
 FEWEST_CLUSTERS = 4  # two or three clusters cannot tell the kinds of latents apart
@@ -26,7 +26,7 @@ SILHOUETTE_LATENTS = 2000  # silhouettes cost the square of it
 
 @dataclass(frozen=True)
 class Scaler:
-    """(x - median) / (IQR / 1.349), clipped; by the standard deviation where half of the values are equal."""
+    """Scale to (x - median) / (IQR / 1.349), clipped; by the standard deviation where half of the values are equal."""
 
     centre_X: Floats
     scale_X: Floats
@@ -44,7 +44,7 @@ class Scaler:
 
 @dataclass(frozen=True)
 class Candidate:
-    """How good k clusters are: silhouette, its mean where each column is permuted on its own, mean bootstrap ARI."""
+    """Quality of k clusters: silhouette, its mean over column-wise permutations, mean bootstrap ARI."""
 
     k: int
     silhouette: float
@@ -54,7 +54,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Clustering:
-    """Cluster centres in standardised units, the largest cluster first, and how the k were compared."""
+    """Cluster centres in standardised units, the largest cluster first, and the quality of every k."""
 
     scaler: Scaler
     centre_KX: Floats
@@ -71,7 +71,7 @@ class Clustering:
         return next(one for one in self.candidates if one.k == self.k)
 
     def predict(self, values_MX: Floats) -> Ints:
-        """The nearest centre of each latent."""
+        """Return the nearest centre of each latent."""
         return nearest(self.scaler.apply(values_MX), self.centre_KX)
 
 
@@ -81,11 +81,11 @@ def nearest(scaled_MX: Floats, centre_KX: Floats) -> Ints:
 
 
 def cluster(values_MX: Floats, *, seed: int = 0) -> Clustering:
-    """k-means (Lloyd 1982) on robustly standardised descriptors, deterministic for a seed.
+    """Cluster by k-means (Lloyd 1982) on robustly standardised descriptors, deterministic for a seed.
 
     k is chosen from 4 to 10, among those whose mean ARI (Hubert & Arabie 1985) over bootstraps of the latents is at
     least .8 (among all where none is): the smallest whose silhouette (Rousseeuw 1987) exceeds that of column-permuted
-    descriptors by nearly as much as the best one's does, 95 % of it. Excesses of several k often lie that close.
+    descriptors by at least 95 % of the largest such excess. Excesses of several k often lie that close.
     """
     rng = np.random.default_rng(seed)
     scaler = Scaler.fit(values_MX)
@@ -114,7 +114,7 @@ def cluster(values_MX: Floats, *, seed: int = 0) -> Clustering:
 
 
 def choose(candidates: Sequence[Candidate]) -> int:
-    """The k of the rule above."""
+    """Choose k by the rule above."""
     eligible = [one for one in candidates if one.k >= FEWEST_CLUSTERS]
     stable = [one for one in eligible if one.ari >= STABLE_ARI]
     excess = {one.k: one.silhouette - one.silhouette_null for one in stable or eligible}
@@ -123,10 +123,10 @@ def choose(candidates: Sequence[Candidate]) -> int:
 
 
 def agreement(first_MX: Floats, second_MX: Floats, k: int, *, seed: int = 0) -> float:
-    """ARI between clusters learned on two SAEs apart, standardisation included: mean over the latents of each.
+    """Compute the ARI between clusters learned on two SAEs separately, standardisation included.
 
-    Latents of two SAEs do not correspond, their descriptors do: the clusters of one SAE are applied to the latents of
-    the other and compared with the other's own (as in prediction strength, Tibshirani & Walther 2005).
+    Latents of two SAEs do not correspond, but their descriptors do: the clusters of one SAE are applied to the latents
+    of the other and compared with the other's own (as in prediction strength, Tibshirani & Walther 2005).
     """
     scalers = [Scaler.fit(values_MX) for values_MX in (first_MX, second_MX)]
     own = [
@@ -150,7 +150,7 @@ def _ordered(centre_KX: Floats, scaled_MX: Floats) -> Floats:
 
 
 def _silhouette(scaled_MX: Floats, label_M: Ints, shown: Ints) -> float:
-    """Over the latents `shown`; 0, as a cluster of one latent has, where they lie in fewer than two clusters."""
+    """Average over the latents `shown`; 0 where they lie in fewer than two clusters."""
     if not 2 <= np.unique(label_M[shown]).size < shown.size:
         return 0.0
     return float(silhouette_score(scaled_MX[shown], label_M[shown]))

@@ -1,4 +1,4 @@
-"""What a latent is described by when its kind is asked for, and the rule that names kinds.
+"""Descriptors of a latent for its kind, and the rule that names kinds.
 
 Shape legend: F latents, M latents of a cluster, X descriptors.
 """
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from legato.evaluation.sums.accumulators import DENSE_RATE
 from legato.evaluation.sums.lag_pairs import Floats
 
-# A cluster's name follows from the medians of its members: the first that reaches its value. The values are set by
-# hand, with the demo model's baseline and hysteresis SAEs in view: shares compare between SAEs, and mean little alone.
+# A cluster's name follows from the medians of its members: the first that reaches its value. The values were set by
+# hand on the demo model's baseline and hysteresis SAEs: compare shares between SAEs, alone they mean little.
 POSITIONAL_ETA2 = 0.1
 PASSAGE_KAPPA16 = 0.05
 PHRASE_KAPPA1 = 0.2
@@ -24,7 +24,7 @@ NAMES = ("token", "positional", "phrase", "passage", "dense", "unspecific")
 
 @dataclass(frozen=True)
 class Descriptor:
-    """A column of the feature table as it is clustered. undefined_is: what NaN counts as; None: latent left out."""
+    """A column of the feature table as it is clustered. undefined_is: value in place of NaN; None: latent left out."""
 
     name: str
     column: str
@@ -48,7 +48,7 @@ DESCRIPTORS = (
 
 
 def describe(table: Mapping[str, NDArray[Any]], used: Sequence[Descriptor]) -> Floats:
-    """[F, X], NaN where undefined, as a lag is that was not measured."""
+    """Compute the descriptors, [F, X]; NaN where undefined, such as a lag that was not measured."""
     unmeasured_F = np.full(len(table["density"]), np.nan)
     columns = []
     for descriptor in used:
@@ -66,12 +66,12 @@ def medians(values_MX: Floats, used: Sequence[Descriptor]) -> dict[str, float]:
 
 
 def name_of(median: Mapping[str, float]) -> str:
-    """The kind of latent a cluster holds, from the medians of its members' descriptors (those that are defined).
+    """Name the kind of a cluster's latents, from the medians of their descriptors (those that are defined).
 
     dense: fires at more than a tenth of the positions. positional: position alone explains a tenth of its variance.
-    passage: 16 tokens on it still fires .05 beyond chance, be it for the passage or for the document's topic (the
+    passage: after 16 tokens it still fires .05 beyond chance, for the passage or for the document's topic (the
     table's kappa16_excess_within tells them apart). phrase: at the next token it fires .2 beyond chance.
-    token: a quarter of what could be known of its firing beyond chance is in the current token. unspecific: none.
+    token: the current token explains a quarter of its firing beyond chance. unspecific: none of these.
     """
     if 10 ** median.get("log10_density", -np.inf) > DENSE_RATE:
         return "dense"

@@ -1,4 +1,4 @@
-"""What kinds of latents an SAE has: clusters of their descriptors, named, with a map of them.
+"""Kinds of latents of an SAE: named clusters of their descriptors, and a map.
 
 All SAEs that are compared share one standardisation, one set of clusters and one map, so that a name means the same in
 each and shares compare.
@@ -29,7 +29,7 @@ Table = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Specialisation:
-    """section: `specialisation` of metrics.json. columns: cluster, cluster_name, map_x, map_y of the feature table."""
+    """Result. section: of metrics.json. columns: cluster, cluster_name, map_x, map_y of the feature table."""
 
     section: dict[str, Any]
     columns: dict[str, NDArray[Any]]
@@ -91,7 +91,7 @@ def _fires_enough(table: Table, n_tokens: int) -> NDArray[np.bool_]:
 def _defined_descriptors(
     tables: Mapping[str, Table], chosen: Mapping[str, NDArray[np.bool_]]
 ) -> tuple[Descriptor, ...]:
-    """Those that at least half of the latents of every SAE have; a lag longer than the context is there for none."""
+    """Find the descriptors defined for at least half of each SAE's latents; lags beyond the context never are."""
 
     def is_defined(descriptor: Descriptor) -> bool:
         if descriptor.undefined_is is not None:
@@ -164,7 +164,7 @@ def _shares(
             "share_of_firing": float(density_F[in_F].sum() / density_F[in_any_F].sum()),
         }
 
-    # The rule on each latent alone: kinds too few to make a cluster show here.
+    # The rule on each latent alone shows kinds that are too rare to form a cluster.
     rule_F = np.full(in_any_F.size, None, dtype=object)
     for latent in np.flatnonzero(in_any_F):
         rule_F[latent] = name_of(medians(values_FX[[latent]], used))

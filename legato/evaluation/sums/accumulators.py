@@ -23,7 +23,7 @@ class Summed:
     """A dataclass whose array and number fields are sums: adding the fields of two accumulators merges them."""
 
     def merge(self, other: "Summed") -> None:
-        """Add what another accumulator saw of other rows; the two must measure the same things."""
+        """Add the sums of another accumulator over other rows; the two must measure the same things."""
         assert type(self) is type(other)
         for f in fields(self):  # type: ignore[arg-type]
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
@@ -37,7 +37,7 @@ class Summed:
 
 @dataclass
 class PairCounts(Summed):
-    """How many valid tokens and pairs there were, by position (of the pair's left end), and at which lags."""
+    """Number of valid tokens and pairs by position (of the pair's left end) and lag."""
 
     lags: tuple[int, ...] = field(metadata={"identity": True})
     tokens_L: Floats
@@ -64,13 +64,12 @@ class PairCounts(Summed):
 
 @dataclass
 class PairSums(Summed):
-    """Second-order sums of F series: what autocorrelation and its two nulls need.
+    """Second-order sums of F series, for autocorrelation and its two nulls.
 
     total_F, square_F: sums of f and f^2 over valid tokens.  at_FL: sum of f by position.
     product_FK: sum of f_t f_{t+lag} over valid pairs.  ends_FK: sum of f_t + f_{t+lag} over valid pairs.
     shuffled_product_FK, shuffled_ends_FK: the expectations of these two over all orders of the values inside each
-    stretch: pairs_s (S^2 - Q) / (n (n - 1)) and 2 pairs_s S / n, with n tokens, sum S and sum of squares Q of stretch
-    s.
+    stretch: pairs_s (S^2 - Q) / (n (n - 1)) and 2 pairs_s S / n; stretch s has n tokens, sum S, sum of squares Q.
     """
 
     total_F: Floats
@@ -90,7 +89,7 @@ class PairSums(Summed):
         return tuple(getattr(self, f.name) for f in fields(self))
 
     def add_dense(self, acts_BLD: Tensor, layout: LagPairs) -> None:
-        """Add a dense signal (the raw stream), series = dimensions. Float64 throughout: means may dwarf variances."""
+        """Add a dense signal (the raw stream), one series per dimension. In float64: means may far exceed variances."""
         B, L = layout.shape
         x_BLD = acts_BLD.detach().cpu().double().numpy()
         stretch_BL = layout.stretch_N.reshape(B, L)
@@ -118,7 +117,7 @@ class PairSums(Summed):
 
 
 def _stretch_spans(stretch_BL: NDArray[np.int32]) -> list[tuple[int, int, int]]:
-    """(row, first position, one past the last position) of each stretch, in order."""
+    """List (row, first position, one past the last position) of each stretch, in order."""
     spans = []
     for b, stretch_L in enumerate(stretch_BL):
         valid_T = np.flatnonzero(stretch_L >= 0)
@@ -130,7 +129,7 @@ def _stretch_spans(stretch_BL: NDArray[np.int32]) -> list[tuple[int, int, int]]:
 
 @dataclass
 class CodeSums(Summed):
-    """Everything the consistency and position metrics need to know about the codes of one SAE.
+    """Sums over the codes of one SAE for all consistency and position metrics.
 
     value, firing: pair sums of the codes and of their on/off indicator.  runs_F: maximal runs of consecutive on
     positions inside a stretch.  rows_F: rows in which a latent fires.  between_F: sum over stretches of (sum of f)^2 /
@@ -317,7 +316,7 @@ def _add_latent(i, start_F, token_P, value_P, layout, n_positions, inverse_step_
 
 @numba.njit(cache=True, parallel=True)
 def _add_latents(start_F, token_P, value_P, layout, n_positions, inverse_step_N, distinct_B, sums):  # type: ignore[no-untyped-def]
-    # One latent is one thread's work from start to end, so the result does not depend on the number of threads.
+    # Each latent is done by one thread from start to end, so the result does not depend on the number of threads.
     for i in numba.prange(start_F.size - 1):
         _add_latent(i, start_F, token_P, value_P, layout, n_positions, inverse_step_N, distinct_B, sums)
 
@@ -327,12 +326,12 @@ ROUNDING = 1e-12  # a constant series leaves a variance of about 1e-16 of its me
 
 
 def firing_rate(sums: CodeSums) -> Floats:
-    """p_i over valid positions."""
+    """Compute each latent's share of valid positions where it is on, p_i."""
     return sums.firing.total_F / max(sums.counts.n_tokens, 1.0)
 
 
 def share_between_groups(sums: CodeSums, squares_F: Floats, groups: float) -> Floats:
-    """Epsilon squared, (SSB - (G - 1) MSW) / SST (Kelley 1935): eta squared less what equal groups would show.
+    """Compute epsilon squared, (SSB - (G - 1) MSW) / SST (Kelley 1935): eta squared less its mean for equal groups.
 
     squares_F: sum over groups of (sum of f)^2 / n. NaN where the latent does not vary or a group is a token.
     """

@@ -1,4 +1,4 @@
-"""Codes of a capped number of rows, kept for what needs a second look: the position matrix and the bootstrap."""
+"""Codes of a limited number of rows, kept for a second pass: position matrix, bootstrap, redundancy, examples."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from legato.sae.kernels.pairs import PairsByLatent
 
 
 class CodeBuffer:
-    """The first `max_rows` rows of codes, mask and documents; 12 bytes an active pair."""
+    """The first `max_rows` rows of codes, mask and documents; 12 bytes for each active pair."""
 
     def __init__(self, max_rows: int) -> None:
         self.max_rows = max_rows
@@ -60,7 +60,7 @@ class CodeBuffer:
 
 @dataclass(frozen=True)
 class CodedBatch:
-    """Codes of a batch with everything needed to compare tokens; tokens_BL: input ids."""
+    """Codes of a batch with its mask, documents and tokens; tokens_BL: input ids."""
 
     codes: SparseCodes
     mask_BL: Tensor

@@ -1,4 +1,4 @@
-"""Which positions and pairs of a batch count, and its codes by latent: what every metric along the sequence reads.
+"""Valid positions and pairs of a batch, and its codes by latent: the input of every metric along the sequence.
 
 Shape legend: B rows (contexts), L positions, F latents, K lags, N flat tokens (b * L + t), P active pairs, S stretches
 (the part of one document that lies in one row).
@@ -26,7 +26,7 @@ Ints = NDArray[np.int64]
 
 
 def check_lags(lags: Sequence[int]) -> tuple[int, ...]:
-    """The lags as a tuple of increasing positive integers; UsageError otherwise."""
+    """Return the lags as a tuple of increasing positive integers; raise UsageError otherwise."""
     lags = tuple(int(lag) for lag in lags)
     if not lags or lags[0] < 1 or any(b <= a for a, b in pairwise(lags)) or len(lags) > MAX_LAGS:
         raise UsageError(f"lags must be 1 to {MAX_LAGS} increasing positive integers, not {list(lags)}")
@@ -35,7 +35,7 @@ def check_lags(lags: Sequence[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class LagPairs:
-    """Where the valid positions and pairs of one batch lie; shared by everything that is measured on the batch.
+    """Places of the valid positions and pairs of one batch, shared by all that is measured on the batch.
 
     A pair (t, t + lag) is valid if both ends are valid and of the same document in the same row.
     shape: (B, L).  stretch_N: stretch of each token, -1 where the token is not valid.  left_N / right_N: bit k is set
@@ -55,7 +55,7 @@ class LagPairs:
 
     @classmethod
     def of(cls, mask_BL: Tensor, doc_BL: Tensor | None = None, lags: Sequence[int] = DEFAULT_LAGS) -> "LagPairs":
-        """mask_BL: True where a position is valid.  doc_BL: document numbers; None: every row is one document.
+        """Lay out a batch.  mask_BL: True where a position is valid.  doc_BL: document numbers; None: one per row.
 
         Raises UsageError for lags that are not 1 to 64 increasing positive integers, ValueError for other shapes.
         """
@@ -74,7 +74,7 @@ class LagPairs:
         return int(self.tokens_L.sum())
 
     def valid_rows(self) -> int:
-        """Rows with at least one valid position."""
+        """Count rows with at least one valid position."""
         return int((self.stretch_N.reshape(self.shape) >= 0).any(1).sum())
 
 
@@ -114,6 +114,14 @@ def _lay_out(mask, doc, lags):  # type: ignore[no-untyped-def]
                     pairs_SK[s, k] += 1
                     pairs_KL[k, t] += 1
     return stretch, left, right, size, pairs_SK, pairs_KL
+
+
+def step_norms(acts_BLD: Tensor) -> Tensor:
+    """Compute ||x_t - x_{t-1}||, [B, L] float32, 0 at the first position."""
+    acts_BLD = acts_BLD.float()
+    step_BL = acts_BLD.new_zeros(acts_BLD.shape[:2])
+    step_BL[:, 1:] = (acts_BLD[:, 1:] - acts_BLD[:, :-1]).norm(dim=-1)
+    return step_BL
 
 
 def pairs_by_latent(codes: SparseCodes, layout: LagPairs) -> PairsByLatent:

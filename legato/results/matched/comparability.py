@@ -1,4 +1,4 @@
-"""Which runs compare number by number, and in what they differ: read from the configurations they saved."""
+"""Comparability of runs, and their differences, from the configurations they saved."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from legato.results.saved_run import SavedRun, joined
 
 NOT_SAVED = "not saved"
 
-# What fixes the activations an SAE was read on and the text it was judged on, and what follows where two runs differ.
+# Settings that fix the activations of an SAE and the text it was judged on, and the reasons why they must be equal.
 _PLACE = ("model", "layer", "site")
 _TEXT = ("dataset", "text_column", "held_out", "context_length", "bos", "held_out_tokens")
 _WHY_PLACE = {
@@ -21,9 +21,9 @@ _WHY_TEXT = "How long features hold depends on the text, and rare latents on how
 
 
 def places(runs: Mapping[str, SavedRun]) -> list[list[str]]:
-    """The labels of the runs in groups that read the same activations and were judged on the same text.
+    """Group the labels of the runs that read the same activations and were judged on the same text.
 
-    A run without a saved configuration stands alone: what it read is not known.
+    A run without a saved configuration stands alone: its activations are not known.
     """
     found: dict[tuple[str, ...], list[str]] = {}
     for label, run in runs.items():
@@ -33,7 +33,7 @@ def places(runs: Mapping[str, SavedRun]) -> list[list[str]]:
 
 
 def barriers(runs: Mapping[str, SavedRun]) -> list[str]:
-    """Why numbers of one run may not be read against those of another, a sentence or two each; empty where they may."""
+    """Say why the numbers of these runs do not compare, a sentence or two each; empty where they compare."""
     found = []
     unknown = [label for label, run in runs.items() if not run.config]
     if unknown:
@@ -56,7 +56,7 @@ def barriers(runs: Mapping[str, SavedRun]) -> list[str]:
 
 
 def settings(runs: Mapping[str, SavedRun]) -> tuple[list[tuple[str, list[str]]], list[tuple[str, str]]]:
-    """(settings with a value per run where they differ, settings that all runs share)."""
+    """Return (settings with a value per run where they differ, settings that all runs share)."""
     each = [used(run) for run in runs.values()]
     names = list(dict.fromkeys(name for values in each for name in values))
     rows = [(name, [values.get(name, NOT_SAVED) for values in each]) for name in names]
@@ -65,7 +65,7 @@ def settings(runs: Mapping[str, SavedRun]) -> tuple[list[tuple[str, list[str]]],
 
 
 def used(run: SavedRun) -> dict[str, str]:
-    """The settings of a run as it used them, by `stage.name`, and what it found (`found.d_in`) and ran on."""
+    """Return the settings a run used by `stage.name`, with its findings (`found.d_in`) and its environment."""
     resolved = dict(run.config.get("resolved") or {})
     values: dict[str, str] = {}
     for name, value in flat(run.config.get("config") or {}):
@@ -76,7 +76,7 @@ def used(run: SavedRun) -> dict[str, str]:
 
 
 def pooled(runs: Mapping[str, SavedRun]) -> list[dict[str, SavedRun]]:
-    """The runs in groups whose seeds and methods may stand in one matched comparison; a run alone is one too."""
+    """Group the runs whose seeds and methods may stand in one matched comparison; a group may be one run."""
     groups: list[dict[str, SavedRun]] = []
     for label, run in runs.items():
         for group in groups:
@@ -90,7 +90,7 @@ def pooled(runs: Mapping[str, SavedRun]) -> list[dict[str, SavedRun]]:
 
 
 def flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """The leaves of nested settings as text, by dotted name."""
+    """List the leaves of nested settings as text, by dotted name."""
     found: list[tuple[str, str]] = []
     for key, value in node.items():
         if isinstance(value, Mapping):
@@ -111,7 +111,7 @@ def _setting(run: SavedRun, name: str) -> Any:
 
 
 def _differ(runs: Mapping[str, SavedRun], name: str) -> str:
-    """`run_1: 9, run_2: 12` where a setting is not the same in all runs; else empty."""
+    """Write `run_1: 9, run_2: 12` where a setting is not the same in all runs; else return an empty text."""
     values = {label: _setting(run, name) for label, run in runs.items()}
     if len(set(map(repr, values.values()))) < 2:
         return ""

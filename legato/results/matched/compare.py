@@ -1,9 +1,9 @@
-"""The matched comparison: how consistent each method is at the baseline's L0, and at the baseline's FVU.
+"""Matched comparison: consistency of each method at the baseline's L0, and at the baseline's FVU.
 
-An SAE that spends more latents per token, or reconstructs worse, can buy consistency with that. So each method is read
-where its L0 (its FVU) equals the baseline's: as it is where the budget makes them equal, else by interpolation along
-its own sweep over k, else along the baseline's. Outside of the sweeps nothing is said. Seeds are matched one by one,
-method against the baseline of the same seed, and averaged afterwards.
+An SAE can gain consistency by more latents per token, or by a worse reconstruction. So each method is read where its L0
+(its FVU) equals the baseline's: unchanged where the budget makes them equal, else by interpolation along its own sweep
+over k, else along the baseline's. There is no extrapolation. Seeds are matched one by one, method against the baseline
+of the same seed, and averaged afterwards.
 """
 
 import json
@@ -34,7 +34,7 @@ from legato.results.tolerances import SAME
 
 MIN_LATENTS_IN_BIN = 20  # fewer, on either side, say nothing about a bin
 
-# What the best method is meant to reach at the baseline's L0 (definitions: "Comparing methods").
+# Targets of the best method at the baseline's L0 (definitions: "Comparing methods").
 KAPPA_RATIO, AC_RATIO = 4.0, 3.0
 ABSENT_SHARE = 0.75
 
@@ -48,16 +48,16 @@ HOW = {
 
 @dataclass(frozen=True)
 class Match:
-    """A method and the baseline where they are compared, for one seed."""
+    """A method and the baseline at the place where they are compared, for one seed."""
 
     method: Point
     baseline: Point
 
 
 def match_methods(runs: Sequence[SavedRun]) -> dict[str, Any]:
-    """The matched comparison of all methods in one or several runs, as it is saved in matched.json.
+    """Compare all methods in one or several runs, as saved in matched.json.
 
-    Members of a window x coefficient ablation take no part. Raises UsageError where the runs were not made in the same
+    Members of a window x coefficient ablation are left out. Raises UsageError where the runs were not made in the same
     way, or hold no baseline.
     """
     methods = methods_of(runs)
@@ -92,7 +92,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _as_trained(method: Method) -> dict[str, Any]:
-    """Every number at the run's own budget, mean and standard error over seeds."""
+    """Give every number at the run's own budget, mean and standard error over seeds."""
     points = [sweep.main for sweep in method.sweeps.values()]
     keys = [key for key in points[0].values if key in COSTS or key.startswith((f"{ALL}/", "shuffled/"))]
     at_all = [key for key in keys if all(key in point.values for point in points) and key.count("/") < 2]
@@ -129,7 +129,7 @@ def _at(method: Method, baseline: Method, axis: str) -> dict[str, Any]:
 
 
 def matched_seeds(method: Method, baseline: Method, axis: str) -> tuple[str, dict[int, Match], dict[str, str]]:
-    """(how, matches by seed, reason by seed that is not matched): the first way that matches most seeds.
+    """Return (way, matches by seed, reason by seed that is not matched) of the first way that matches most seeds.
 
     L0 is set by the budget, so SAEs of equal L0 are compared as they are. FVU is an outcome: it is interpolated first.
     """
@@ -174,7 +174,7 @@ def _why_not(method: Sweep, baseline: Sweep, axis: str) -> str:
 
 
 def _entry(matches: Mapping[int, Match], key: str, baseline_key: str | None = None) -> dict[str, Any] | None:
-    """A number of the method beside the baseline's, with their ratio; None where it was not saved for every seed."""
+    """Give a number of the method and the baseline, and their ratio; None where a seed did not save it."""
     return between(*_sides(matches), key, baseline_key or key)
 
 
@@ -183,7 +183,7 @@ def _sides(matches: Mapping[int, Match]) -> tuple[list[Point], list[Point]]:
 
 
 def _population(matches: Mapping[int, Match], name: str) -> dict[str, Any]:
-    """Measures over a part of the method's latents, against all of the baseline's; overall and by firing-rate bin."""
+    """Compare a part of the method's latents with all of the baseline's; overall and by firing-rate bin."""
 
     def of(prefix: str, baseline_prefix: str) -> dict[str, Any]:
         found = {key: _entry(matches, f"{prefix}/{key}", f"{baseline_prefix}/{key}") for key in (*MEASURES, "latents")}
@@ -194,7 +194,7 @@ def _population(matches: Mapping[int, Match], name: str) -> dict[str, Any]:
 
 
 def targets_met(at_l0: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Target by target, whether the method reaches what the best is meant to reach at the baseline's L0.
+    """Tell for each target whether the method reaches it at the baseline's L0.
 
     value: a ratio to the baseline, a share, or for costs the change relative to the baseline. met: None where it was
     not measured. beyond_intervals: whether the lower end of the ratio's interval reaches the target too.
@@ -234,7 +234,7 @@ def _ratio(entry: Mapping[str, Any] | None, less: float = 0.0) -> float | None:
 
 
 def bins_ahead(population: Mapping[str, Any]) -> tuple[int, int]:
-    """(firing-rate bins where both kappa and AC excess exceed the baseline's, bins with enough latents on both
+    """Count (firing-rate bins where both kappa and AC excess exceed the baseline's, bins with enough latents on both
     sides)."""
     rows = [
         row
@@ -246,7 +246,7 @@ def bins_ahead(population: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def widest(entry: Mapping[str, Any] | None) -> list[float] | None:
-    """The ratio's interval that covers both, over documents and over seeds; None where there is neither."""
+    """Return the interval that covers the ratio's intervals over documents and over seeds; None without any."""
     if entry is None:
         return None
     ends = [interval for key in ("interval95_documents", "interval95_seeds") if (interval := entry[key]) is not None]

@@ -1,4 +1,4 @@
-"""What saved SAEs contribute to a matched comparison, and interpolation along a sweep.
+"""Points of a matched comparison, read from saved SAEs, and interpolation along a sweep.
 
 Shape legend: F latents, R bootstrap replicates.
 """
@@ -57,8 +57,8 @@ class Method:
 
 
 def methods_of(runs: Sequence[SavedRun]) -> dict[str, Method]:
-    """The methods of all runs by name. An SAE that several runs hold counts once; one name for different recipes is
-    told apart by the run."""
+    """Collect the methods of all runs by name. An SAE that several runs hold counts once; where one name stands for
+    different recipes, the run is added to it."""
     if apart := what_sets_apart(runs):
         raise UsageError(f"{apart}: compare them one at a time")
     recipes: dict[str, Any] = {}
@@ -83,7 +83,7 @@ def methods_of(runs: Sequence[SavedRun]) -> dict[str, Method]:
 
 
 def what_sets_apart(runs: Sequence[SavedRun]) -> str:
-    """Why the runs' numbers may not stand in one table, in words; empty where they may."""
+    """Say why the runs' numbers may not stand in one table; empty where they may."""
     settings = _conditions if any(run.setting("judged", "saes") for run in runs) else _settings
     for run in runs[1:]:
         if difference := changes(settings(run), settings(runs[0])):
@@ -101,7 +101,7 @@ def _sweeps(seeds: Mapping[int, Mapping[tuple[str, float | None], Point]]) -> di
 
 
 def _settings(run: SavedRun) -> dict[str, Any]:
-    """What two runs must share so that their numbers may stand in one table."""
+    """Return the settings that two runs must share for their numbers to stand in one table."""
     config = run.config.get("config") or {}
     stages = {stage: dict(config.get(stage) or {}) for stage in ("model", "data", "training", "evaluation")}
     stages["training"].pop("seeds", None)
@@ -111,19 +111,19 @@ def _settings(run: SavedRun) -> dict[str, Any]:
 
 
 def _conditions(run: SavedRun) -> dict[str, Any]:
-    """What SAEs that were trained anywhere must have been judged on: the same place, and as many tokens of one text."""
+    """Return the settings that SAEs from anywhere must share: the same place, and as many tokens of one text."""
     keys = ("model", "layer", "site", "dtype", "dataset", "context_length", "bos", "held_out_tokens")
     resolved = run.config.get("resolved") or {}
     return {key: resolved.get(key) for key in keys}
 
 
 def unequal_ce(runs: Sequence[SavedRun]) -> bool:
-    """Whether the runs measured the language model's loss on different contexts, so that it does not compare."""
+    """Tell whether the runs measured the model's loss on different contexts, so that it does not compare."""
     return len({run.setting("evaluation", "ce_rows") for run in runs}) > 1
 
 
 def _fingerprint(arm: Arm) -> Any:
-    """An arm's recipe apart from its budget and its seed; what is absent equals what is off."""
+    """Return an arm's recipe without budget and seed; an absent value equals one that is off."""
     training = arm.metrics.get("training") or {}
     ignored = ("k", "seed", "role", "method", "group", "in_grid")
     recipe = {key: value for key, value in (training.get("recipe") or {}).items() if value and key not in ignored}
@@ -133,7 +133,7 @@ def _fingerprint(arm: Arm) -> Any:
 
 
 def point_of(run: SavedRun, arm: Arm, *, without: Sequence[str] = ()) -> Point:
-    """What the comparison reads of an arm, all costs but those `without`; a number that was not saved is absent."""
+    """Read an arm's numbers for the comparison, without the costs `without`; unsaved numbers are absent."""
     keys = {cost: f"core.{cost}" for cost in COSTS if cost not in without}
     keys |= {f"{ALL}/{measure}": f"consistency.{measure}" for measure in MEASURES}
     keys |= {f"shuffled/{measure}": f"consistency.position_shuffled.{measure}" for measure in MEASURES}
@@ -148,8 +148,8 @@ def point_of(run: SavedRun, arm: Arm, *, without: Sequence[str] = ()) -> Point:
 
 
 def _replicates(arrays: Mapping[str, Floats]) -> dict[str, Floats]:
-    """By `<population>/<measure>` what is saved as `bootstrap_<measure>`, `bootstrap_<bin>/<measure>`,
-    `bootstrap_<group>/...`."""
+    """Rename `bootstrap_<measure>`, `bootstrap_<bin>/<measure>` and `bootstrap_<group>/...` to
+    `<population>/<measure>`."""
     replicates = {}
     for key, values_R in arrays.items():
         kind, _, name = key.partition("_")
@@ -161,7 +161,7 @@ def _replicates(arrays: Mapping[str, Floats]) -> dict[str, Floats]:
 
 
 def groups_of(arm: Arm) -> dict[str, slice]:
-    """The parts of the dictionary that the arm's objective treats differently; empty for an ordinary SAE."""
+    """Return the parts of the dictionary that the arm's objective treats differently; empty for an ordinary SAE."""
     return dictionary_parts((arm.metrics.get("training") or {}).get("recipe") or {})
 
 
@@ -186,7 +186,7 @@ def _group_values(run: SavedRun, arm: Arm, name: str, latents: slice) -> dict[st
 
 
 def along(points: Iterable[Point], axis: str, target: float) -> Point | None:
-    """The place on a sweep where `axis` has the value `target`: piecewise linear in it between neighbours.
+    """Find the place on a sweep where `axis` has the value `target`: piecewise linear in it between neighbours.
 
     None where the target lies outside of the sweep: nothing is extrapolated.
     """
@@ -199,7 +199,7 @@ def along(points: Iterable[Point], axis: str, target: float) -> Point | None:
 
 
 def mixed(low: Point, high: Point, share: float) -> Point:
-    """(1 - share) * low + share * high in everything that both have."""
+    """Compute (1 - share) * low + share * high of all that both have."""
     values = {
         key: (1 - share) * value + share * high.values[key] for key, value in low.values.items() if key in high.values
     }

@@ -14,22 +14,22 @@ from legato.evaluation.sums.lag_pairs import Floats
 from legato.results.matched.points import Point
 
 LEVEL = 0.95
-LEAST_GAIN = 0.1  # relative; what a share of less would be a share of is noise
+LEAST_GAIN = 0.1  # relative; the share of a smaller gain is noise
 
 
 def estimate(points: Sequence[Point], key: str) -> dict[str, float | None]:
-    """Mean over seeds and its standard error (None with one seed)."""
+    """Return the mean over seeds and its standard error (None with one seed)."""
     values_S = _values(points, key)
     return {"mean": float(values_S.mean()), "stderr": _error(values_S)}
 
 
 def between(ours: Sequence[Point], theirs: Sequence[Point], key: str, their_key: str) -> dict[str, Any] | None:
-    """A number of a method beside the baseline's: means with standard errors, ratio with 95 % intervals.
+    """Compare a number of a method with the baseline's: means with standard errors, ratio with 95 % intervals.
 
-    interval95_documents: percentiles over bootstrap replicates, in which both drew the same documents (for these very
-    SAEs), recentred on the ratio: a replicate leaves out latents that fire in no drawn document, rare ones above all,
-    which shifts its means. interval95_seeds: over the seeds (for these very documents). None where a seed lacks the
-    number; no ratio to a baseline that is not positive.
+    interval95_documents: percentiles over bootstrap replicates with the same documents for both (valid for these SAEs),
+    recentred on the ratio: a replicate leaves out latents that fire in no drawn document, mostly rare ones, which
+    shifts its means. interval95_seeds: over the seeds (valid for these documents). None where a seed lacks the number;
+    no ratio to a baseline that is not positive.
     """
     if not all(key in point.values for point in ours) or not all(their_key in point.values for point in theirs):
         return None
@@ -47,7 +47,7 @@ def between(ours: Sequence[Point], theirs: Sequence[Point], key: str, their_key:
 
 
 def absent(ours: Sequence[Point], theirs: Sequence[Point], key: str, shuffled_key: str) -> dict[str, Any] | None:
-    """What is left on shuffled activations, and the share of the gain over the baseline that is gone there:
+    """Give a number on shuffled activations, and the share of the gain over the baseline that is lost there:
     1 - (gain there) / (gain), None where the gain is below a tenth of the baseline's value. None where a seed lacks
     the number."""
     if not all(name in point.values for point in (*ours, *theirs) for name in (key, shuffled_key)):
@@ -65,7 +65,7 @@ def absent(ours: Sequence[Point], theirs: Sequence[Point], key: str, shuffled_ke
 
 
 def ratio_interval(ours_S: Floats, theirs_S: Floats) -> list[float] | None:
-    """95 % interval of R = mean(ours) / mean(theirs) over paired seeds; None with one seed.
+    """Compute the 95 % interval of R = mean(ours) / mean(theirs) over paired seeds; None with one seed.
 
     R +- t sd(d) / sqrt(S) with d = (ours - R theirs) / mean(theirs) and Student's t of S - 1 degrees of freedom, the
     linearised ratio estimator (Cochran 1977, 2.11).
@@ -80,7 +80,7 @@ def ratio_interval(ours_S: Floats, theirs_S: Floats) -> list[float] | None:
 
 
 def _over_documents(ours: Sequence[Point], theirs: Sequence[Point], key: str, their_key: str) -> list[float] | None:
-    """Percentiles of the ratio of means over seeds, replicate by replicate; None without replicates that pair."""
+    """Compute percentiles of the ratio of means over seeds, by replicate; None where replicates do not pair."""
     means = []
     for points, name in ((ours, key), (theirs, their_key)):
         found = [point.replicates[name] for point in points if name in point.replicates]
