@@ -53,7 +53,7 @@ def lag_axis(lags: Sequence[float] | np.ndarray, title: str = "lag in tokens", n
 
 def log_axis(kind: type, name: str, title: str, domain: Sequence[float]) -> Any:
     """An axis of decades."""
-    decades = range(int(np.floor(np.log10(domain[0]))), int(np.ceil(np.log10(domain[1]))) + 1)
+    decades = range(int(np.ceil(np.log10(domain[0]))), int(np.floor(np.log10(domain[1]))) + 1)
     axis = alt.Axis(
         values=[10.0**power for power in decades], format="~e", grid=True, labelOverlap="greedy", labelSeparation=8
     )
@@ -149,14 +149,16 @@ def heat_map(
     cells = [[value if np.isfinite(value) else None for value in row] for row in rounded.tolist()]
     data = Rows(values=[{"y": name, "x": names, "z": row} for name, row in zip(names, cells, strict=True)])
     side: dict[str, Any] = {"labelOverlap": True, "ticks": False, "domain": False, "grid": False, "values": list(ticks)}
+    # The order is said: a missing first value would else be put last. Whole pixels: no seams between cells.
+    places = alt.Scale(domain=names, round=True)
     legend = alt.Legend(title=title, orient="bottom", gradientLength=200, gradientThickness=9)
     return (
         alt.Chart(data)
         .transform_flatten(["x", "z"])
         .mark_rect()
         .encode(
-            x=alt.X("x:N", sort=None, title=axes[0], axis=alt.Axis(labelAngle=0, **side)),
-            y=alt.Y("y:N", sort=None, title=axes[1], axis=alt.Axis(**side)),
+            x=alt.X("x:N", sort=None, scale=places, title=axes[0], axis=alt.Axis(labelAngle=0, **side)),
+            y=alt.Y("y:N", sort=None, scale=places, title=axes[1], axis=alt.Axis(**side)),
             color=alt.Color("z:Q", scale=scale, legend=legend),
             tooltip=list(tooltip),
         )

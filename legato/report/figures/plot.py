@@ -107,7 +107,7 @@ class Plot:
     def png(self) -> bytes:
         """The plot as a picture."""
         with drawing():
-            return vl_convert.vegalite_to_png(self._whole(), scale=SCALE)
+            return vl_convert.vegalite_to_png(self._whole(), scale=2 if self.square else SCALE)
 
     def _whole(self) -> dict[str, Any]:
         """Legend, panels and note as one specification of Vega-Lite."""

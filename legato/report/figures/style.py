@@ -67,7 +67,7 @@ CONFIG: dict[str, Any] = {
     "background": None,
     "view": {"stroke": None},
     "axis": _AXIS,
-    "axisX": {"grid": False},
+    "axisX": {"grid": False, "labelOverlap": True, "labelSeparation": 6},
     "axisY": {"ticks": False, "domain": False},
     "legend": {
         "labelColor": MUTED,

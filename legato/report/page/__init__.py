@@ -3,6 +3,7 @@
 embed.py          What a page carries inside itself, compressed: its data and the plotting library.
 latent_tables.py  What the page says of latents in cards and tables: redundant pairs with their contexts,
                   clusters with their share.
+plots.js          Draws the plots with Vega-Lite, each once it comes near the window.
 render.py         The frame of every page: colours that follow the light or dark scheme, figures, navigation,
                   sortable tables.
 tables.py         The tables of a run's page: arms side by side with intervals, and the matched comparison with

@@ -3,7 +3,5 @@
 figures.py  Figures that set several runs side by side, a colour per run, drawn from their saved results.
 page.py     comparison.html: several runs side by side in one self-contained page, with its figures, from saved
             results alone.
-plots.py    The interactive plots of the page that compares runs: a colour per run, a panel per place or per
-            recipe.
 recipes.py  What a comparison of runs shows in one row, line or mark: a recipe of a run with its seeds.
 """
