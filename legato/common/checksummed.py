@@ -50,7 +50,7 @@ def write_tensors(file: Path, tensors: Tensors) -> Path:
 
 
 def file_hashes(path: Path, files: Iterable[Path]) -> dict[str, Any]:
-    """What `write_checksummed` needs to know of .safetensors files beside `path` or in folders there."""
+    """Hash .safetensors files beside `path` or in folders there, as `write_checksummed` takes them."""
     hashed = Manifest.of(path.parent, [file.relative_to(path.parent).as_posix() for file in files]).sha256
     return {name.removesuffix(SUFFIX): {"sha256": digest} for name, digest in hashed.items()}
 
@@ -67,7 +67,7 @@ def read_sealed(path: Path, *, kind: str) -> tuple[Any, dict[str, dict[str, Tens
 
 
 def verify_checksummed(path: Path, *, kind: str, folders: Collection[str] | None = None) -> Any:
-    """As read_sealed, with every file checked and none but `path` read: the content.
+    """Check every file and return the content of `path`; no other file is read.
 
     A folder beside `path` that holds files of it must hold no others. folders: only files in these are checked.
     """

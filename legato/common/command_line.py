@@ -18,7 +18,7 @@ from legato.common.record import as_flag, fields_of
 
 
 class Task(ABC):
-    """What a command line asks for. go_on: what to do after a failure that was not the command's fault."""
+    """A command with its options. go_on: what to do after a failure that was not the command's fault."""
 
     go_on: ClassVar[str] = ""
 

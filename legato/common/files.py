@@ -132,7 +132,7 @@ class Manifest:
             return cls(folder, dict(zip(names, pool.map(lambda name: sha256_file(folder / name), names), strict=True)))
 
     def damaged(self, names: Iterable[str] | None = None) -> list[str]:
-        """Which of these files, or of all, are missing or not what they were.
+        """List the files, of these or of all, that are missing or not what they were.
 
         A device or a FIFO, which may never end, counts as missing.
         """

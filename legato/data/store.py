@@ -248,7 +248,7 @@ def put_store(folder: Path, url: str) -> None:
 
 
 def key_at(url: str) -> str | None:
-    """What determines the activations of the store at a URL (StoreManifest.key); None where there is none yet."""
+    """Read the key of the store at a URL (StoreManifest.key); None where there is none yet."""
     with _filesystem(url) as (files, root):
         if not files.exists(f"{root}/{MANIFEST}"):
             return None

@@ -1,4 +1,4 @@
-"""How a store of activations lies on the disk: safetensors shards of whole rows, and a manifest with their SHA-256.
+"""Layout of a store on the disk: safetensors shards of whole rows, and a manifest with their SHA-256.
 
 A folder holds `manifest.json` and `shard_00000.safetensors`, ...; every shard but the last has the same number of rows,
 with the tensors `tokens` (int32), `doc` (int32), `acts` (the model's dtype) and `mask` (bool). A shard gets its name,
@@ -31,7 +31,7 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 @dataclass(frozen=True)
 class Shard:
-    """What the manifest says of a finished shard: its positions that are text and no outliers, and its outliers."""
+    """A finished shard: the number of its valid positions, and of its outliers."""
 
     sha256: str
     n_valid: int
@@ -60,7 +60,7 @@ class StoreManifest:
     def new(
         cls, key: str, *, n_rows: int, context_length: int, d_in: int, dtype: torch.dtype, provenance: dict[str, Any]
     ) -> "StoreManifest":
-        """Of a store without shards yet, which are to have some 64 MiB each, or a row where that is more."""
+        """Describe a store without shards yet; each will have some 64 MiB, or one row where that is more."""
         rows_per_shard = max(1, SHARD_BYTES // _row_bytes(context_length, d_in, dtype))
         name = next(name for name, known in DTYPES.items() if known == dtype)
         return cls(key, n_rows, context_length, d_in, name, rows_per_shard, provenance, {})
@@ -108,7 +108,7 @@ class StoreManifest:
 
     @classmethod
     def united(cls, path: Path) -> "StoreManifest | None":
-        """As `read`, with what other ranks have finished noted there too, and their own manifests gone."""
+        """Read it, add the shards that other ranks have finished, and delete their manifests."""
         manifest = cls.read(path)
         others = list(path.glob(_manifest_name("*")))
         if manifest is None or not others:
@@ -178,7 +178,7 @@ class StoreManifest:
 
 
 def _row_bytes(context_length: int, d_in: int, dtype: torch.dtype) -> int:
-    """Of the four tensors: an activation, two int32 and a bool a position."""
+    """Count the bytes of a row: an activation, two int32 and a bool a position."""
     return context_length * (d_in * dtype.itemsize + 9)
 
 

@@ -1,7 +1,7 @@
 """The pipeline: configuration, arms, training, evaluation, checkpoints.
 
 arms.py            The arms of an experiment: the SAEs to train.
-checkpoint.py      What a run needs to go on where it was cut off: <out_dir>/checkpoint/.
+checkpoint.py      Saved state of a run, to go on where it was cut off: <out_dir>/checkpoint/.
 config.py          The configuration of an experiment: one small frozen record per stage.
 evaluate.py        Evaluation stage of experiment.py, and the bank of trained arms that it takes.
 evaluate_saved.py  `legato evaluate`: saved SAEs, whoever trained them, through the whole evaluation of experiment.py.

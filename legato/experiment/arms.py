@@ -113,7 +113,7 @@ def _first(sae: SAEConfig, role: str) -> PlannedArm:
 
 
 def _at_k(sae: SAEConfig, k: int) -> PlannedArm:
-    """The same SAE with another budget, a member of its method's sweep."""
+    """Plan the same SAE with another budget, a member of its method's sweep."""
     architecture: Any = sae.architecture
     if not hasattr(architecture, "k"):
         raise UsageError(f"--sweep_arms {sae.name}: it has no k to sweep")

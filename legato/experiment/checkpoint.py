@@ -1,4 +1,4 @@
-"""What a run needs to go on where it was cut off: <out_dir>/checkpoint/.
+"""Saved state of a run, to go on where it was cut off: <out_dir>/checkpoint/.
 
     progress.json            what is finished: trained and failed SAEs, with the checksums of their files
     step_00000120/           the SAEs in training after that step: state.json and <arm>/*.safetensors
@@ -40,7 +40,7 @@ _KEPT_STEPS = 2
 
 @dataclass
 class Progress:
-    """What of a run is finished.
+    """Finished parts of a run.
 
     activations: key of what it trains on. trained: per SAE its part of metrics.json and the SHA-256 of its files.
     failed: the steps it was trained for and the reason, by name. log_bytes: length of log.jsonl when the last pass
@@ -94,7 +94,7 @@ class Checkpoint:
         self.write_progress()
 
     def goes_on(self, activations: str) -> bool:
-        """Whether there is a run to go on with; `progress` is then what it has finished.
+        """Tell if there is a run to go on with; `progress` then holds its finished parts.
 
         One that is damaged is named and counts as none. Raises UsageError where the run trains on other activations.
         """
@@ -243,7 +243,7 @@ class Checkpoint:
     # Evaluation
 
     def part(self, name: str, compute: Callable[[], Any]) -> Any:
-        """What `compute` gives, or gave in an earlier attempt: a tree of dicts, lists, numbers, strings and arrays.
+        """Return the result of `compute`, or of an earlier attempt: a tree of dicts, lists, numbers, strings, arrays.
 
         All ranks compute it together, to one result, which the writer keeps.
         """
@@ -254,7 +254,7 @@ class Checkpoint:
         return self._keep(name, computed, write=distributed.is_rank0())
 
     def own_part(self, name: str, compute: Callable[[], Any]) -> Any:
-        """As `part`, of one rank alone."""
+        """Like `part`, for one rank alone."""
         found = self._kept(name)
         return self._keep(name, compute()) if found is None else found
 
@@ -281,7 +281,7 @@ class Checkpoint:
 
 
 def _delete_step(folder: Path) -> None:
-    """What makes it a saved step goes first: a process killed within leaves none that looks damaged."""
+    """Delete a saved step, its state file first: a process killed on the way leaves nothing that looks damaged."""
     (folder / "state.json").unlink(missing_ok=True)
     shutil.rmtree(folder)
 

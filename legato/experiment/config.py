@@ -62,7 +62,7 @@ ArmName = Annotated[str, AfterValidator(_combination)]
 
 @record
 class ModelConfig:
-    """Which language model, and where it is read."""
+    """The language model, and the place that is read."""
 
     model: Name = option("demo", "'demo' (packaged Gemma 3 270M), a hub id, a local folder or a .gguf file")
     layer: int | None = option(None, "decoder layer that is read, from 0 (default: the middle one)", ge=0)
@@ -74,7 +74,7 @@ class ModelConfig:
 
 @record
 class DataConfig:
-    """Which text, and how it becomes contexts."""
+    """The text, and its contexts."""
 
     dataset: Name = option(
         "demo", "'demo' (packaged Wikipedia articles), a .txt/.jsonl/.parquet file, a folder, a hub id"
@@ -90,7 +90,7 @@ class DataConfig:
 
 @record
 class TrainingConfig:
-    """How every SAE is trained."""
+    """Training of every SAE."""
 
     tokens: Count = option(1_000_000, "training tokens per SAE")
     batch_rows: Count = option(16, "contexts per training step")
@@ -108,7 +108,7 @@ class TrainingConfig:
 
 @record
 class ArmsConfig:
-    """Which SAEs stand beside the baseline."""
+    """SAEs beside the baseline."""
 
     temporal: Annotated[tuple[ArmName, ...], COMMAS] = option(
         ("legato", "tsae"),
@@ -163,7 +163,7 @@ class ArmsConfig:
 
 @record
 class EvaluationConfig:
-    """How the SAEs are judged, on held-out text."""
+    """Evaluation on held-out text."""
 
     eval_rows: int = option(512, "held-out contexts for the consistency and core metrics", ge=2)
     ce_rows: int = option(24, "held-out contexts for the language model's loss with the SAE spliced in", ge=0)
@@ -219,7 +219,7 @@ STAGES = {
 
 @record
 class RunOptions:
-    """How a run is carried out: nothing its results depend on."""
+    """Options of a run that its results do not depend on."""
 
     out_dir: Name = option(..., "new folder for everything the run produces")
     preset: str = option("demo", f"starting point for all options: {', '.join(PRESETS)}")

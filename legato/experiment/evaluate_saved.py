@@ -42,7 +42,7 @@ from legato.sae.provenance import Provenance, origin_of
 
 @dataclass(frozen=True)
 class Stated:
-    """What is said of an SAE: its method, whether it is that method at another k, and its seed."""
+    """Facts that are stated about an SAE: its method, if it is that method at another k, and its seed."""
 
     method: str
     k: float | None = None
@@ -51,7 +51,7 @@ class Stated:
 
     @classmethod
     def by(cls, objective: Mapping[str, Any]) -> "Stated":
-        """What an SAE of Legato's says itself."""
+        """Take the facts from the objective of an SAE of Legato's."""
         k = objective.get("k")
         return cls(objective["method"], k, swept=objective["role"] == "sweep")
 
@@ -62,7 +62,7 @@ class Stated:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What is judged on what.
+    """Saved SAEs, and the model and text to judge them on.
 
     saes: where each SAE lies, by name. held_out: the share of the documents that is judged on, as experiment.py holds
     it out; None judges on all documents. sha256: of what lies there, by name. stated: what the command line says of
@@ -184,7 +184,7 @@ def harvest_rows(config: EvaluateConfig, model: LanguageModel, tokens: TokenSet)
 
 
 def judged_arms(config: EvaluateConfig, saes: Mapping[str, SparseAutoencoder]) -> dict[str, Arm]:
-    """What each SAE is in the comparison: as the command line says, else as it says itself, else a method of its own.
+    """Decide the arm of each SAE: as the command line says, else as it says itself, else a method of its own.
 
     One of Legato's says its method, k and seed; those of two runs that say the same are methods of their own. The
     baseline is the method `baseline`, else that of the first SAE. An SAE at another k than its method's own belongs to
@@ -297,7 +297,7 @@ class Evaluate(Place, Task):
 
 
 def named(specifications: Sequence[str]) -> dict[str, tuple[str, Stated | None]]:
-    """Where each SAE lies, and what is said of it, by name.
+    """Read specifications: the place of each SAE and the facts stated about it, by name.
 
     NAME=SAE, NAME:k16=SAE for the method NAME at another sparsity, NAME:seed1=SAE for another seed of it; or SAE, whose
     name is the last part of where it lies, with as many parts before it as tell them apart.
@@ -340,7 +340,7 @@ def _split(specification: str) -> tuple[str, str, Stated | None]:
 
 
 def _agreed(what: str, said: Mapping[str, Any]) -> Any:
-    """What all SAEs say. UsageError where one of them does not say, or they say different things."""
+    """Return the value that all SAEs state. UsageError where one states none, or they differ."""
     (first, value), *others = said.items()
     for name, other in said.items():
         if other is None:

@@ -61,7 +61,7 @@ class Experiment(Task):
 
     @classmethod
     def of(cls, **given: Any) -> "Experiment":
-        """What the flags that were given ask for, of all the flags of `legato run`."""
+        """Make the task from the flags of `legato run` that were given."""
         options = RunOptions(**{key: given.pop(key) for key in fields_of(RunOptions) if key in given})
         return cls(ExperimentConfig.from_options(options.preset, given), options)
 

@@ -170,7 +170,7 @@ FIGURES = (
 
 
 def on_page(run: SavedRun) -> Iterator[tuple[FigureSpec, Plot | MissingResult]]:
-    """What the page shows of each figure, or what it lacks."""
+    """Return each figure for the page, or the reason that it is missing."""
     for spec in FIGURES:
         if spec.on_page:
             yield spec, _made(spec, run)

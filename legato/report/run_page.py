@@ -116,7 +116,7 @@ def _sections(run: SavedRun, browser: Markup | MissingResult) -> list[Section]:
 
 
 def _offset_in_words(run: SavedRun) -> list[str]:
-    """What the offset test says of the baseline and the first named arm."""
+    """Put the offset test of the baseline and the first named arm in words."""
     told = []
     for arm in run.highlighted[:2]:
         if section := arm.metrics.get("offset"):

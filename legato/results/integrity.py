@@ -41,7 +41,7 @@ def check_one(root: Path, path: Path) -> None:
 
 
 def check_all(root: Path) -> int:
-    """How many files a run has that are vouched for. LegatoError where one is not as the run wrote it."""
+    """Check every file of a run and return their number. LegatoError where one is not as the run wrote it."""
     manifest = _read(root)
     if manifest is None:
         raise UsageError(f"{root} has no {FILENAME}: it is no run, did not finish or was made by an earlier version")

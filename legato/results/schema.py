@@ -14,7 +14,7 @@ _LARGEST = 2**63  # beyond it a number is no count of anything, and no column ho
 
 
 class _Section(BaseModel):
-    """What readers rely on; anything else may stand beside it."""
+    """Entries that readers rely on; others may stand beside them."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 

@@ -4,9 +4,9 @@ autoencoder.py  The trained SAE: raw activations in, raw activations out.
 codes.py        Sparse codes: the active (token, latent, value) triples of a batch of sequences.
 groups.py       Nested groups of latents, by their share of the dictionary.
 partition.py    One SAE trained by several ranks: what each of them computes and holds.
-protocol.py     What an SAE from anywhere must offer to be evaluated here.
-provenance.py   What a saved SAE says about where it comes from.
-segments.py     Which tokens of a batch may be compared with each other.
+protocol.py     The protocol of SAEs that can be evaluated.
+provenance.py   Provenance of a saved SAE, as it says itself.
+segments.py     Segments of a batch: tokens that may be compared with each other.
 architectures/  What turns pre-activations into codes: one class per architecture.
 formats/        Saved SAEs of other tools and of Legato, read and written.
 kernels/        Everything in numba that encoding and training need.

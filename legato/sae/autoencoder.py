@@ -56,7 +56,7 @@ class SparseAutoencoder:
         return self.W_enc.device
 
     def to(self, device: torch.device | str) -> "SparseAutoencoder":
-        """The same SAE with its tensors on that device, which is where `encode` then takes activations."""
+        """Return the same SAE with its tensors on that device; `encode` then takes activations there."""
         moved = {name: getattr(self, name).to(device) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
         return replace(self, architecture=self.architecture.to(device), **moved)
 
@@ -122,7 +122,7 @@ class SparseAutoencoder:
         return (acts_ND + self.b_dec).view(B, L, self.d_in)
 
     def on_raw(self, normaliser: Normaliser) -> "SparseAutoencoder":
-        """The same SAE for raw activations, where this one takes normalised ones, scale * (x - mean)."""
+        """Return the same SAE for raw activations, where this one takes normalised ones, scale * (x - mean)."""
         mean_D, scale = normaliser.mean_D, normaliser.scale
         shift_F = fixed_matmul(mean_D[None], self.W_enc)[0]
         b_enc, architecture = self.architecture.scaled(self.b_enc, shift_F, scale)
@@ -171,7 +171,7 @@ class SparseAutoencoder:
         return write_saelens_folder(path, self.stored(), metadata=metadata, legato=details)
 
     def stored(self) -> SAEWeights:
-        """What a file holds of it, under the names of SAELens' tensors."""
+        """Return the content of its file, under the names of SAELens' tensors."""
         architecture = self.architecture
         own = {"W_enc": self.W_enc, architecture.bias: self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
         return SAEWeights(

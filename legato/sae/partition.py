@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Partition:
-    """What rank `rank` of the `size` that train an SAE does and holds of it. Of one alone, as here: everything."""
+    """The part of an SAE that rank `rank` of `size` computes and holds. One rank alone, as here, has everything."""
 
     rank: int = 0
     size: int = 1
@@ -51,7 +51,7 @@ class Partition:
         return slice(0, n_latents)
 
     def latents(self, n_latents: int) -> slice:
-        """Those of them whose gradients and updates are computed here."""
+        """Return the latents whose gradients and updates are computed here."""
         return slice(0, n_latents)
 
     def rows(self, n_latents: int) -> slice:
@@ -72,16 +72,16 @@ class Partition:
         return compute(token_P, latent_P)
 
     def of_tokens(self, own: Array) -> Array:
-        """What there is about all tokens along the first axis, from what each rank has about its `tokens`."""
+        """Gather values of all tokens along the first axis from each rank's values of its `tokens`."""
         return own
 
     def of_latents(self, own: Array) -> Array:
-        """What there is about all latents along the first axis, from what each rank has about those it holds."""
+        """Gather values of all latents along the first axis from each rank's values of those it holds."""
         return own
 
     def row_floors(self, floors: Callable[[int], Array], k: int) -> Array:
-        """Of tokens whose pre-activations are here: a value each, at most its k-th largest. floors: the same among the
-        latents held."""
+        """Return a value for each token whose pre-activations are here, at most its k-th largest. floors: the same
+        among the latents held."""
         return floors(k)
 
     def decode(
@@ -190,7 +190,7 @@ class Sharded(_Several):
         return gather_concat(own)
 
     def row_floors(self, floors: Callable[[int], Array], k: int) -> Array:
-        """Where one rank alone has k values above its floor, there are k above it; and where every rank has k / size
+        """If one rank alone has k values above its floor, there are k above it; and if every rank has k / size
         above the lowest of their floors. The second is the tighter one but where the ranks' latents differ much."""
         both_RN = gather_concat(np.stack([floors(k), floors(-(-k // self.size))])).reshape(self.size, 2, -1)
         return np.maximum(both_RN[:, 0].max(0), both_RN[:, 1].min(0))

@@ -1,4 +1,4 @@
-"""What an SAE from anywhere must offer to be evaluated here."""
+"""The protocol of SAEs that can be evaluated."""
 
 from typing import Protocol
 
@@ -20,7 +20,7 @@ class Weights(Protocol):
 
 
 class EvaluableSAE(Weights, Protocol):
-    """What evaluation needs of an SAE: its weights, and raw activations in and out."""
+    """An SAE that can be evaluated: its weights, and raw activations in and out."""
 
     def encode_sparse(self, batch: ActivationBatch) -> SparseCodes: ...
     def decode_sparse(self, codes: SparseCodes) -> Tensor: ...

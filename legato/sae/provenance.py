@@ -1,4 +1,4 @@
-"""What a saved SAE says about where it comes from."""
+"""Provenance of a saved SAE, as it says itself."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Which tokens of a batch may be compared with each other.
+"""Segments of a batch: tokens that may be compared with each other.
 
 Shape legend: B rows, L positions, N = B * L flat tokens.
 """

@@ -167,7 +167,7 @@ def read_arms(text: str, d_sae: int, k: int | None, bed: BedConfig, release: flo
 
 
 def _summary(found: dict[str, Any]) -> dict[str, Any]:
-    """What the sweep keeps of a study."""
+    """Keep a study's numbers for the sweep."""
     return {
         "noise": found["bed"]["noise"],
         "noise_persistence": found["bed"]["noise_persistence"],

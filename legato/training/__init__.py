@@ -1,12 +1,12 @@
 """Training a bank of SAEs on the same activation batches.
 
 bank.py           The one training loop: a bank of SAEs that learn from the same activation batches.
-config.py         What one SAE of a bank is, and how the bank is trained.
-passes.py         How a bank of SAEs is divided over passes and ranks so that it fits into memory.
+config.py         Configuration of one SAE of a bank, and of the bank's training.
+passes.py         Passes and ranks of a bank of SAEs, so that it fits into memory.
 step.py           One exact forward and backward pass of an SAE on a batch.
 trainer.py        One SAE of a bank in training: its weights, optimiser, learning rate and guard.
-trainer_state.py  The tensors of one SAE in training, on the disk: a folder that one rank writes, or several in
-                  blocks of latents, and that any number of ranks opens.
+trainer_state.py  The tensors of one SAE in training, on the disk: a folder that one rank writes, or several in blocks
+                  of latents, and that any number of ranks opens.
 losses/           Temporal consistency terms: what makes a latent hold across the tokens of a sequence.
 """
 

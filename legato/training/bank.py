@@ -54,7 +54,7 @@ class BankState:
 
     @property
     def is_kept_here(self) -> bool:
-        """Whether this rank writes and tells of its members: of ranks that have the same ones, the first does."""
+        """Tell if this rank writes and reports its members: of ranks that have the same ones, the first does."""
         return self.partition.rank == 0
 
     @property
@@ -106,7 +106,7 @@ def train_on(
     log: Callable[[Mapping[str, Any]], None],
     after_step: Callable[[BankState], None],
 ) -> BankResult:
-    """As `train_bank`, from wherever the bank stands: the first of the batches belongs to its step `bank.step`.
+    """Train a bank from the step where it stands: the first of the batches belongs to its step `bank.step`.
 
     after_step: called whenever all members have done a step or failed; all that the next steps depend on is in the
     bank.

@@ -1,4 +1,4 @@
-"""What one SAE of a bank is, and how the bank is trained."""
+"""Configuration of one SAE of a bank, and of the bank's training."""
 
 from dataclasses import dataclass
 
@@ -48,7 +48,7 @@ class SAEConfig:
             raise ValueError(f"{self.name}: nothing makes ReLU codes sparse at l1 0: add it or WindowGroupLasso")
 
     def term_scale_at(self, step: int, steps: int) -> float:
-        """What multiplies the terms' coefficients at step 0, 1, ... of `steps`."""
+        """Return the factor of the terms' coefficients at step 0, 1, ... of `steps`."""
         return min(1.0, (step + 1) / max(1.0, self.term_warmup * steps))
 
     def nested(self) -> kernels.Groups:
@@ -58,7 +58,7 @@ class SAEConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How every SAE of a bank is trained.
+    """Training of every SAE of a bank.
 
     steps: optimiser steps. lr: Adam's peak learning rate, after a linear warm-up over `warmup` of the steps and before
     a linear decay to 0 over the last `decay` of them.

@@ -1,4 +1,4 @@
-"""How a bank of SAEs is divided over passes and ranks so that it fits into memory."""
+"""Passes and ranks of a bank of SAEs, so that it fits into memory."""
 
 from collections.abc import Sequence
 
@@ -21,9 +21,10 @@ def check_shards(n_latents: int) -> None:
 
 
 def divided(members: Sequence[T], *, sharded: bool = False) -> tuple[list[T], Partition]:
-    """How the ranks divide a bank: this rank's members, and its share of each one's steps. Where there are enough, each
-    rank has members of its own, which costs nothing; else all ranks train every member together. sharded: each holds
-    a part of every member, where there are several ranks."""
+    """Divide a bank over the ranks: this rank's members, and its share of each one's steps. Where there are enough,
+    each rank has members of its own, which costs nothing; else all ranks train every member together. sharded: each
+    holds a part of every member, where there are several ranks.
+    """
     rank, size = distributed.rank(), distributed.world_size()
     if sharded and size > 1:
         return list(members), Sharded(rank, size)

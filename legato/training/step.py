@@ -128,7 +128,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one forward and backward pass gives: named loss terms (each already times its coefficient), the gradients
+    """Result of one forward and backward pass: named loss terms (each already times its coefficient), the gradients
     (in the workspace, valid until its next use; decoder rows projected; of W_enc, W_dec and b_enc only the rank's own
     latents), their norm, the active pairs."""
 
@@ -204,13 +204,7 @@ def forward_backward(
         loss_terms[term.name] = loss_terms.get(term.name, 0.0) + coefficient * value.value
         slope_Q += slope_Q.dtype.type(coefficient) * value.gradient_Q
 
-    gradients = Parameters(
-        workspace.get("gW_enc", (H, D), x_ND.dtype),
-        workspace.get("gb_enc", (H,), x_ND.dtype),
-        workspace.get("gW_dec", (H, D), x_ND.dtype),
-        workspace.get("gb_dec", (D,), x_ND.dtype),
-        {name: workspace.get(f"g{name}", (F,), x_ND.dtype) for name in parameters.own},
-    )
+    gradients = _gradient_buffers(parameters, workspace, F, x_ND.dtype)
     seeded_F = np.zeros(F, np.bool_)
     if dead_F is not None and bool(dead_F.any()):
         residual_ND = torch.from_numpy(pull_GND[-1]) / groups.weights_G[-1]
@@ -248,6 +242,17 @@ def forward_backward(
         order=order,
         state=forward.state,
         fvu=float(mean_squared_G[-1]) / batch.mean_power,
+    )
+
+
+def _gradient_buffers(parameters: Parameters, workspace: Workspace, F: int, dtype: torch.dtype) -> Parameters:
+    H, D = parameters.W_enc_FD.shape
+    return Parameters(
+        workspace.get("gW_enc", (H, D), dtype),
+        workspace.get("gb_enc", (H,), dtype),
+        workspace.get("gW_dec", (H, D), dtype),
+        workspace.get("gb_dec", (D,), dtype),
+        {name: workspace.get(f"g{name}", (F,), dtype) for name in parameters.own},
     )
 
 

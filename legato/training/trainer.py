@@ -49,7 +49,7 @@ class DivergenceGuard:
     typical_norm: float = 0.0
 
     def fault(self, loss: float, grad_norm: float) -> str | None:
-        """What is wrong with a step, or None."""
+        """Return the fault of a step, or None."""
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             return f"loss {loss:.3g}, gradient norm {grad_norm:.3g}"
         if self.good >= SETTLING_STEPS and grad_norm > EXPLODED * self.typical_norm:
@@ -251,7 +251,7 @@ class SAETrainer:
         return sae
 
     def finish_on_first(self, normaliser: Normaliser, calibration: Sequence[TrainBatch]) -> SparseAutoencoder | None:
-        """As `finish`, by all ranks that train it together: the first gets the SAE, the others None."""
+        """Like `finish`, by all ranks that train it together: the first gets the SAE, the others None."""
         if self.steps_done == 0:
             raise LegatoError(f"{self.arm.name}: 0 training steps were taken: there is nothing to save; raise --tokens")
         architecture = self.arm.architecture.inference([self._preactivations(batch) for batch in calibration])

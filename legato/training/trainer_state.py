@@ -49,7 +49,7 @@ def _write_blocks(folder: Path, tensors: Mapping[str, Tensor], partition: Sharde
 
 
 def read_trainer_state(folder: Path, partition: Partition, n_latents: int) -> dict[str, Tensor]:
-    """What `write_trainer_state` was given, or this rank's share of it; the files are known to be sound."""
+    """Read what `write_trainer_state` was given, or this rank's share of it; the files are known to be sound."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -70,7 +70,7 @@ def read_trainer_state(folder: Path, partition: Partition, n_latents: int) -> di
 
 
 def _divided(name: str) -> bool:
-    """Of a tensor named as in `SAETrainer.tensors`."""
+    """Tell if a tensor named as in `SAETrainer.tensors` is divided over the ranks."""
     return name.rpartition(".")[2] in PER_LATENT
 
 

@@ -1,4 +1,4 @@
-"""Which columns of the feature table the browser has, under which heading, and what they mean in a line."""
+"""Columns of the feature table in the browser, their headings, and their meaning in a line."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What the feature browser's page carries of a run: text, feature tables, firings, all in a few compact islands.
+"""Data of a run in the feature browser's page: text, feature tables, firings, in a few compact islands.
 
 Each arm comes with every one of its firings on the text shown, so that the page can draw any latent on any passage and
 say what else fires there. Where that would be too much for two arms (MOST_BYTES), only firings inside the passages of a
@@ -40,7 +40,7 @@ LOOSE_MATCH = 0.5  # decoder cosine below which two latents are not set beside e
 
 @dataclass(frozen=True)
 class BrowsedArm:
-    """What was saved of an arm."""
+    """Saved data of an arm."""
 
     arm: Arm
     features: Mapping[str, NDArray[Any]]
@@ -110,12 +110,12 @@ class Words:
         self._of_token = dict(zip(ids.tolist(), text.text_N[first].tolist(), strict=True))
 
     def numbers(self, strings: Any) -> NDArray[np.int64]:
-        """Of an array of strings, in its shape; -1 for empty ones."""
+        """Number the strings of an array, in its shape; -1 for empty ones."""
         found = [self._numbered(string) if string else -1 for string in np.asarray(strings, object).ravel().tolist()]
         return np.array(found, np.int64).reshape(np.shape(strings))
 
     def of_tokens(self, ids: NDArray[Any]) -> NDArray[np.int64]:
-        """Of token ids, nan and what the text shown does not have -1."""
+        """Number token ids; -1 for nan and for tokens that the text shown does not have."""
         strings = [self._of_token.get(int(token)) if np.isfinite(token) else None for token in ids.ravel()]
         return self.numbers(np.array(strings, object).reshape(ids.shape))
 
@@ -218,7 +218,7 @@ def _against(one: BrowsedArm, baseline: BrowsedArm) -> dict[str, NDArray[Any]]:
 
 
 def _in_passages(one: BrowsedArm, matched: Mapping[str, BrowsedArm], context_length: int) -> NDArray[np.bool_]:
-    """Which firings lie in a passage of their latent, or of a latent of another arm whose match it is."""
+    """Mark the firings in a passage of their latent, or of a latent of another arm that is matched with it."""
     strips, N = one.strips, context_length
     latent_P = np.repeat(np.arange(strips.n_latents), strips.count_F)
     own: list[tuple[NDArray[Any], Mapping[str, NDArray[np.int32]]]] = [(np.arange(strips.n_latents), strips.centres)]

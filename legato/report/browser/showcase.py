@@ -1,4 +1,4 @@
-"""Which passages the browser shows first: some picked by a stated rule, some drawn at random, each kind called so."""
+"""Passages that the browser shows first: some picked by a stated rule, some drawn at random, and marked so."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -110,7 +110,7 @@ _DIRECTIONS = {"lower": " \u2193", "higher": " \u2191", "match": ""}
 def _goodness(
     values: np.ndarray, quantity: Quantity, reference: float | None
 ) -> tuple[np.ndarray, tuple[float, float]]:
-    """What a cell's darkness stands for, and its limits: the better the darker, the baseline's value among the limits.
+    """Scores for a cell's darkness, and their limits: better is darker, the baseline's value is within the limits.
 
     The limits span at least 4 % of the values (10 % where they should match): noise must not look like a trend.
     """

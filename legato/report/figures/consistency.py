@@ -1,4 +1,4 @@
-"""How features hold across tokens: over lag with both nulls, over latents, over firing rate."""
+"""Figures of features across tokens: over lag with both nulls, over latents, over firing rate."""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -249,7 +249,7 @@ _SMALLEST = 1e-6  # what is smaller lies at the edge
 
 
 def log_limits(found: Sequence[tuple[Arm, Latents]]) -> list[list[float]]:
-    """Of x and of y over all arms on a logarithmic scale, so that switching between them compares."""
+    """Limits of x and y over all arms on a logarithmic scale, so that views of arms can be compared."""
     limits = []
     for axis in (0, 1):
         values = np.log10(np.concatenate([latents.columns[axis] for _, latents in found]))

@@ -1,4 +1,4 @@
-"""Where the names beside points of a chart stand, so that they cover as little as possible."""
+"""Places for the names beside the points of a chart, so that they cover as little as possible."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What figures and plots read of the feature tables: latents with all of some columns, clusters with their style."""
+"""Data of figures from the feature tables: latents with all of some columns, clusters with their style."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

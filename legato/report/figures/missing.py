@@ -1,4 +1,4 @@
-"""What a figure raises when the run did not save what it shows."""
+"""The error of a figure whose data the run did not save."""
 
 
 class MissingResult(Exception):

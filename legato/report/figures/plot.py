@@ -46,7 +46,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class View:
-    """What is seen at once; the reader switches between views by their labels."""
+    """Panels that are seen at once; the reader switches between views by their labels."""
 
     label: str
     panels: Sequence[Panel]
@@ -86,11 +86,11 @@ class Plot:
 
     @property
     def rows(self) -> int:
-        """Of panels, where there is room for all columns: what the page keeps free until the plot is drawn."""
+        """Count the rows of panels if all columns have room: the page keeps that height until the plot is drawn."""
         return -(-max(len(view.panels) for view in self.views) // self.columns)
 
     def content(self) -> dict[str, Any]:
-        """What plots.js reads."""
+        """Return the content that plots.js reads."""
         with drawing():
             views = [
                 {

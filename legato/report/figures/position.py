@@ -190,6 +190,6 @@ def position_matrices(run: SavedRun) -> dict[str, np.ndarray]:
 
 
 def matrix_range(matrices: list[np.ndarray]) -> tuple[float, float]:
-    """Of the colour scale, without the most extreme cells, which would leave the rest one colour."""
+    """Choose the range of the colour scale, without the most extreme cells, which would leave the rest one colour."""
     low, high = np.nanquantile(np.concatenate([matrix.ravel() for matrix in matrices]), [0.01, 0.995])
     return min(0.0, round(float(low), 4)), round(float(high), 4)

@@ -1,4 +1,4 @@
-"""How every figure looks: one palette, one set of sizes, one way to tell arms apart without colour.
+"""The look of every figure: one palette, one set of sizes, one way to tell arms apart without colour.
 
 Colours are Okabe & Ito's colour-blind safe set in an order of falling contrast; line styles and markers differ as well,
 so that a figure reads in greyscale.

@@ -1,4 +1,4 @@
-"""Where the arms of a run lie between a cost and a gain, and which of them would stretch the view."""
+"""Arms of a run between a cost and a gain, and those that would stretch the view."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ class Scene:
     limits: tuple[tuple[float, float], tuple[float, float]]  # of x, of y
 
     def at_edge(self, name: str) -> tuple[float, float, str]:
-        """Where an arm outside meets the edge of the view, and the side it lies on: left, right, below or above."""
+        """Find the point at the edge of the view for an arm outside, and its side: left, right, below or above."""
         (x, y), (xs, ys) = self.outside[name], self.limits
         side = "right" if x > xs[1] else "left" if x < xs[0] else "above" if y > ys[1] else "below"
         return float(np.clip(x, *xs)), float(np.clip(y, *ys)), side

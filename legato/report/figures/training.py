@@ -1,4 +1,4 @@
-"""How the arms trained: what was logged over the tokens they read."""
+"""Training curves: logged values over the tokens that the arms read."""
 
 import altair as alt
 import numpy as np

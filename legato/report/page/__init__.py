@@ -1,11 +1,12 @@
 """The page: its templates, tables, and what it carries inside itself.
 
-embed.py          What a page carries inside itself, compressed: its data and the plotting library.
-latent_tables.py  What the page says of latents in cards and tables: redundant pairs with their contexts,
-                  clusters with their share.
+embed.py          Content of a page, compressed inside it: its data and the plotting library. It asks nothing of a
+                  network.
+latent_tables.py  Cards and tables of latents on the page: redundant pairs with their contexts, clusters with their
+                  share.
 plots.js          Draws the plots with Vega-Lite, each once it comes near the window.
-render.py         The frame of every page: colours that follow the light or dark scheme, figures, navigation,
-                  sortable tables.
-tables.py         The tables of a run's page: arms side by side with intervals, and the matched comparison with
-                  its targets.
+render.py         The frame of every page: colours that follow the light or dark scheme, figures, navigation, sortable
+                  tables.
+tables.py         The tables of a run's page: arms side by side with intervals, and the matched comparison with its
+                  targets.
 """

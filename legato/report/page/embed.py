@@ -1,4 +1,4 @@
-"""What a page carries inside itself, compressed: its data and the plotting library. It asks nothing of a network."""
+"""Content of a page, compressed inside it: its data and the plotting library. It asks nothing of a network."""
 
 import base64
 import gzip

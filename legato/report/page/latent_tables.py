@@ -1,4 +1,4 @@
-"""What the page says of latents in cards and tables: redundant pairs with their contexts, clusters with their share."""
+"""Cards and tables of latents on the page: redundant pairs with their contexts, clusters with their share."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -50,7 +50,7 @@ class PairClass:
 
 
 def redundancy_counts(run: SavedRun) -> PageTable | None:
-    """How many pairs of each class an arm has, and how much lies in redundant groups; None where none was measured."""
+    """Count an arm's pairs of each class, and the share in redundant groups; None where none was measured."""
     styles, rows = arm_styles(run.highlighted), []
     for arm in run.highlighted:
         section = arm.metrics.get("redundancy")
@@ -150,7 +150,7 @@ def _card_cells(entry: Mapping[str, Any]) -> list[Cell]:
 
 
 def stability(run: SavedRun) -> list[str]:
-    """How far to trust the clusters, a sentence each; they are the same for every arm."""
+    """Say how far to trust the clusters, a sentence each; they are the same for every arm."""
     for arm in run.highlighted:
         section = arm.metrics.get("specialisation")
         if section and section.get("note") is None and section.get("clusters"):

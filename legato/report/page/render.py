@@ -75,7 +75,7 @@ _PATHS = {
 
 
 def key_swatch(key: Key) -> Markup:
-    """What an entry of a legend shows."""
+    """Draw the sample of a legend's entry."""
     return swatch(key.style, key.parts, key.hollow)
 
 

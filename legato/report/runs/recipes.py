@@ -1,4 +1,4 @@
-"""What a comparison of runs shows in one row, line or mark: a recipe of a run with its seeds."""
+"""A recipe of a run with its seeds: one row, line or mark in a comparison of runs."""
 
 import math
 from collections.abc import Mapping

@@ -99,7 +99,7 @@ def by_group(matched: Mapping[str, Any]) -> Table:
 
 
 def targets(matched: Mapping[str, Any]) -> Table:
-    """Which of the targets each named method reaches."""
+    """Tabulate the targets that each named method reaches."""
     rows, headings = [], [""]
     for name, method in matched["methods"].items():
         if method["verdict"] is None or method["role"] != "named":
@@ -116,7 +116,7 @@ def _reached(row: Mapping[str, Any]) -> str:
 
 
 def legend(matched: Mapping[str, Any]) -> list[str]:
-    """What the columns mean, how each method was matched and what was not, a sentence each."""
+    """Explain the columns, the way each method was matched and the methods that were not, a sentence each."""
     ways: dict[tuple[str, str], list[str]] = {}
     for place, what in (("at_l0", "L0"), ("at_fvu", "FVU")):
         for name, method in matched["methods"].items():

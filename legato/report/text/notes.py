@@ -50,7 +50,7 @@ def notes(run: SavedRun) -> str:
 
 
 def warnings(run: SavedRun) -> list[str]:
-    """What a reader must know before believing any number: few tokens, silent or dense latents, poor fits."""
+    """Warn of what makes the numbers weak: few tokens, silent or dense latents, poor fits."""
     trained = [tokens for arm in run.trained if (tokens := arm.value("training.tokens")) is not None]
     judged = [tokens for arm in run.arms if (tokens := arm.value("core.tokens")) is not None]
     width = run.setting("training", "d_sae")
@@ -74,7 +74,7 @@ def warnings(run: SavedRun) -> list[str]:
 
 
 def scope(run: SavedRun) -> list[str]:
-    """What the comparison does not say, whatever its numbers."""
+    """Say what the comparison does not show, for any numbers."""
     found = compare(run)
     gains = [c for c in found if c.outcome == "higher"]
     known = [c for c in gains if c.mechanism is not None]
@@ -94,7 +94,7 @@ def scope(run: SavedRun) -> list[str]:
 
 
 def ablation_in_words(run: SavedRun) -> list[str]:
-    """What the window x coefficient ablation says, a sentence each; empty where there is none."""
+    """Put the window x coefficient ablation in words, a sentence each; empty where there is none."""
     members = [(value, arm) for arm in run.arms if arm.in_grid and (value := arm.value(KAPPA_EXCESS)) is not None]
     if not members or run.baseline is None:
         return []
@@ -121,7 +121,7 @@ def ablation_in_words(run: SavedRun) -> list[str]:
 
 
 def described(run: SavedRun) -> list[str]:
-    """What was run, a sentence each, as far as the saved configuration tells."""
+    """Describe the run, a sentence each, as far as the saved configuration tells."""
     return paragraphs(
         "described",
         saved=bool(run.config),

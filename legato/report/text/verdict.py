@@ -116,7 +116,7 @@ def _compare(arms: Sequence[Arm], base: Sequence[Arm]) -> Comparison:
 
 
 def made_by_itself(arms: Sequence[Arm], base: Sequence[Arm]) -> tuple[float | None, str]:
-    """Which share of a gain in kappa excess remains on activations in shuffled order, and that in words.
+    """Compute the share of a gain in kappa excess that remains on activations in shuffled order, and say it in words.
 
     The share is None where it was not measured, and where there is no gain that it could be a share of.
     """
@@ -142,7 +142,7 @@ def _collapse(arm: Arm, base: Arm) -> dict[str, float]:
 
 
 def _near(pair: tuple[float | None, float | None], or_below: bool = False) -> bool:
-    """Whether a cost counts as the baseline's; or_below: less of it is no cost either."""
+    """Tell if a cost counts as the baseline's; or_below: a lower one counts too."""
     ours, theirs = pair
     if ours is None or not theirs:
         return False

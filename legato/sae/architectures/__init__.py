@@ -1,7 +1,8 @@
-"""What turns pre-activations into codes: one class per architecture, in a file of its own.
+"""Architectures turn pre-activations into codes: one class each, in a file of its own.
 
 autograd.py         The forward pass of an architecture that has only a dense form.
-base.py             What every architecture is, and the register of them.
+base.py             The base of every architecture: one class for its training, its dense and sparse codes, and its
+                    part of a file.
 batchtopk.py        BatchTopK: one budget for all tokens of a batch.
 forward.py          One forward pass of an SAE in training, and the way back.
 gated.py            Gated: one path decides whether a latent is active, another how much.
@@ -9,8 +10,7 @@ hysteresis.py       Hysteresis: a Schmitt trigger along the sequence.
 hysteresis_topk.py  Hysteresis inside each token's own budget.
 jumprelu.py         JumpReLU: a learned threshold per latent.
 persistent.py       Persistent: every latent leaks its past into its present.
-preactivations.py   What an architecture chooses from: the encoder's dense output, and exact values where they are
-                    asked for.
+preactivations.py   Pre-activations: the encoder's dense output, and exact values where they are asked for.
 relu.py             ReLU with an L1 penalty.
 topk.py             TopK: a budget for each token.
 window_topk.py      The budget is spent on stretches: a latent is chosen for a whole window of tokens.

@@ -1,4 +1,4 @@
-"""What every architecture is: one class for its training, its dense and sparse codes, and what a file holds of it.
+"""The base of every architecture: one class for its training, its dense and sparse codes, and its part of a file.
 
 Shape legend: B rows, L positions, N flat tokens, D width, F latents, P active pairs by token; [..., L, F] any batch.
 """
@@ -46,7 +46,7 @@ _ARCHITECTURES: dict[str, type["Architecture"]] = {}
 
 
 def architectures() -> dict[str, type["Architecture"]]:
-    """Those that a saved SAE can be of, by their name in cfg.json."""
+    """Return the architectures of saved SAEs, by their name in cfg.json."""
     return {name: cls for name, cls in sorted(_ARCHITECTURES.items()) if cls.is_saved}
 
 
@@ -64,7 +64,7 @@ def architecture_named(name: str) -> type["Architecture"]:
 
 
 class Architecture(ABC):
-    """Which latents of a token are active and what their codes are, in training and afterwards.
+    """A rule for the active latents of a token and their codes, in training and afterwards.
 
     A subclass is a frozen dataclass. Its fields are the settings of training (with a default where a saved SAE does not
     know them), the `numbers` that are saved, and the tensors of `per_latent` (`tensor()`). A subclass with a
@@ -133,7 +133,7 @@ class Architecture(ABC):
         return {}
 
     def inference(self, calibration: Sequence[Preactivations]) -> "Architecture":
-        """What training ends in, on the normalised activations that it was trained on (see `scaled`).
+        """Return the architecture after training, for the normalised activations of training (see `scaled`).
 
         By default itself with what it has learned, where `own_parameters` are those of `per_latent`; override where
         something is still to be settled. calibration: pre-activations of the finished weights on a few batches.
@@ -148,7 +148,7 @@ class Architecture(ABC):
         return b_enc / scale - shift_F, self._with(lengths)
 
     def stateless(self, pre_NF: Tensor, count: int) -> "Architecture":
-        """Of one with state: an architecture without it that has about `count` active pairs on these tokens. By default
+        """Return an architecture without state that has about `count` active pairs on these tokens. By default
         jumprelu, with one factor on all its thresholds. Raises LegatoError."""
         threshold = self.tensors().get("threshold")
         if threshold is None or not bool((threshold > 0).all()):

@@ -70,7 +70,7 @@ class Gated(Architecture):
         return Gated(b_gate=own["b_gate_F"], r_mag=own["r_mag_F"])
 
     def activate(self, pre: Tensor, mask: Tensor | None = None, doc: Tensor | None = None) -> Tensor:
-        """Of <x, W_enc> + b_gate: the gate's own codes, which its reconstruction in training is made of."""
+        """Compute the gate's own codes from <x, W_enc> + b_gate; its reconstruction in training is made of them."""
         return pre.relu()
 
     def encode(self, product: Tensor, b_enc: Tensor, mask: Tensor | None = None, doc: Tensor | None = None) -> Tensor:

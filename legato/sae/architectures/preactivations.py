@@ -1,4 +1,4 @@
-"""What an architecture chooses from: the encoder's dense output, and exact values where they are asked for.
+"""Pre-activations: the encoder's dense output, and exact values where they are asked for.
 
 The dense matmul's output (possibly bfloat16) only finds candidates; their values are recomputed in the weights' own
 precision, and the choice is made on those.

@@ -1,19 +1,17 @@
 """Saved SAEs of other tools and of Legato, read and written.
 
-detect.py               Which format a saved SAE is in, told by what lies at the path, reading it, and writing
-                        it in another.
-dictionary_learning.py  Runs of dictionary_learning 0.1: `trainer_<i>/{config.json, ae.pt,
-                        checkpoints/ae_<step>.pt}`, plain state dicts.
+detect.py               Find the format of a saved SAE by its content, and read it.
+dictionary_learning.py  Runs of dictionary_learning 0.1: `trainer_<i>/{config.json, ae.pt, checkpoints/ae_<step>.pt}`,
+                        plain state dicts.
 gemma_scope.py          Gemma Scope's `params.npz`: JumpReLU SAEs that encode the activation without subtracting
                         b_dec.
-hook_names.py           Where other tools say that an SAE reads, as Legato's layer and site.
+hook_names.py           Hook names of other tools as Legato's layer and site.
 hub_download.py         The files of one SAE in a hub repository, brought into the hub client's cache.
-saelens.py              SAELens folders: `cfg.json` + `sae_weights.safetensors`, as SAELens 6.54 saves and opens
-                        them.
-saelens_training.py     What a SAELens training save has beyond an inference save: a threshold to come, and a
-                        normaliser not yet folded.
-safetensors_file.py     One safetensors file: an SAE's tensors by SAELens' names, what it is beside them as JSON
-                        in the file's header.
+saelens.py              SAELens folders: `cfg.json` + `sae_weights.safetensors`, as SAELens 6.54 saves and opens them.
+saelens_training.py     SAELens training saves: they have a threshold still to come, and a normaliser that is not
+                        folded in yet.
+safetensors_file.py     One safetensors file: an SAE's tensors by SAELens' names, what it is beside them as JSON in
+                        the file's header.
 sparsify.py             sparsify folders: `<run>/<hookpoint>/{cfg.json, sae.safetensors}`, the run's config.json
                         beside the hookpoints.
 weights.py              An SAE as a file holds it, whatever the format, and what every format is checked for.

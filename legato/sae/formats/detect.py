@@ -1,4 +1,4 @@
-"""Which format a saved SAE is in, told by what lies at the path, reading it, and writing it in another.
+"""Find the format of a saved SAE by its content, and read it.
 
 SAELens folders (Legato's own are such), dictionary_learning and temporal-saes runs, sparsify folders, Gemma Scope's
 params.npz, and single safetensors files of Legato. Each format has a module of its own beside this one.

@@ -1,4 +1,4 @@
-"""Where other tools say that an SAE reads, as Legato's layer and site."""
+"""Hook names of other tools as Legato's layer and site."""
 
 import re
 

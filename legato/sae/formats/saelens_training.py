@@ -1,4 +1,4 @@
-"""What a SAELens training save has beyond an inference save: a threshold to come, and a normaliser not yet folded.
+"""SAELens training saves: they have a threshold still to come, and a normaliser that is not folded in yet.
 
 Read off SAELens 6.54: `TrainingSAE.save_model`, `save_inference_model`, `training/activation_scaler.py`.
 
@@ -39,7 +39,7 @@ def with_threshold(weights: dict[str, Tensor], *, what: str) -> dict[str, Tensor
 
 @dataclass(frozen=True)
 class TrainingNormaliser:
-    """What training does to activations: z = (scale * x - mean_D) @ matrix_DD, undone on the reconstruction."""
+    """Normaliser of training: z = (scale * x - mean_D) @ matrix_DD, undone on the reconstruction."""
 
     scale: float = 1.0
     mean_D: Tensor | None = None

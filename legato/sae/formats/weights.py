@@ -55,7 +55,7 @@ def checked_details(details: Mapping[str, Any], *, what: str) -> dict[str, Any]:
 
 
 def known(**details: Any) -> dict[str, Any]:
-    """Those that are not None."""
+    """Keep the entries that are not None."""
     return {name: value for name, value in details.items() if value is not None}
 
 

@@ -220,7 +220,7 @@ def _adam(w_FD, m_FD, v_FD, g_FD, clip, lr, beta1, beta2, eps, correct1, correct
 def decode(
     pairs: Pairs, groups: Groups, W_dec_FD: Array, b_dec_D: Array, x_ND: Array, valid_N: Array
 ) -> tuple[Array, Array]:
-    """What pulls on the codes, and the squared error of every nested reconstruction, zero on invalid tokens.
+    """Compute the pull on the codes, and the squared error of every nested reconstruction, zero on invalid tokens.
 
     Reconstruction g uses the latents below ends_G[g]. squared_GN: its ||xhat - x||^2. pull_GND: the sum of
     weights_G * (xhat - x) over the reconstructions that a latent of group g is part of; with one group (weight 1) the

@@ -27,7 +27,7 @@ class Carried(NamedTuple):
     linked_H: Array
 
     def pairs(self, N: int) -> Pairs:
-        """The same codes in token order."""
+        """Return the codes in token order."""
         return by_token(self.token_H, self.latent_H, self.value_H, N)
 
 

@@ -39,7 +39,7 @@ class Groups(NamedTuple):
 
 
 class PairsByLatent(NamedTuple):
-    """The same pairs sorted by latent, tokens ascending: pair q of latent f lies in ptr_F[f]:ptr_F[f+1].
+    """Pairs sorted by latent, tokens ascending: pair q of latent f lies in ptr_F[f]:ptr_F[f+1].
 
     source_Q maps back: value_Q[q] == value_P[source_Q[q]].
     """

@@ -7,8 +7,8 @@ by trading encoder scale for decoder scale. Each term looks at the leading `slow
 lags never leave a run (`Segments`). Every module here is imported, so that a term is known by its name once its file
 lies here.
 
-    base.py                What every temporal term is, the register of them, and the parts they share.
-    collapse.py            Whether a temporal term improves its latents or only switches them off.
+    base.py                The base of every temporal term, the register of them, and the parts they share.
+    collapse.py            Checks that a temporal term improves its latents and does not only switch them off.
     contrastive.py         The contrastive term as the paper states it.
     fused_lasso.py         Fused lasso: the total variation of a latent's codes along the sequence.
     info_nce.py            InfoNCE between matched tokens, dense and from the active pairs alone.

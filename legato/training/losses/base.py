@@ -1,4 +1,4 @@
-"""What every temporal term is, the register of them, and the parts they share.
+"""The base of every temporal term, the register of them, and the parts they share.
 
 Shape legend: B rows, L positions, F latents, Q active pairs sorted by latent.
 """

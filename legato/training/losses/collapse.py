@@ -1,4 +1,4 @@
-"""Whether a temporal term improves its latents or only switches them off.
+"""Checks that a temporal term improves its latents and does not only switch them off.
 
 Shape legend: F latents, Q active pairs sorted by latent.
 """
@@ -38,7 +38,7 @@ def group_diagnostics(order: PairsByLatent, n_valid: int, slow_fraction: float, 
 
 
 def collapse(start: Mapping[str, float], now: Mapping[str, float]) -> str | None:
-    """What has collapsed between two `group_diagnostics` of a run, in one line, or None.
+    """Say in one line what has collapsed between two `group_diagnostics` of a run, or None.
 
     The rule: the group's L0 below 20 % of its start, its share of the mass halved, or more than half of it dead.
     """
