@@ -79,10 +79,10 @@ def kinds_of_latents(run: SavedRun) -> Plot:
         bars = base.mark_bar(stroke=SURFACE, strokeWidth=1).encode(
             x=x, x2="end:Q", color=alt.Color("kind:N", scale=colours, legend=None), tooltip=tooltip
         )
-        halo = base.mark_text(fontSize=10, stroke=SURFACE, strokeWidth=4, color=SURFACE, style="label")
-        ink = base.mark_text(fontSize=10, color=INK, style="label")
-        label = {"x": "middle:Q", "text": "text:N"}
-        panels.append(Panel(alt.layer(bars, halo.encode(**label), ink.encode(**label)), title))
+        told = base.transform_filter("datum.text != ''").encode(x="middle:Q")
+        plate = told.mark_point(shape="M-1.3,-.6h2.6v1.2h-2.6z", size=420, filled=True, color=SURFACE, style="label")
+        ink = told.mark_text(fontSize=10, color=INK, style="label").encode(text="text:N")
+        panels.append(Panel(alt.layer(bars, plate, ink), title))
     keys = [Key(kind, ArmStyle(kind_style(kind).colour, (), "square"), ("marker",)) for kind in kinds]
     return Plot([View("", panels)], height=34 * len(sections) + 10, beside=172, keys=keys)
 
