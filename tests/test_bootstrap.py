@@ -8,7 +8,7 @@ from legato.evaluation.consistency.bootstrap import _weighted_means, bootstrap_d
 from legato.evaluation.consistency.groups import add_intervals, dictionary_parts
 from legato.evaluation.consistency.persistence import consistency_metrics
 from legato.evaluation.sums.accumulators import CodeSums
-from legato.evaluation.sums.code_buffer import CodeBuffer
+from legato.evaluation.sums.code_buffer import CodeBuffer, CodedBatch
 from legato.evaluation.sums.lag_pairs import LagPairs, pairs_by_latent
 from legato.sae.codes import SparseCodes
 
@@ -23,7 +23,7 @@ def rows_of_one_document(B=12, L=9, F=5, seed=0):
 
 def keep(codes_BLF, mask_BL, doc_BL):
     kept = CodeBuffer(max_rows=10_000)
-    kept.add(SparseCodes.from_dense(codes_BLF), mask_BL, doc_BL)
+    kept.add(CodedBatch(SparseCodes.from_dense(codes_BLF), mask_BL, doc_BL, torch.zeros_like(doc_BL)))
     return kept
 
 

@@ -9,7 +9,7 @@ import torch
 from legato import metrics
 from legato.evaluation.position.attachment import position_matrix, position_metrics
 from legato.evaluation.sums.accumulators import CodeSums
-from legato.evaluation.sums.code_buffer import CodeBuffer
+from legato.evaluation.sums.code_buffer import CodeBuffer, CodedBatch
 from legato.evaluation.sums.lag_pairs import LagPairs, pairs_by_latent
 from legato.sae.codes import SparseCodes
 
@@ -135,7 +135,8 @@ def test_kept_codes_are_the_first_rows_across_batches():
     doc_BL = torch.arange(10)[:, None].expand(10, 5)
     kept = CodeBuffer(max_rows=7)
     for rows in (slice(0, 4), slice(4, 8), slice(8, 10)):
-        kept.add(SparseCodes.from_dense(codes_BLF[rows]), mask_BL[rows], doc_BL[rows])
+        codes = SparseCodes.from_dense(codes_BLF[rows])
+        kept.add(CodedBatch(codes, mask_BL[rows], doc_BL[rows], doc_BL[rows]))
     layout = kept.layout()
     assert layout.shape == (7, 5)
     expected = metrics.position_matrix(codes_BLF[:7], mask_BL[:7], doc_BL[:7]).numpy()

@@ -7,8 +7,8 @@ import torch
 
 from legato.common.errors import LegatoError, UsageError
 from legato.data.activations import ActivationBatch
+from legato.evaluation.redundancy import pairs
 from legato.evaluation.redundancy.classes import Limits, adjusted, lagged_pairs, similar_pairs
-from legato.evaluation.redundancy.pairs import redundancy
 from legato.evaluation.redundancy.sums import (
     Candidates,
     CandidateSums,
@@ -20,7 +20,7 @@ from legato.evaluation.redundancy.sums import (
     split_z,
 )
 from legato.evaluation.redundancy.table import write_redundancy
-from legato.evaluation.sums.code_buffer import CodedBatch, coded
+from legato.evaluation.sums.code_buffer import CodeBuffer, CodedBatch, coded
 from legato.evaluation.sums.lag_pairs import LagPairs, pairs_by_latent
 from legato.report.text.latents import redundancy_lines
 from legato.sae.codes import SparseCodes
@@ -33,6 +33,10 @@ def batch_of(codes_BLF, mask_BL=None, doc_BL=None):
     mask_BL = torch.ones(B, L, dtype=torch.bool) if mask_BL is None else mask_BL
     doc_BL = torch.arange(B)[:, None].expand(B, L) if doc_BL is None else doc_BL
     return CodedBatch(SparseCodes.from_dense(codes_BLF), mask_BL, doc_BL, torch.arange(B * L).view(B, L))
+
+
+def redundancy(batches, W_dec, rows=10_000, **options):
+    return pairs.redundancy(CodeBuffer.of(batches, rows), W_dec, **options)
 
 
 def ordered(codes_BLF, mask_BL=None, doc_BL=None, window=2):
@@ -322,7 +326,7 @@ def test_batches_make_no_difference_and_rows_beyond_the_limit_are_not_read():
         while True:
             yield batch_of(codes_BLF)
 
-    short = redundancy(endless(), W_dec, limits=Limits(window=4, cosine=0.5, rows=90))
+    short = redundancy(endless(), W_dec, rows=90, limits=Limits(window=4, cosine=0.5))
     assert short.metrics["tokens"] == 90 * 16
 
 

@@ -8,23 +8,22 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, tiny_network, tiny_tokenizer
 
-from legato.common.errors import LegatoError
 from legato.data.activations import ActivationBatch
 from legato.data.language_model import LanguageModel
 from legato.evaluation.latents.examples import (
     WINDOW,
-    ExampleRecorder,
     OtherSAE,
     ShownText,
     choose_passages,
     histograms,
     quantised,
+    shown,
     write_strips,
     write_text,
 )
 from legato.evaluation.latents.logits import top_and_bottom_logits
 from legato.evaluation.latents.neighbours import coactivation, nearest_directions
-from legato.evaluation.sums.code_buffer import CodedBatch
+from legato.evaluation.sums.code_buffer import CodeBuffer, CodedBatch
 from legato.experiment.arms import Arm
 from legato.experiment.evaluate import _partners
 from legato.sae.codes import SparseCodes
@@ -137,7 +136,7 @@ def test_promoted_tokens_are_those_of_final_norm_and_unembedding(architecture: s
     assert found.bottom == [[f"w{i + 3}" for i in row] for row in logits.topk(3, largest=False).indices.tolist()]
 
 
-def test_codes_pass_through_unchanged_and_are_kept_up_to_the_limit() -> None:
+def test_codes_are_shown_up_to_the_limit() -> None:
     codes = SparseCodes(torch.tensor([1, 5, 9]), torch.tensor([0, 1, 0]), torch.tensor([1.0, 2.0, 3.0]), (3, 4, 2))
     mask = torch.ones(3, 4, dtype=torch.bool)
     mask[0, 1] = False
@@ -145,14 +144,10 @@ def test_codes_pass_through_unchanged_and_are_kept_up_to_the_limit() -> None:
         torch.zeros(3, 4, 1), mask, torch.zeros(3, 4, dtype=torch.int32), torch.arange(12).view(3, 4)
     )
     coded = CodedBatch(codes, batch.mask_BL, batch.doc_BL, batch.tokens_BL)
-    passages = ExampleRecorder(max_tokens=8)
-    assert list(passages.listen([coded, coded])) == [coded, coded]
-    text, order = passages.gathered()
+    text, order = shown(CodeBuffer.of([coded, coded], 6), max_tokens=8)
     assert text.tokens_BL.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert not text.valid_BL[0, 1]
     assert (order.ptr_F.tolist(), order.token_Q.tolist()) == ([0, 0, 1], [5])  # position 1 does not count
-    with pytest.raises(LegatoError, match="no codes have passed"):
-        ExampleRecorder().gathered()
 
 
 def test_the_table_reads_back_with_empty_rows_for_dead_latents(tmp_path: Path) -> None:

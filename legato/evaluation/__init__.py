@@ -2,7 +2,7 @@
 
 controls.py      Controls: trained SAEs whose codes are changed afterwards, without training.
 evaluate.py      Judge every SAE of a bank in one pass over held-out activations.
-metrics.py       Each metric as a pure function on dense codes, by the same code that judges SAEs in `legato.evaluate`.
+metrics.py       Metrics as pure functions on dense codes, by the same code that judges SAEs in `legato.evaluate`.
 sae_sums.py      All sums about one SAE, and the adding of a batch to them.
 consistency/     Section `consistency`: how long latents stay on, with intervals.
 core/            Section `core`: reconstruction, sparsity, and the loss of the language model.

@@ -7,9 +7,9 @@ Shape legend: B rows, L positions, D width, F latents.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +23,8 @@ from legato.sae.codes import SparseCodes
 from legato.sae.protocol import EvaluableSAE
 from legato.sae.segments import Segments
 
-
-class Smoother(Protocol):
-    def __call__(self, codes_LF: Tensor, runs: Sequence[slice]) -> Tensor:
-        """Smooth the codes of one row inside each of its runs (consecutive valid tokens of one document)."""
-        ...
+# (codes_LF of one row, its runs of consecutive valid tokens of one document) -> codes_LF smoothed inside each run
+Smoother = Callable[[Tensor, Sequence[slice]], Tensor]
 
 
 @dataclass(frozen=True)

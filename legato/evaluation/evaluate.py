@@ -35,7 +35,7 @@ from legato.evaluation.latents.table import code_features
 from legato.evaluation.position.attachment import position_matrix, position_metrics, position_profile
 from legato.evaluation.sae_sums import Decoded, Encoded, EvalBatch, SAESums, spliced
 from legato.evaluation.sums.accumulators import PairCounts, PairSums, Summed
-from legato.evaluation.sums.code_buffer import CodeBuffer
+from legato.evaluation.sums.code_buffer import CodeBuffer, CodedBatch
 from legato.evaluation.sums.lag_pairs import DEFAULT_LAGS, check_lags
 from legato.sae.protocol import EvaluableSAE
 
@@ -87,10 +87,8 @@ def evaluate(
     ...     decode_sparse = staticmethod(lambda codes: codes.dense() / 2)
     >>> acts, zero = torch.tensor([[[2.0, 0], [1, 0], [0, 3], [0, 1]]]), torch.zeros(1, 4, dtype=torch.int64)
     >>> found = evaluate(Halving(), [ActivationBatch(acts, mask_BL=zero == 0, doc_BL=zero, tokens_BL=zero)], lags=(1,))
-    >>> found["core"]["l0"], round(found["core"]["fvu"], 4), found["consistency"]["jaccard"]
-    (1.0, 0.4286, 0.5)
-
-    FVU is (15 / 4) / (15 - 25 / 4); adjacent tokens share 1 + 0 + 1 of 1 + 2 + 1 latents.
+    >>> found["core"]["l0"], round(found["core"]["fvu"], 4)  # FVU is (15 / 4) / (15 - 25 / 4)
+    (1.0, 0.4286)
     """
     bank = dict(sae) if isinstance(sae, Mapping) else {_SINGLE: sae}
     if not bank:
@@ -137,12 +135,12 @@ def _add(
     failures: dict[str, str] | None,
 ) -> dict[str, Decoded]:
     """Add a batch to the sums of every SAE; return the reconstructions."""
-    decoded = {}
+    decoded, raw = {}, batch.raw
     for name in list(judges):
         with _failing(name, judges, failures):
             decoded[name] = Decoded.of(bank[name], encoded[name].get())
             judges[name].add(batch, decoded[name])
-            kept[name].add(decoded[name].codes, batch.raw.mask_BL, batch.raw.doc_BL)
+            kept[name].add(CodedBatch(decoded[name].codes, raw.mask_BL, raw.doc_BL, raw.tokens_BL))
     return decoded
 
 

@@ -18,13 +18,14 @@ from legato.data.language_model import LanguageModel
 from legato.data.tokens import TokenSet
 from legato.evaluation.controls import Control, post_hoc_control
 from legato.evaluation.evaluate import evaluate
-from legato.evaluation.latents.examples import ExampleRecorder, OtherSAE, write_strips, write_text
+from legato.evaluation.latents.examples import shown, write_strips, write_text
 from legato.evaluation.latents.logits import top_and_bottom_logits
+from legato.evaluation.latents.neighbours import OtherSAE
 from legato.evaluation.latents.table import write_features
 from legato.evaluation.position.shift_test import SHIFTS, offset_test
 from legato.evaluation.redundancy.pairs import redundancy
 from legato.evaluation.redundancy.table import write_redundancy
-from legato.evaluation.sums.code_buffer import coded
+from legato.evaluation.sums.code_buffer import CodeBuffer, coded
 from legato.experiment.arms import Arm, seeded
 from legato.experiment.checkpoint import Checkpoint
 from legato.experiment.config import EvaluationConfig, ExperimentConfig
@@ -38,6 +39,7 @@ T = TypeVar("T")
 CALIBRATION_BATCHES = 8
 BOOTSTRAP_REPLICATES = 200
 CONTROL_ROWS = 32
+REDUNDANCY_ROWS = 1024
 OFFSET_ROWS = 16
 VOCABULARY_ROWS = 16_384  # contexts of the training text whose tokens can be promoted ones
 CONTROL_KEYS = ("kappa1", "kappa1_excess_within", "ac1", "ac1_excess_within")
@@ -232,11 +234,11 @@ def _redundancy(
     run: RunDir,
 ) -> dict[str, Any]:
     """Return the section of metrics.json; write its tables, and the passages from the same codes."""
-    passages = ExampleRecorder()
-    codes = passages.listen(coded(sae, activations.held_out.batches(CONTROL_ROWS, seed=None)))
-    redundant = redundancy(codes, sae.W_dec, decode=partial(_token_strings, model))
+    codes = coded(sae, activations.held_out.batches(CONTROL_ROWS, seed=None))
+    kept = CodeBuffer.of(codes, REDUNDANCY_ROWS)
+    redundant = redundancy(kept, sae.W_dec, decode=partial(_token_strings, model))
     write_redundancy(run.redundancy, name, redundant)
-    _save_passages(name, passages, sae.W_dec, partners, vocabulary_V, model, run)
+    _save_passages(name, kept, sae.W_dec, partners, vocabulary_V, model, run)
     return redundant.metrics
 
 
@@ -252,7 +254,7 @@ def _partners(arm: Arm, arms: Iterable[Arm]) -> list[str]:
 
 def _save_passages(
     name: str,
-    passages: ExampleRecorder,
+    kept: CodeBuffer,
     W_dec: Tensor,
     others: Mapping[str, OtherSAE],
     vocabulary_V: Tensor,
@@ -261,7 +263,7 @@ def _save_passages(
 ) -> None:
     """Write the files of an arm for the report's feature browser."""
     decode = partial(_token_strings, model)
-    text, order = passages.gathered()
+    text, order = shown(kept)
     if distributed.is_rank0() and not run.shown_text.is_file():
         write_text(run.shown_text, text, decode)
     logits = top_and_bottom_logits(model, W_dec, vocabulary_V, decode)

@@ -20,28 +20,15 @@ from legato.common.errors import LegatoError
 from legato.common.files import write_atomically
 from legato.evaluation.core.saebench import ROWS_PER_BATCH, UNDEFINED
 
-_METRICS = {
-    "model_behavior_preservation": ("kl_div_score", "kl_div_with_ablation", "kl_div_with_sae"),
-    "model_performance_preservation": (
-        "ce_loss_score",
-        "ce_loss_with_ablation",
-        "ce_loss_with_sae",
-        "ce_loss_without_sae",
-    ),
-    "reconstruction_quality": ("explained_variance", "explained_variance_legacy", "mse", "cossim"),
-    "shrinkage": ("l2_norm_in", "l2_norm_out", "l2_ratio", "relative_reconstruction_bias"),
-    "sparsity": ("l0", "l1"),
-    "token_stats": ("total_tokens_eval_reconstruction", "total_tokens_eval_sparsity_variance"),
-    "misc_metrics": (
-        "freq_over_1_percent",
-        "freq_over_10_percent",
-        "normalized_freq_over_1_percent",
-        "normalized_freq_over_10_percent",
-        "average_max_encoder_cosine_sim",
-        "average_max_decoder_cosine_sim",
-        "frac_alive",
-    ),
-}
+_CATEGORIES = (
+    "model_behavior_preservation",
+    "model_performance_preservation",
+    "reconstruction_quality",
+    "shrinkage",
+    "sparsity",
+    "token_stats",
+    "misc_metrics",
+)
 _FEATURE_COLUMNS = (
     "feature_density",
     "consistent_activation_heuristic",
@@ -56,6 +43,36 @@ _DECIMALS = 10
 
 def core_file_name(release: str, arm: str) -> str:
     return f"{release}_{arm}_eval_results.json".replace("/", "_")
+
+
+def core_config(
+    model_name: str,
+    llm_dtype: str,
+    dataset: str,
+    context_size: int,
+    *,
+    reconstruction_batches: int,
+    sparsity_batches: int,
+) -> dict[str, Any]:
+    """Build the options of sae-bench's CoreEvalConfig, in its order: all of core's numbers."""
+    return {
+        "model_name": model_name,
+        "llm_dtype": llm_dtype,
+        "batch_size_prompts": ROWS_PER_BATCH,
+        "n_eval_reconstruction_batches": reconstruction_batches,
+        "n_eval_sparsity_variance_batches": sparsity_batches,
+        "dataset": dataset,
+        "context_size": context_size,
+        "compute_kl": True,
+        "compute_ce_loss": True,
+        "compute_l2_norms": True,
+        "compute_sparsity_metrics": True,
+        "compute_variance_metrics": True,
+        "compute_featurewise_density_statistics": True,
+        "compute_featurewise_weight_based_metrics": True,
+        "exclude_special_tokens_from_reconstruction": True,
+        "verbose": False,
+    }
 
 
 def write_core_file(
@@ -78,36 +95,20 @@ def write_core_file(
     if "saebench" not in result["core"]:
         raise LegatoError("a SAEBench file needs the language model's loss: evaluate with the language model")
     measured = result["core"]["saebench"]
-    batch_tokens = context_size * ROWS_PER_BATCH
+    stats, batch_tokens = measured["token_stats"], context_size * ROWS_PER_BATCH
     content = {
         "eval_type_id": "core",
-        "eval_config": {
-            "model_name": model_name,
-            "llm_dtype": llm_dtype,
-            "batch_size_prompts": ROWS_PER_BATCH,
-            "n_eval_reconstruction_batches": math.ceil(
-                measured["token_stats"]["total_tokens_eval_reconstruction"] / batch_tokens
-            ),
-            "n_eval_sparsity_variance_batches": math.ceil(
-                measured["token_stats"]["total_tokens_eval_sparsity_variance"] / batch_tokens
-            ),
-            "dataset": dataset,
-            "context_size": context_size,
-            "compute_kl": True,
-            "compute_ce_loss": True,
-            "compute_l2_norms": True,
-            "compute_sparsity_metrics": True,
-            "compute_variance_metrics": True,
-            "compute_featurewise_density_statistics": True,
-            "compute_featurewise_weight_based_metrics": True,
-            "exclude_special_tokens_from_reconstruction": True,
-            "verbose": False,
-        },
+        "eval_config": core_config(
+            model_name,
+            llm_dtype,
+            dataset,
+            context_size,
+            reconstruction_batches=math.ceil(stats["total_tokens_eval_reconstruction"] / batch_tokens),
+            sparsity_batches=math.ceil(stats["total_tokens_eval_sparsity_variance"] / batch_tokens),
+        ),
         "eval_id": str(uuid.uuid4()),
         "datetime_epoch_millis": int(time.time() * 1000),
-        "eval_result_metrics": {
-            category: {name: measured[category][name] for name in names} for category, names in _METRICS.items()
-        },
+        "eval_result_metrics": {category: measured[category] for category in _CATEGORIES},
         "eval_result_details": _details(result["features"]),
         "sae_bench_commit_hash": f"legato {_legato_version()}",
         "sae_lens_id": arm,

@@ -9,7 +9,6 @@ Shape legend: B rows, L positions, D width, F latents.
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,10 +18,9 @@ from torch import Tensor, nn
 from legato.common.errors import UsageError
 from legato.data.language_model import LanguageModel
 from legato.data.tokens import TokenSet
-from legato.interop.saebench_file import core_file_name
+from legato.evaluation.core.saebench import ROWS_PER_BATCH
+from legato.interop.saebench_file import core_config, core_file_name
 from legato.sae.autoencoder import SparseAutoencoder
-
-BATCH_ROWS = 16  # sae-bench's default, which several of its numbers depend on
 
 
 class LegatoSAE(BaseSAE):
@@ -103,10 +101,10 @@ def run_core(
     from sae_lens.load_model import HookedProxyLM
     from sae_lens.training.activations_store import ActivationsStore
 
-    n_batches = len(tokens) // BATCH_ROWS
+    n_batches = len(tokens) // ROWS_PER_BATCH
     if n_batches == 0:
         raise UsageError(
-            f"{dataset} gives {len(tokens)} contexts, sae-bench counts in batches of {BATCH_ROWS}: add text"
+            f"{dataset} gives {len(tokens)} contexts, sae-bench counts in batches of {ROWS_PER_BATCH}: add text"
         )
     hook_name, dtype = model.module_path(layer, site), str(model.dtype).removeprefix("torch.")
     special = {model.tokenizer.pad_token_id, model.tokenizer.eos_token_id, model.tokenizer.bos_token_id} - {None}
@@ -116,7 +114,7 @@ def run_core(
     hooked = HookedProxyLM(model.model, model.tokenizer, hook_names=[hook_name])
     store = ActivationsStore(
         model=hooked,
-        dataset=Dataset.from_dict({"tokens": tokens.tokens_BL[: n_batches * BATCH_ROWS].numpy()}),
+        dataset=Dataset.from_dict({"tokens": tokens.tokens_BL[: n_batches * ROWS_PER_BATCH].numpy()}),
         streaming=False,
         hook_name=hook_name,
         hook_head_index=None,
@@ -124,14 +122,23 @@ def run_core(
         d_in=sae.d_in,
         n_batches_in_buffer=1,
         total_training_tokens=len(tokens),
-        store_batch_size_prompts=BATCH_ROWS,
+        store_batch_size_prompts=ROWS_PER_BATCH,
         train_batch_size_tokens=4096,
         prepend_bos=False,
         normalize_activations="none",
         device=torch.device("cpu"),
         dtype=dtype,
     )
-    config = _core_config(core, model.name, dtype, n_batches, dataset, tokens.context_length)
+    config = core.CoreEvalConfig(
+        **core_config(
+            model.name,
+            dtype,
+            dataset,
+            tokens.context_length,
+            reconstruction_batches=n_batches,
+            sparsity_batches=n_batches,
+        )
+    )
     metrics, features = core.run_evals(wrapped, store, hooked, config, ignore_tokens=special)
     metrics["misc_metrics"] = core.calculate_misc_metrics(features)
     result = {
@@ -152,24 +159,3 @@ def run_core(
         wrapped,
     )
     return path
-
-
-def _core_config(core: ModuleType, model_name: str, dtype: str, n_batches: int, dataset: str, context_size: int) -> Any:
-    """Ask for all of core's numbers, on as many batches of each kind."""
-    return core.CoreEvalConfig(
-        model_name=model_name,
-        llm_dtype=dtype,
-        batch_size_prompts=BATCH_ROWS,
-        n_eval_reconstruction_batches=n_batches,
-        n_eval_sparsity_variance_batches=n_batches,
-        dataset=dataset,
-        context_size=context_size,
-        compute_kl=True,
-        compute_ce_loss=True,
-        compute_l2_norms=True,
-        compute_sparsity_metrics=True,
-        compute_variance_metrics=True,
-        compute_featurewise_density_statistics=True,
-        compute_featurewise_weight_based_metrics=True,
-        exclude_special_tokens_from_reconstruction=True,
-    )

@@ -1,14 +1,13 @@
 """final_info.json: means and standard errors over the seeds of each recipe, in the shape AI-Scientist reads."""
 
-import json
-import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from legato.common.files import write_atomically
-from legato.results.saved_run import SavedRun, seed_groups, standard_error
+from legato.results.run_dir import leaves, write_json
+from legato.results.saved_run import SavedRun, is_number, seed_groups, standard_error
 
 
 def final_info(run: SavedRun) -> dict[str, Any]:
@@ -19,7 +18,7 @@ def final_info(run: SavedRun) -> dict[str, Any]:
     """
     info: dict[str, Any] = {}
     for group, arms in seed_groups(run).items():
-        per_seed = [dict(_scalars(arm.metrics)) for arm in arms]
+        per_seed = [_scalars(arm.metrics) for arm in arms]
         keys = [key for key in per_seed[0] if all(key in values for values in per_seed)]
         values = {key: [seed[key] for seed in per_seed] for key in keys}
         info[group] = {
@@ -37,16 +36,10 @@ def write_final_info(run: SavedRun | str | Path) -> Path:
     """Write final_info.json in a run folder from its metrics.json; return its path."""
     run = SavedRun.of(run)
     path = run.path / "final_info.json"
-    write_atomically(path, (json.dumps(final_info(run), indent=1, allow_nan=False) + "\n").encode())
+    write_json(path, final_info(run))
     return path
 
 
-def _scalars(node: Any, prefix: str = "") -> list[tuple[str, float]]:
-    """List every finite number of an arm's metrics by dotted key, without lists and the recipe."""
-    found = []
-    for key, value in node.items():
-        if isinstance(value, dict) and key != "recipe":
-            found += _scalars(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            found.append((prefix + key, value))
-    return found
+def _scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Take every finite number of an arm's metrics by dotted key, without lists and the recipe."""
+    return {key: value for key, value in leaves(metrics) if is_number(value) and ".recipe." not in key}

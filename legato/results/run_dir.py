@@ -180,12 +180,14 @@ class RunDir:
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write metrics.json. Raises LegatoError if any number in it is not finite."""
-        bad = [path for path, value in _leaves(metrics) if isinstance(value, float) and not math.isfinite(value)]
+        bad = [
+            path for path, value in leaves(metrics, lists=True) if isinstance(value, float) and not math.isfinite(value)
+        ]
         if bad:
             raise LegatoError(
                 f"the evaluation gave numbers that are not finite ({', '.join(bad[:5])}): nothing was saved"
             )
-        write_atomically(self.metrics, (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
+        write_json(self.metrics, metrics)
 
     def _sweep(self) -> None:
         """Delete what a process that was killed was writing."""
@@ -211,6 +213,10 @@ class RunDir:
     def write_arrays(self, arm: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         self.arrays.mkdir(exist_ok=True)
         np.savez_compressed(self.arrays / f"{arm}.npz", allow_pickle=False, **dict(arrays))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
 def environment() -> dict[str, Any]:
@@ -252,14 +258,15 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """List the differences of two configurations in words; empty where there are none."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
+    before, after = dict(leaves(old, lists=True)), dict(leaves(new, lists=True))
     changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     return ", ".join(f"{name} {before.get(name)} instead of {after.get(name)}" for name in changed)
 
 
-def _leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
+def leaves(tree: Any, path: str = "", *, lists: bool = False) -> list[tuple[str, Any]]:
+    """List the leaves of nested mappings by dotted key; with `lists`, those inside lists too, as `key[0]`."""
     if isinstance(tree, Mapping):
-        return [leaf for key, entry in tree.items() for leaf in _leaves(entry, f"{path}.{key}".lstrip("."))]
-    if isinstance(tree, (list, tuple)):
-        return [leaf for i, entry in enumerate(tree) for leaf in _leaves(entry, f"{path}[{i}]")]
+        return [leaf for key, entry in tree.items() for leaf in leaves(entry, f"{path}.{key}".lstrip("."), lists=lists)]
+    if lists and isinstance(tree, (list, tuple)):
+        return [leaf for i, entry in enumerate(tree) for leaf in leaves(entry, f"{path}[{i}]", lists=True)]
     return [(path, tree)]

@@ -6,7 +6,7 @@ Nothing here computes a metric; values that a run did not save are None.
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from legato.common.errors import LegatoError, UsageError
 from legato.common.safe_read import read_arrays, read_json, read_table, read_yaml
 from legato.results.integrity import check_one, check_read
 from legato.results.older import older_identities
-from legato.results.run_dir import RunDir
+from legato.results.run_dir import RunDir, leaves
 from legato.results.schema import read_metrics
 
 MAX_HIGHLIGHTED = 7  # a reader can tell so many apart by colour, line style and marker
@@ -55,33 +55,22 @@ class Arm:
     @property
     def rate_bins(self) -> dict[tuple[float, float], tuple[float, int]]:
         """(kappa excess at lag 1, number of latents) by firing-rate bin (low, high), measured bins only."""
-        consistency = self.metrics.get("consistency")
-        rows = consistency.get("by_rate_bin") if isinstance(consistency, Mapping) else None
         return {
             (float(row["bin"][0]), float(row["bin"][1])): (float(row["kappa1_excess_within"]), int(row["latents"]))
-            for row in rows or ()
-            if _is_number(row.get("kappa1_excess_within")) and row.get("latents")
+            for row in _at(self.metrics, "consistency.by_rate_bin") or ()
+            if is_number(row.get("kappa1_excess_within")) and row.get("latents")
         }
 
     def value(self, key: str) -> float | None:
         """Return the number at a dotted key such as `core.fvu`; None where it is absent or not finite."""
-        node: Any = self.metrics
-        for part in key.split("."):
-            if not isinstance(node, Mapping) or part not in node:
-                return None
-            node = node[part]
-        return float(node) if _is_number(node) else None
+        return float(found) if is_number(found := _at(self.metrics, key)) else None
 
     def series(self, key: str) -> np.ndarray | None:
         """Return the list of numbers at a dotted key as float64, gaps as nan; None where there is no number."""
-        node: Any = self.metrics
-        for part in key.split("."):
-            if not isinstance(node, Mapping) or part not in node:
-                return None
-            node = node[part]
-        if not isinstance(node, Sequence) or isinstance(node, str):
+        found = _at(self.metrics, key)
+        if not isinstance(found, Sequence) or isinstance(found, str):
             return None
-        values = np.array([float(v) if _is_number(v) else math.nan for v in node])
+        values = np.array([float(v) if is_number(v) else math.nan for v in found])
         return values if np.isfinite(values).any() else None
 
 
@@ -228,8 +217,7 @@ def arms_of(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[Arm, ...]:
 
 
 def _recipe(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    training = metrics.get("training")
-    recipe = training.get("recipe") if isinstance(training, Mapping) else None
+    recipe = _at(metrics, "training.recipe")
     return {key: value for key, value in recipe.items() if value is not None} if isinstance(recipe, Mapping) else {}
 
 
@@ -258,7 +246,8 @@ def read_log(path: Path) -> dict[str, dict[str, np.ndarray]]:
         except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and isinstance(record.get("arm"), str):
-            rows.setdefault(record["arm"], []).append(dict(_numbers(record)))
+            numbers = {key: float(value) for key, value in leaves(record) if is_number(value)}
+            rows.setdefault(record["arm"], []).append(numbers)
     return {arm: _columns(records) for arm, records in rows.items()}
 
 
@@ -269,20 +258,19 @@ def _lines(path: Path) -> list[str]:
         raise LegatoError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
-    for key, value in record.items():
-        if _is_number(value):
-            yield prefix + key, float(value)
-        elif isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{key}.")
-
-
 def _columns(records: list[dict[str, float]]) -> dict[str, np.ndarray]:
     names = dict.fromkeys(name for record in records for name in record)
     return {name: np.array([record.get(name, math.nan) for record in records]) for name in names}
 
 
-def _is_number(value: Any) -> bool:
+def _at(tree: Any, key: str) -> Any:
+    """Follow a dotted key down nested mappings; None where it leads nowhere."""
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def is_number(value: Any) -> bool:
     if isinstance(value, int) and not isinstance(value, bool):
         return abs(value) < 2**1023  # a larger one is no float
     return isinstance(value, float) and math.isfinite(value)
@@ -302,7 +290,7 @@ def mean(arms: Sequence[Arm], key: str) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def standard_error(values: Sequence[float]) -> float:
+def standard_error(values: Sequence[float] | np.ndarray) -> float:
     """Compute the standard error of the mean, sd with n - 1 over sqrt(n), of at least two values."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values)))
 

@@ -96,19 +96,11 @@ def _weighted_means(
     left_N = layout.left_N > 0
     np.add.at(pairs_LR, position_N[left_N], weight_MR[document_N[left_N]])
     total_QXR, count_QXR = _means(
-        order.ptr_F,
-        order.token_Q,
-        order.value_Q,
+        (order.ptr_F, order.token_Q, order.value_Q),
         member_FQ,
         lag,
-        layout.stretch_N,
-        layout.left_N,
-        layout.right_N,
-        layout.size_S,
-        layout.pairs_SK[:, 0].copy(),
-        weight_MR[document_S],
-        tokens_LR,
-        pairs_LR,
+        (layout.stretch_N, layout.left_N, layout.right_N, layout.size_S, layout.pairs_SK[:, 0].copy()),
+        (weight_MR[document_S], tokens_LR, pairs_LR),
     )
     means_QXR = np.divide(total_QXR, count_QXR, out=np.full_like(total_QXR, np.nan), where=count_QXR > 0)
     return {
@@ -119,66 +111,21 @@ def _weighted_means(
 
 
 @numba.njit(cache=True, parallel=True)
-def _means(  # type: ignore[no-untyped-def]
-    start_F,
-    token_P,
-    value_P,
-    member_FQ,
-    lag,
-    stretch_N,
-    left_N,
-    right_N,
-    size_S,
-    pairs_S,
-    weight_SR,
-    tokens_LR,
-    pairs_LR,
-):
-    R = weight_SR.shape[1]
+def _means(codes, member_FQ, lag, layout, weights):  # type: ignore[no-untyped-def]
+    R = weights[0].shape[1]
     Q = member_FQ.shape[1]
     total_GQXR = np.zeros((_GROUPS, Q, 4, R))
     count_GQXR = np.zeros((_GROUPS, Q, 4, R))
     for g in numba.prange(_GROUPS):
-        _add_group(
-            g,
-            start_F,
-            token_P,
-            value_P,
-            member_FQ,
-            lag,
-            stretch_N,
-            left_N,
-            right_N,
-            size_S,
-            pairs_S,
-            weight_SR,
-            tokens_LR,
-            pairs_LR,
-            total_GQXR[g],
-            count_GQXR[g],
-        )
+        _add_group(g, codes, member_FQ, lag, layout, weights, total_GQXR[g], count_GQXR[g])
     return total_GQXR.sum(0), count_GQXR.sum(0)
 
 
 @numba.njit(cache=True)
-def _add_group(  # type: ignore[no-untyped-def]
-    g,
-    start_F,
-    token_P,
-    value_P,
-    member_FQ,
-    lag,
-    stretch_N,
-    left_N,
-    right_N,
-    size_S,
-    pairs_S,
-    weight_SR,
-    tokens_LR,
-    pairs_LR,
-    total_QXR,
-    count_QXR,
-):
+def _add_group(g, codes, member_FQ, lag, layout, weights, total_QXR, count_QXR):  # type: ignore[no-untyped-def]
+    start_F, token_P, value_P = codes
+    stretch_N, left_N, right_N, size_S, pairs_S = layout
+    weight_SR, tokens_LR, pairs_LR = weights
     L, R = tokens_LR.shape
     n_R = tokens_LR.sum(0)
     n_pairs_R = pairs_LR.sum(0)

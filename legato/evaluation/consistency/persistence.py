@@ -215,7 +215,6 @@ def consistency_metrics(sums: CodeSums) -> dict[str, Any]:
 def raw_stream_metrics(counts: PairCounts, sums: PairSums) -> dict[str, Any]:
     """Average autocorrelation and nulls of the raw stream over dimensions, as a yardstick for the codes."""
     ac = lag_correlation(counts, sums)
-    every_D = np.ones(sums.total_F.size, bool)
     series = {
         "mean": ac.real_FK,
         "within_null": ac.within_null_FK,
@@ -225,11 +224,11 @@ def raw_stream_metrics(counts: PairCounts, sums: PairSums) -> dict[str, Any]:
     }
     return {
         "lags": list(counts.lags),
-        "ac": {name: [mean(column_F, every_D) for column_F in values_FK.T] for name, values_FK in series.items()},
+        "ac": {name: [mean(column_F) for column_F in values_FK.T] for name, values_FK in series.items()},
     }
 
 
-def mean(values_F: np.ndarray, chosen_F: np.ndarray, weight_F: np.ndarray | None = None) -> float | None:
+def mean(values_F: np.ndarray, chosen_F: np.ndarray | bool = True, weight_F: np.ndarray | None = None) -> float | None:
     """Average the finite chosen values; None where there are none."""
     use_F = chosen_F & np.isfinite(values_F)
     if not use_F.any():

@@ -8,7 +8,7 @@ Shape legend: B rows, L positions, D width, N counted tokens, V vocabulary.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numba
 import numpy as np
@@ -18,16 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from legato.common.errors import LegatoError
+from legato.data.language_model import LanguageModel
 
 TOKENS_PER_CHUNK = 128
 _BLOCK = 1024  # vocabulary entries held in the first-level cache at a time
-
-
-class SplicableModel(Protocol):
-    """The part of LanguageModel that splicing needs."""
-
-    def resume(self, acts_BLD: Tensor, tokens_BL: Tensor, layer: int, site: str) -> Tensor: ...
-    def unembed(self, hidden_ND: Tensor, out: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -40,7 +34,7 @@ class TokenLosses:
 
 @torch.no_grad()
 def splice_losses(
-    model: SplicableModel,
+    model: LanguageModel,
     acts_BLD: Tensor,
     tokens_BL: Tensor,
     spliced: Mapping[str, Tensor],

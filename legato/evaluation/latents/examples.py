@@ -26,7 +26,7 @@ decoder norm. Lists are empty, numbers null, where a latent does not fire on the
 Shape legend: B rows, L positions, F latents, P active pairs ordered by latent, then by position.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from torch import Tensor
 
-from legato.common.errors import LegatoError
 from legato.evaluation.latents.logits import TopLogits
-from legato.evaluation.latents.neighbours import coactivation, nearest_directions
-from legato.evaluation.sums.code_buffer import CodeBuffer, CodedBatch
+from legato.evaluation.latents.neighbours import OtherSAE, coactivation, nearest_directions
+from legato.evaluation.sums.code_buffer import CodeBuffer
 from legato.sae.kernels.pairs import PairsByLatent
 
 MAX_TOKENS = 65_536
@@ -49,33 +48,6 @@ WINDOW = 32  # tokens of a passage
 TOP, RANDOM, QUANTILES = 5, 4, (0.75, 0.5, 0.25)
 HISTOGRAM_BINS = 16
 SIMILAR = 5
-
-
-class ExampleRecorder:
-    """The text shown and one SAE's codes on it, copied from a stream of codes that another function reads."""
-
-    def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
-        self._max_tokens = max_tokens
-        self._kept: CodeBuffer | None = None
-        self._tokens: list[Tensor] = []
-
-    def listen(self, batches: Iterable[CodedBatch]) -> Iterator[CodedBatch]:
-        """Yield the batches unchanged and keep a copy; memory: 12 bytes for each active pair of the contexts kept."""
-        for batch in batches:
-            if self._kept is None:
-                self._kept = CodeBuffer(max(1, self._max_tokens // batch.mask_BL.shape[1]))
-            self._tokens.append(batch.tokens_BL[: self._kept.max_rows - self._kept.n_rows].cpu())
-            self._kept.add(batch.codes, batch.mask_BL, batch.doc_BL)
-            yield batch
-
-    def gathered(self) -> tuple["ShownText", PairsByLatent]:
-        """Return the text and the codes by latent. Raises LegatoError where no batch has passed."""
-        if self._kept is None:
-            raise LegatoError("no codes have passed: there are no passages to save")
-        layout = self._kept.layout()
-        tokens_BL = np.concatenate([tokens.numpy() for tokens in self._tokens])
-        valid_BL = layout.stretch_N.reshape(layout.shape) >= 0
-        return ShownText(tokens_BL, self._kept.doc_BL.numpy(), valid_BL), self._kept.order(layout)
 
 
 @dataclass(frozen=True)
@@ -87,12 +59,12 @@ class ShownText:
     valid_BL: NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
-class OtherSAE:
-    """Another arm, in which to find each latent's nearest latent. alive_F: latents that fire."""
-
-    W_dec: Tensor
-    alive_F: NDArray[np.bool_]
+def shown(kept: CodeBuffer, max_tokens: int = MAX_TOKENS) -> tuple[ShownText, PairsByLatent]:
+    """Take the first contexts that are kept, up to max_tokens positions, and the codes on them by latent."""
+    kept = kept.first(max(1, max_tokens // kept.doc_BL.shape[1]))
+    layout = kept.layout()
+    valid_BL = layout.stretch_N.reshape(layout.shape) >= 0
+    return ShownText(kept.tokens_BL.numpy(), kept.doc_BL.numpy(), valid_BL), kept.order(layout)
 
 
 def write_text(path: str | Path, text: ShownText, decode: Callable[[Sequence[int]], list[str]]) -> None:

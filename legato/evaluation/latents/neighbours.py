@@ -3,7 +3,7 @@
 Shape legend: F latents, G latents of the other SAE, D width, K kept, N positions, P active pairs ordered by latent.
 """
 
-from typing import Protocol
+from dataclasses import dataclass
 
 import numba
 import numpy as np
@@ -18,16 +18,17 @@ FEWEST_TOGETHER = 3
 MOST_STEPS = 500_000_000  # of the loop over pairs that fire together
 
 
-class Directions(Protocol):
-    @property
-    def W_dec(self) -> Tensor: ...
-    @property
-    def alive_F(self) -> NDArray[np.bool_]: ...
+@dataclass(frozen=True)
+class OtherSAE:
+    """Another arm, in which to find each latent's nearest latent. alive_F: latents that fire."""
+
+    W_dec: Tensor
+    alive_F: NDArray[np.bool_]
 
 
 @torch.no_grad()
 def nearest_directions(
-    W_dec: Tensor, alive_F: NDArray[np.bool_], other: Directions | None, *, k: int
+    W_dec: Tensor, alive_F: NDArray[np.bool_], other: OtherSAE | None, *, k: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Find the latents of the other SAE (None: of the same one, itself left out) with the largest decoder cosine.
 

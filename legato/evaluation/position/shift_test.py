@@ -21,6 +21,7 @@ from legato.common.errors import LegatoError, UsageError
 from legato.data.activations import OUTLIER_FACTOR, ActivationBatch
 from legato.data.language_model import LanguageModel
 from legato.data.tokens import TokenSet
+from legato.evaluation.consistency.persistence import mean
 from legato.evaluation.sums.lag_pairs import Floats, LagPairs
 from legato.sae.codes import SparseCodes
 from legato.sae.protocol import EvaluableSAE
@@ -153,11 +154,6 @@ def _moved_to(codes: SparseCodes, place_N: NDArray[np.int64]) -> SparseCodes:
     return SparseCodes(token_P[kept], codes.latent_P[kept], codes.value_P[kept], codes.shape)
 
 
-def _mean(values: Floats) -> float | None:
-    defined = values[np.isfinite(values)]
-    return float(defined.mean()) if defined.size else None
-
-
 @torch.no_grad()
 def offset_test(
     saes: Mapping[str, EvaluableSAE],
@@ -209,10 +205,10 @@ def offset_test(
             finite_F = agreement.jaccard_F[np.isfinite(agreement.jaccard_F)]
             entry = {
                 "shift": shift,
-                "jaccard": _mean(agreement.jaccard_N),
-                "jaccard_null": _mean(null.jaccard_N),
-                "cosine": _mean(agreement.cosine_N),
-                "unchanged": _mean((finite_F == 1.0).astype(np.float64)),
+                "jaccard": mean(agreement.jaccard_N),
+                "jaccard_null": mean(null.jaccard_N),
+                "cosine": mean(agreement.cosine_N),
+                "unchanged": mean((finite_F == 1.0).astype(np.float64)),
                 **_movement(own, batch),
             }
             modes[mode] = [*(modes[mode] or []), entry]

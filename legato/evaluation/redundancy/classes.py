@@ -36,8 +36,7 @@ class Limits:
     window: largest lag. cosine: from it on decoders are similar, up to its negative opposite; None: 0.3, in narrow
     models the larger 5 / sqrt(D), which one of 3 million pairs of random directions reaches. correlation: a high
     excess. lead: the least by which a lag's excess must exceed that of lag 0. overlap: largest share of firings that
-    two disjoint position profiles may have in common. false_discoveries: Benjamini and Hochberg's level. rows: contexts
-    that are read.
+    two disjoint position profiles may have in common. false_discoveries: Benjamini and Hochberg's level.
     """
 
     window: int = 8
@@ -46,7 +45,6 @@ class Limits:
     lead: float = 0.1
     overlap: float = 0.25
     false_discoveries: float = 0.05
-    rows: int = 1024
 
     def similarity(self, width: int) -> float:
         """Return the decoder cosine asked for, or the default in a model of this width."""

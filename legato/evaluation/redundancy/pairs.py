@@ -19,7 +19,7 @@ that comes from its topic is correlation beyond position.
 Shape legend: B rows, L positions, D width, F latents, R pairs of the table.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ from legato.evaluation.redundancy.classes import (
 )
 from legato.evaluation.redundancy.examples import Contexts, heat_map
 from legato.evaluation.redundancy.sums import LatentSums
-from legato.evaluation.sums.code_buffer import CodeBuffer, CodedBatch
+from legato.evaluation.sums.code_buffer import CodeBuffer
 from legato.evaluation.sums.lag_pairs import Floats, Ints
 
 EXAMPLES = 200  # strongest pairs of each class whose contexts are written out
@@ -61,25 +61,27 @@ class Redundancy:
 
 
 def redundancy(
-    batches: Iterable[CodedBatch],
+    kept: CodeBuffer,
     W_dec: Tensor,
     *,
     decode: Callable[[Sequence[int]], list[str]] | None = None,
     limits: Limits | None = None,
 ) -> Redundancy:
-    """Find redundant pairs and groups of an SAE's latents on the first `limits.rows` rows of the batches.
+    """Find redundant pairs and groups of an SAE's latents on the rows that are kept.
 
     W_dec: [F, D]. decode: token ids to one string each, for the examples; without it there are none.
-    Cost: O(tokens L0^2 W) for the correlations and O(F^2 D) for the decoder; memory O(F (L + W)) and the kept codes.
-    Raises LegatoError where no latent fires, UsageError for a decoder of another size or a window below 1.
+    Cost: O(tokens L0^2 W) for the correlations and O(F^2 D) for the decoder; memory O(F (L + W)).
+    Raises LegatoError without rows or firings, UsageError for a decoder of another size or a window below 1.
     """
     limits = limits or Limits()
-    kept, tokens_BL = _keep(batches, limits.rows)
+    if not kept.n_rows:
+        raise LegatoError("there are no codes to compare: give rows of held-out text")
     if limits.window < 1 or len(W_dec) != kept.n_latents:
         raise UsageError(
             f"redundancy needs a window of at least 1 and the decoder of all {kept.n_latents} latents, "
             f"not {limits.window} and {len(W_dec)}"
         )
+    tokens_BL = kept.tokens_BL.long().numpy()
     window = max(1, min(limits.window, tokens_BL.shape[1] - 1))
     layout = kept.layout(tuple(range(1, window + 1)))
     order = kept.order(layout)
@@ -106,18 +108,6 @@ def redundancy(
         **_aggregates(pairs, group_F, sums.count_F),
     }
     return Redundancy(metrics, pairs, heat_map(_most_redundant(pairs), sums, layout, order))
-
-
-def _keep(batches: Iterable[CodedBatch], rows: int) -> tuple[CodeBuffer, NDArray[np.int64]]:
-    kept, tokens = CodeBuffer(rows), []
-    for batch in batches:
-        tokens.append(batch.tokens_BL[: rows - kept.n_rows].cpu().numpy().astype(np.int64))
-        kept.add(batch.codes, batch.mask_BL, batch.doc_BL)
-        if kept.n_rows == rows:
-            break
-    if not kept.n_rows:
-        raise LegatoError("there are no codes to compare: give rows of held-out text")
-    return kept, np.concatenate(tokens)
 
 
 def _is_redundant(pairs: Mapping[str, Any]) -> NDArray[np.bool_]:

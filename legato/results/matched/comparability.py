@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from legato.results.matched.points import unequal_ce, what_sets_apart
+from legato.results.run_dir import leaves
 from legato.results.saved_run import SavedRun, joined
 
 NOT_SAVED = "not saved"
@@ -89,15 +90,9 @@ def pooled(runs: Mapping[str, SavedRun]) -> list[dict[str, SavedRun]]:
     return groups
 
 
-def flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def flat(node: Mapping[str, Any]) -> list[tuple[str, str]]:
     """List the leaves of nested settings as text, by dotted name."""
-    found: list[tuple[str, str]] = []
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            found += flat(value, f"{prefix}{key}.")
-        else:
-            found.append((f"{prefix}{key}", _text(value)))
-    return found
+    return [(name, _text(value)) for name, value in leaves(node)]
 
 
 def _text(value: Any) -> str:

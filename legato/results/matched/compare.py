@@ -6,14 +6,12 @@ over k, else along the baseline's. There is no extrapolation. Seeds are matched 
 of the same seed, and averaged afterwards.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from legato.common.errors import UsageError
-from legato.common.files import write_atomically
 from legato.evaluation.consistency.groups import bin_key
 from legato.results.matched.points import (
     ALL,
@@ -28,7 +26,7 @@ from legato.results.matched.points import (
     unequal_ce,
 )
 from legato.results.matched.statistics import absent, between, estimate
-from legato.results.run_dir import RunDir
+from legato.results.run_dir import RunDir, write_json
 from legato.results.saved_run import SavedRun
 from legato.results.tolerances import SAME
 
@@ -85,10 +83,6 @@ def write_matched(run: SavedRun | str | Path) -> Path | None:
     path = RunDir(run.path).matched
     write_json(path, match_methods([run]))
     return path
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
 def _as_trained(method: Method) -> dict[str, Any]:

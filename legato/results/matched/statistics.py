@@ -12,6 +12,7 @@ from scipy import stats
 
 from legato.evaluation.sums.lag_pairs import Floats
 from legato.results.matched.points import Point
+from legato.results.saved_run import standard_error
 
 LEVEL = 0.95
 LEAST_GAIN = 0.1  # relative; the share of a smaller gain is noise
@@ -100,5 +101,4 @@ def _values(points: Sequence[Point], key: str) -> Floats:
 
 
 def _error(values_S: Floats) -> float | None:
-    n = len(values_S)
-    return float(values_S.std(ddof=1) / math.sqrt(n)) if n > 1 else None
+    return standard_error(values_S) if len(values_S) > 1 else None
