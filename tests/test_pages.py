@@ -172,7 +172,16 @@ def test_runs_that_do_not_compare_are_said_not_to(browser, runs, tmp_path):
 
 def test_hostile_names_are_shown_as_text(browser, tmp_path):
     run = write_synthetic_run(tmp_path / "run_1", named=("plain", "\u202ertl \u05d0\u05d1 \U0001f600"))
-    edit_metrics(run, lambda metrics: metrics.update({HOSTILE: metrics.pop("plain"), "w" * 150: metrics["baseline"]}))
+
+    def renamed(arm, name):
+        training = arm["training"]
+        return {**arm, "training": {**training, "recipe": {**training["recipe"], "method": name, "group": name}}}
+
+    def rename(metrics):
+        metrics[HOSTILE] = renamed(metrics.pop("plain"), HOSTILE)
+        metrics["w" * 150] = renamed(metrics["baseline"], "w" * 150)
+
+    edit_metrics(run, rename)
     edit_config(run, model__model=HOSTILE_END, data__dataset="\U0001f600" * 200, data__text_column="<!--<script>")
     for path in (write_report(run), compared({"a</script><b>": run, "b": run}, tmp_path / "figures")):
         with opened(browser, path, width=NARROW) as page:

@@ -141,13 +141,7 @@ def run_core(
     )
     metrics, features = core.run_evals(wrapped, store, hooked, config, ignore_tokens=special)
     metrics["misc_metrics"] = core.calculate_misc_metrics(features)
-    result = {
-        "sae_set": release,
-        "sae_id": name,
-        "eval_cfg": config,
-        "metrics": metrics,
-        "feature_metrics": features,
-    }
+    result = {"sae_set": release, "sae_id": name, "eval_cfg": config, "metrics": metrics, "feature_metrics": features}
     path = Path(out) / core_file_name(release, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     core.save_single_eval_result(

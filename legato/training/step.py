@@ -185,9 +185,8 @@ def forward_backward(
     """
     x_ND = batch.x_ND
     N, D = x_ND.shape
-    F, H = arm.d_sae, len(parameters.W_enc_FD)
-    W_dec_HD, b_dec_D = parameters.W_dec_FD.numpy(), parameters.b_dec_D.numpy()
-    pre_NH = workspace.get("pre", (N, H), batch.low_ND.dtype)
+    F, W_dec_HD, b_dec_D = arm.d_sae, parameters.W_dec_FD.numpy(), parameters.b_dec_D.numpy()
+    pre_NH = workspace.get("pre", (N, len(W_dec_HD)), batch.low_ND.dtype)
     pre = parameters.preactivations(low_W_enc_HD, batch, pre_NH, partition)
     forward = arm.architecture.forward(pre, state, progress)
     order = kernels.by_latent(forward.pairs, F)
@@ -197,13 +196,11 @@ def forward_backward(
     )
     mean_squared_G = squared_GN.sum(1, dtype=np.float64) / batch.n_valid
     loss_terms = {"reconstruction": float(groups.weights_G @ mean_squared_G) / D}
-
     slope_Q = np.zeros_like(order.value_Q)
     for term, coefficient in terms:
         value = term.sparse(order, batch.layout, step)
         loss_terms[term.name] = loss_terms.get(term.name, 0.0) + coefficient * value.value
         slope_Q += slope_Q.dtype.type(coefficient) * value.gradient_Q
-
     gradients = _gradient_buffers(parameters, workspace, F, x_ND.dtype)
     seeded_F = np.zeros(F, np.bool_)
     if dead_F is not None and bool(dead_F.any()):
@@ -212,23 +209,22 @@ def forward_backward(
             parameters, gradients, batch, residual_ND, dead_F, seeded_F, config, partition
         )
     scale = 2 / (D * batch.n_valid)
-    own_terms, squared_H = forward.backward(
-        Decoding(
-            x_ND=x_ND.numpy(),
-            W_dec_HD=W_dec_HD,
-            b_dec_D=b_dec_D,
-            layout=batch.layout,
-            n_valid=batch.n_valid,
-            groups=groups,
-            pull_GND=pull_GND,
-            scale=scale,
-            order=order,
-            slope_Q=slope_Q,
-            gradients={name: tensor.numpy() for name, tensor in gradients.items()},
-            seeded_F=seeded_F,
-            partition=partition,
-        )
+    decoding = Decoding(
+        x_ND=x_ND.numpy(),
+        W_dec_HD=W_dec_HD,
+        b_dec_D=b_dec_D,
+        layout=batch.layout,
+        n_valid=batch.n_valid,
+        groups=groups,
+        pull_GND=pull_GND,
+        scale=scale,
+        order=order,
+        slope_Q=slope_Q,
+        gradients={name: tensor.numpy() for name, tensor in gradients.items()},
+        seeded_F=seeded_F,
+        partition=partition,
     )
+    own_terms, squared_H = forward.backward(decoding)
     torch.sum(torch.from_numpy(pull_GND[0]), dim=0, out=gradients.b_dec_D).mul_(scale)
     if arm.freeze_decoder:
         squared_H = squared_H - gradients.W_dec_FD[partition.rows(F)].double().square().sum(1).numpy()
