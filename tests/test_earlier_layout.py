@@ -173,7 +173,7 @@ def test_an_sae_folder_and_an_sae_in_one_file_open(tmp_path):
 
     file = export(sae, tmp_path / "one.safetensors", "safetensors")
     tensors = load_file(file)
-    header = {"architecture": sae.architecture, "details": sae.details}
+    header = {"architecture": sae.architecture.name, "details": sae.details}
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} ".encode() + tensor.numpy().tobytes())

@@ -109,8 +109,9 @@ def sweep(leftovers: Iterable[Path]) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file as `whole` does. Raises OSError that names it."""
+    """Write a file of a folder that exists, as `whole` does. Raises OSError that names it."""
     try:
+        path.parent.stat()
         with whole(path) as new:
             new.write_bytes(content)
     except OSError as error:

@@ -36,7 +36,7 @@ def opening(threshold_F: Array, dead_F: Array) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Decoding:
-    """What the decoder made of the active pairs, and where the gradients go.
+    """Result of decoding the active pairs, and arrays for the gradients.
 
     The reconstruction loss is scale / 2 * (sum over groups of weight * ||residual||^2); pull_GND as in kernels.decode.
     order: the active pairs by latent. slope_Q: derivative of the temporal terms by their codes.
