@@ -7,10 +7,10 @@ from typing import Any
 import altair as alt
 import numpy as np
 
-from legato.report.figures.chart import APART, hover
+from legato.report.figures.chart import hover
 from legato.report.figures.missing import MissingResult
 from legato.report.figures.plot import Panel, Plot, Rows, View
-from legato.report.figures.style import SEQUENTIAL
+from legato.report.figures.style import INK, SEQUENTIAL, SURFACE
 from legato.results.saved_run import Arm, SavedRun
 
 
@@ -98,10 +98,10 @@ def _heat_map(arms: Sequence[Arm], quantity: Quantity, baseline: Arm | None) -> 
         color=alt.Color("score:Q", scale=scale, legend=None),
         tooltip=hover("window", "coefficient", f"value:{quantity.title}:.5~g"),
     )
-    # The scale is so dark at its better end that only white can be read there.
-    ink = alt.Color("ink:N", scale=None)
-    text = base.transform_calculate(ink="datum.score > 0.42 ? '#ffffff' : '#111111'").mark_text(fontSize=10)
-    return Panel(alt.layer(cells, text.encode(text="text:N", color=ink), resolve=APART), title)
+    # The numbers stand on plates of the page's colour: no one ink can be read on all of the scale.
+    plate = base.mark_point(shape="M-1.5,-.6h3v1.2h-3z", size=420, filled=True, opacity=0.85, color=SURFACE)
+    text = base.mark_text(fontSize=10, color=INK).encode(text="text:N")
+    return Panel(alt.layer(cells, plate, text), title)
 
 
 _DIRECTIONS = {"lower": " \u2193", "higher": " \u2191", "match": ""}
