@@ -22,6 +22,7 @@ from legato.common.record import one_of, option, record, words
 from legato.experiment import run as experiment
 from legato.experiment.config import DataConfig, DType, EvaluationConfig, ModelConfig
 from legato.experiment.evaluate_saved import (
+    SAID,
     Evaluate,
     EvaluateConfig,
     Place,
@@ -36,14 +37,14 @@ from legato.report.build import build_outputs
 from legato.report.runs.page import write_comparison
 from legato.report.text.matched_tables import legend, tables
 from legato.results.integrity import blame_unverified_files, check_all, rebuilding
-from legato.results.matched.compare import match_methods, write_json
+from legato.results.matched.compare import match_methods
+from legato.results.run_dir import write_json
 from legato.results.saved_run import SavedRun
 from legato.sae.autoencoder import EXPORT_FORMATS, SparseAutoencoder, export
 from legato.sae.provenance import origin_of
 from legato.synthetic.command import Synthetic
 
 _SAE = "a saved SAE of any format that legato reads: a folder or file, or on the hub owner/name[/folder]"
-_SAID = "(default: what the SAE says)"
 
 
 @record
@@ -126,8 +127,8 @@ class SAEBench(Task):
     eval: Annotated[str, one_of("core", *EVALS)] = option(
         "core", f"core takes any model and text, the others their own: {', '.join(EVALS)}"
     )
-    model: str | None = option(None, f"core: hub id, folder or 'demo'; others: TransformerLens' name {_SAID}")
-    layer: int | None = option(None, f"decoder layer, from 0 {_SAID}", ge=0)
+    model: str | None = option(None, f"core: hub id, folder or 'demo'; others: TransformerLens' name {SAID}")
+    layer: int | None = option(None, f"decoder layer, from 0 {SAID}", ge=0)
     dataset: str | None = option(None, "core: 'demo', a file, a folder or a hub id (default: the SAE's, or demo)")
     text_column: str = option("text", "core: column that holds the text")
     context_length: int = option(128, "core: tokens per context", ge=8)

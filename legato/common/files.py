@@ -80,7 +80,7 @@ def whole(path: Path) -> Iterator[Path]:
     """A place to write a file or a folder, which becomes `path`, on the disk, when the block ends without an error.
 
     A reader, or a crash at any moment, sees the old content or the new, never a part. What a killed process leaves is
-    hidden beside `path`: `leftovers` finds it. Raises OSError.
+    hidden beside `path`, for `sweep` to delete. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=SCRATCH, dir=path.parent))

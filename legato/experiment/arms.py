@@ -99,9 +99,9 @@ def _options(config: ExperimentConfig, d_in: int) -> Options:
 
 def _changed(base: SAEConfig, name: str, options: Options) -> SAEConfig:
     """Apply a name of --temporal to the baseline; the name of a grid's arm has window and weight."""
-    sae = base
+    sae, known = base, recipes()
     for part in name.split("+"):
-        fields = recipes()[part].fields(options)
+        fields = known[part].fields(options)
         sae = replace(sae, **{**fields, "terms": (*sae.terms, *fields.get("terms", ()))})
     if name == "window_variance":
         return replace(sae, name=f"{name}_w{sae.terms[0].window}_c{sae.terms[0].coefficient:g}")

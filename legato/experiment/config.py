@@ -22,12 +22,12 @@ from legato.experiment.recipes import names_of, recipes
 
 def _combination(name: str) -> str:
     """The name of an arm, or of several that can be combined: A+B."""
-    parts = name.split("+")
+    parts, known = name.split("+"), recipes()
     for part in parts:
-        if part not in recipes():
-            raise ValueError(f"is unknown: choose one of {', '.join(recipes())}")
+        if part not in known:
+            raise ValueError(f"is unknown: choose one of {', '.join(known)}")
     for kind in ("architecture", "groups"):
-        clash = [part for part in parts if recipes()[part].kind == kind]
+        clash = [part for part in parts if known[part].kind == kind]
         if len(clash) > 1:
             raise ValueError(f"asks for {' and '.join(clash)} at once: choose one of them")
     if len(set(parts)) < len(parts):

@@ -213,20 +213,20 @@ def judged_arms(config: EvaluateConfig, saes: Mapping[str, SparseAutoencoder]) -
     return arms
 
 
-_SAID = "(default: what the SAE says)"
+SAID = "(default: what the SAE says)"
 
 
 @record
 class Place:
     """The model, its layer and the text whose activations an SAE is given."""
 
-    model: str | None = option(None, f"the language model: a hub id, a local folder, 'demo' {_SAID}")
-    layer: int | None = option(None, f"decoder layer, from 0 {_SAID}", ge=0)
-    site: Site | None = option(None, f"what is read there: resid_post, mlp_out or attn_out {_SAID}")
+    model: str | None = option(None, f"the language model: a hub id, a local folder, 'demo' {SAID}")
+    layer: int | None = option(None, f"decoder layer, from 0 {SAID}", ge=0)
+    site: Site | None = option(None, f"what is read there: resid_post, mlp_out or attn_out {SAID}")
     dtype: DType = option("auto", "dtype of the model: auto, bfloat16 or float32")
     dataset: str | None = option(None, "the text: 'demo', a file, a folder, a hub id (default: the SAE's, or demo)")
     text_column: str = option("text", "column that holds the text")
-    context_length: int | None = option(None, f"tokens per context {_SAID}", ge=8)
+    context_length: int | None = option(None, f"tokens per context {SAID}", ge=8)
     rows: int = option(64, "contexts to use", ge=2)
     held_out: float | None = option(
         None,

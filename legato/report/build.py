@@ -14,9 +14,8 @@ from legato.results.saved_run import SavedRun
 
 @dataclass(frozen=True)
 class Outputs:
-    """run: the run as it was opened. notes, report: the files a person reads first."""
+    """The files that a person reads first."""
 
-    run: SavedRun
     notes: Path
     report: Path
 
@@ -32,4 +31,4 @@ def build_outputs(run: SavedRun | str | Path) -> Outputs:
     write_figures(run)
     notes = write_notes(run)
     write_final_info(run)
-    return Outputs(run, notes, write_report(run))
+    return Outputs(notes, write_report(run))
