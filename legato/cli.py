@@ -169,8 +169,8 @@ class SAEBench(Task):
             self.held_out,
             EvaluationConfig(self.rows, controls=()),
         )
-        model = load_model(config.model, config.data.context_length)
-        check_width({name: sae}, model)
+        model = load_model(config.model, config.data.context_length, splice=True)
+        check_width({name: sae}, model, config.model)
         tokens = read_rows(config, model)
         path = run_core(
             sae, model, tokens, layer=layer, site=site, out=self.out, release="legato", name=name, dataset=dataset
@@ -213,7 +213,7 @@ class Export(Place, Task):
     def _stateless(self) -> SparseAutoencoder:
         saes, config = self.opened([self.sae])
         (sae,) = saes.values()
-        model = load_model(config.model, config.data.context_length)
+        model = load_model(config.model, config.data.context_length, splice=False)
         activations = harvest_rows(config, model, read_rows(config, model)).held_out
         plain = sae.stateless(activations.read_rows(range(activations.n_rows)))
         differs = plain.details["stateless"]

@@ -22,6 +22,7 @@ from legato.data import store_manifest
 from legato.data.activations import ActivationBatch, ActivationStream, Normaliser
 from legato.data.harvest import harvest
 from legato.data.language_model import LanguageModel
+from legato.data.sites import Site
 from legato.data.store import ActivationStore
 from legato.data.tokens import TokenSet
 
@@ -32,14 +33,13 @@ class CountingModel:
     """acts[d] = token + d at every layer: a model that can be read in the head. Counts the rows it was asked for."""
 
     name = "counting"
-    d_model = WIDTH
     dtype = torch.float32
 
     def __init__(self) -> None:
         self.rows = 0
 
-    def module_path(self, layer: int, site: str) -> str:
-        return f"layers.{layer}.{site}"
+    def site(self, layer: int, site: str) -> Site:
+        return Site(f"layers.{layer}.{site}", layer, width=WIDTH, dtype=self.dtype)
 
     def fingerprint(self) -> str:
         return "0" * 64

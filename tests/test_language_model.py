@@ -10,8 +10,9 @@ import torch
 from tiny_models import ARCHITECTURES, save_tiny_model, tiny_network, tiny_tokenizer, tiny_tokens
 
 from legato.common.errors import LegatoError, UsageError
-from legato.data.language_model import SITES, LanguageModel
+from legato.data.language_model import LanguageModel
 
+SITES = ("resid_post", "attn_out", "mlp_out")
 PROSE = (
     "The history of the city begins with a small settlement on the river. Over the centuries it grew into a centre of "
     "trade, and by the end of the nineteenth century it had become one of the largest ports in Europe. The river was "
@@ -22,7 +23,7 @@ PROSE = (
 )
 
 
-@pytest.fixture(params=sorted(ARCHITECTURES.keys() - {"opt"}))  # an OPT layer has no one module for its MLP
+@pytest.fixture(params=sorted(ARCHITECTURES))
 def tiny(request: pytest.FixtureRequest) -> LanguageModel:
     return LanguageModel(tiny_network(request.param), tiny_tokenizer(), request.param)
 
@@ -40,10 +41,10 @@ def reference(lm: LanguageModel, layer: int, site: str, replacement: torch.Tenso
 
     def hook(_module: object, _args: object, output: object) -> object:
         is_tuple = isinstance(output, tuple)
-        seen["acts"] = (output[0] if is_tuple else output).clone()
+        seen["acts"] = (output[0] if is_tuple else output).clone().view(*tiny_tokens().shape, -1)  # OPT's lie flat
         if replacement is None:
             return None
-        return (replacement, *output[1:]) if is_tuple else replacement
+        return (replacement, *output[1:]) if is_tuple else replacement.view_as(output)
 
     handle = lm.model.get_submodule(lm.module_path(layer, site)).register_forward_hook(hook)
     seen["logits"] = lm.model(tiny_tokens(), use_cache=False).logits
@@ -107,10 +108,9 @@ def test_module_path_names_what_joins_the_residual_stream() -> None:
     }
 
 
-def test_a_site_that_is_no_module_is_refused() -> None:
+def test_a_block_that_is_no_module_is_read_at_its_last() -> None:
     lm = LanguageModel(tiny_network("opt"), tiny_tokenizer(), "tiny-opt")
-    with pytest.raises(UsageError, match=r"tiny-opt has no separate mlp_out in its layers .*: use resid_post"):
-        lm.activations(tiny_tokens(), 1, "mlp_out")
+    assert lm.module_path(1, "mlp_out") == "model.decoder.layers.1.fc2"  # an OPT layer has no one module for its MLP
     hidden = lm.resume(lm.activations(tiny_tokens(), 1, "attn_out"), tiny_tokens(), 1, "attn_out")
     assert_near(lm.unembed(hidden.flatten(0, 1)), reference(lm, 1, "attn_out")["logits"].flatten(0, 1))
 
@@ -253,8 +253,8 @@ def test_bad_arguments_are_usage_errors(tmp_path: Path) -> None:
     for layer in (-1, 4):
         with pytest.raises(UsageError, match=f"no layer {layer}: choose 0 to 3"):
             lm.activations(tiny_tokens(), layer)
-    with pytest.raises(UsageError, match="unknown site 'resid_pre'"):
-        lm.activations(tiny_tokens(), 1, "resid_pre")
+    with pytest.raises(UsageError, match="unknown site 'resid_pots'"):
+        lm.activations(tiny_tokens(), 1, "resid_pots")
     with pytest.raises(UsageError, match="contexts of at most 64 tokens, not 65"):
         lm.activations(tiny_tokens(length=65), 1)
 

@@ -113,13 +113,14 @@ class ActivationStream(ActivationSource):
         site: str = "resid_post",
         outlier_factor: float = OUTLIER_FACTOR,
     ) -> None:
-        self.module_path = language_model.module_path(layer, site)
+        at = language_model.site(layer, site)
+        self.module_path = str(at)
         self.language_model = language_model
         self.tokens = tokens
         self.layer = layer
         self.site = site
         self.outlier_factor = outlier_factor
-        self.d_in = language_model.d_model
+        self.d_in, self.dtype = at.width, at.dtype
         self.n_rows = len(tokens)
         self.context_length = tokens.context_length
         self._yardstick: Tensor | None = None  # activations of the rows of the median
@@ -187,7 +188,7 @@ class ActivationStream(ActivationSource):
             "tokens": self.tokens.fingerprint(),
             "layer": self.layer,
             "site": self.site,
-            "dtype": str(self.language_model.dtype),
+            "dtype": str(self.dtype),
             "outlier_factor": self.outlier_factor,
         }
         return sha256_json(parts)

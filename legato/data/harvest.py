@@ -75,7 +75,7 @@ def _claim(stream: ActivationStream, path: Path) -> StoreManifest:
             n_rows=stream.n_rows,
             context_length=stream.context_length,
             d_in=stream.d_in,
-            dtype=stream.language_model.dtype,
+            dtype=stream.dtype,
             provenance=stream.provenance(),
         )
         manifest.write(path)
@@ -88,7 +88,7 @@ def _claim(stream: ActivationStream, path: Path) -> StoreManifest:
         stream.n_rows,
         stream.context_length,
         stream.d_in,
-        stream.language_model.dtype,
+        stream.dtype,
     ):
         raise LegatoError(f"{path / MANIFEST} is damaged: delete {path} and harvest again")
     sweep([*path.glob(f".*{SCRATCH}"), *path.glob("*.partial")])  # the latter of an earlier version

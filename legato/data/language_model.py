@@ -8,7 +8,8 @@ import json
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from inspect import signature
@@ -16,25 +17,20 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from legato.common.errors import LegatoError, UsageError, one_line
 from legato.common.hardware import fast_float32
 from legato.data.fast_layers import MAX_CONTEXT as FUSED_MAX_CONTEXT
 from legato.data.fast_layers import FusedDecoder
+from legato.data.find_site import LayerTrace, find_layers, find_site, trace_layer
 from legato.data.model_files import located, quiet_loading, usable_device, usable_dtype
+from legato.data.sites import Site, hidden_of
 
 Positions = Literal["absolute", "relative", "fixed"]
-SITES = ("resid_post", "attn_out", "mlp_out")
 CHECK_TOKENS = 8
-# Modules whose output a layer adds to the residual stream. Models that normalise a block's output first (Gemma 2 and 3,
-# OLMo 2) have a norm of this name after the MLP; in others `post_attention_layernorm` is the norm before it.
-POST_NORMS = {"attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"}
-BLOCK_NAMES = {
-    "attn_out": ("self_attn", "attn", "attention", "self_attention", "mixer"),
-    "mlp_out": ("mlp", "feed_forward", "ffn", "block_sparse_moe"),
-}
+# What configurations call the number that the logits are multiplied by, and the number that they are divided by.
+LOGIT_SCALES, LOGIT_DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)
 
 
 class LanguageModel:
@@ -58,7 +54,12 @@ class LanguageModel:
         self.special_token_ids: set[int] = set(tokenizer.all_special_ids)
         self._text_config = text_config
         self._logit_softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
-        self._layers_path, self._layers, self._decoder = _find_layers(model, self.n_layers, name)
+        self._logit_scale = 1.0
+        for names, power in ((LOGIT_SCALES, 1), (LOGIT_DIVISORS, -1)):
+            for scale in (getattr(text_config, scale_name, None) for scale_name in names):
+                self._logit_scale *= scale**power if scale else 1
+        self._layers_path, self._layers, self._decoder = find_layers(model, self.n_layers, name)
+        self._sites: dict[tuple[int, str], Site] = {}
         self._checked_restarts: set[tuple[int, str]] = set()
 
     @classmethod
@@ -99,19 +100,45 @@ class LanguageModel:
         return self.model.device
 
     def module_path(self, layer: int, site: str = "resid_post") -> str:
-        """Return the path of the module whose output is read, as in `model.get_submodule`, e.g. "model.layers.9"."""
-        path = f"{self._layers_path}.{self._check_layer(layer)}"
-        if site not in SITES:
-            raise UsageError(f"unknown site {site!r}: choose one of {', '.join(SITES)}")
-        if site == "resid_post":
-            return path
-        parts = dict(self._layers[layer].named_children())
-        if POST_NORMS["mlp_out"] in parts:
-            return f"{path}.{POST_NORMS[site]}"
-        name = next((name for name in BLOCK_NAMES[site] if name in parts), None)
-        if name is None:
-            raise UsageError(f"{self.name} has no separate {site} in its layers ({', '.join(parts)}): use resid_post")
-        return f"{path}.{name}"
+        """Return the path of the module that is read, as in `model.get_submodule`, e.g. "model.layers.9"; `:input` at
+        its end tells that the module's input is read."""
+        return str(self.site(layer, site))
+
+    def site(self, layer: int, site: str = "resid_post") -> Site:
+        """Find a place by its name (`find_site` lists them), checked on a few tokens once.
+
+        Raises UsageError for a layer or site that the model does not have, or where no module holds what the name says.
+        The check of `attn_out` and `mlp_out` is that what the blocks add makes up the residual stream.
+        """
+        if not 0 <= layer < self.n_layers:
+            raise UsageError(f"{self.name} has no layer {layer}: choose 0 to {self.n_layers - 1}")
+        if (layer, site) not in self._sites:
+            tokens_BL = (torch.arange(CHECK_TOKENS) % self.vocab_size)[None]
+            try:
+                found = find_site(
+                    site, layer, f"{self._layers_path}.{layer}", self.model, lambda: self._trace(layer, tokens_BL)
+                )
+                value = self._read(found, tokens_BL)
+            except UsageError as error:
+                raise UsageError(f"{self.name}: {error}") from None
+            if value.shape[:-1] != tokens_BL.shape:
+                raise UsageError(
+                    f"{self.name}: {found} hands out {[*value.shape]}, not one vector a token: it cannot be read"
+                )
+            self._sites[layer, site] = replace(found, width=value.shape[-1], dtype=value.dtype)
+        return self._sites[layer, site]
+
+    def check(self, layer: int, site: str, *, splice: bool) -> None:
+        """Try all that an experiment does at a place on a few tokens: read it, and with splice also put it back.
+
+        Raises UsageError, with what to do, for what this model cannot do.
+        """
+        self.site(layer, site)
+        if splice:
+            try:
+                self._check_restart((torch.arange(CHECK_TOKENS) % self.vocab_size)[None], layer, site)
+            except LegatoError as error:
+                raise UsageError(f"{error}; --ce_rows 0 leaves the language model's loss out") from None
 
     def fingerprint(self) -> str:
         """Return the SHA-256 over configuration and every weight: the same model gives the same activations."""
@@ -122,19 +149,19 @@ class LanguageModel:
     def activations(
         self, tokens_BL: Tensor, layer: int, site: str = "resid_post", *, first_position: int = 0
     ) -> Tensor:
-        """Compute acts_BLD in the model's dtype: the output of `layer` (resid_post), of its attention or of its MLP.
+        """Compute acts_BLD: what `site` names at `layer`, in the dtype that the model has there.
 
         tokens_BL: input ids of full rows, attended causally from the first. Nothing after the site is computed.
         first_position: the position id of the rows' first token; `positions` tells its effect.
         Raises UsageError for a layer or site that the model does not have, for rows longer than its context, and for
         another first position where the model has no position ids.
         """
-        path = self.module_path(layer, site)
+        at = self.site(layer, site)
         with self._numbered_from(first_position, tokens_BL.shape[1]):
             if site == "resid_post" and (fused := self._fused_for(tokens_BL)):
                 return fused.run(self._embedded(tokens_BL), 0, layer, first_position=first_position)
-            with self._prefix_done(tokens_BL, layer, first_position):
-                return _hidden(self._output_of(self.model.get_submodule(path), tokens_BL))
+            with self._prefix_done(tokens_BL, at.layer or 0, first_position):
+                return self._read(at, tokens_BL)
 
     @cached_property
     def positions(self) -> Positions:
@@ -172,6 +199,8 @@ class LanguageModel:
             logits_NV = torch.mm(hidden_ND, head.weight.T, out=out)
         else:
             logits_NV = head(hidden_ND)
+        if self._logit_scale != 1:
+            logits_NV *= self._logit_scale
         if self._logit_softcap is not None:
             logits_NV = torch.tanh(logits_NV / self._logit_softcap) * self._logit_softcap
         return logits_NV
@@ -205,7 +234,7 @@ class LanguageModel:
         if fused is None:
             return None
         tokens_BL = torch.arange(CHECK_TOKENS)[None] % self.vocab_size
-        own = _hidden(self._output_of(self._layers[-1], tokens_BL)).float()
+        own = hidden_of(self._output_of(self._layers[-1], tokens_BL)).float()
         error = (fused.run(self._embedded(tokens_BL), 0, self.n_layers - 1).float() - own).norm() / own.norm()
         if not error > (1e-4 if self.dtype == torch.float32 else 0.1):  # weights that are not finite are found later
             return fused
@@ -228,6 +257,23 @@ class LanguageModel:
         handle = self._layers[0].register_forward_pre_hook(stop, with_kwargs=True)
         return self._run_until(handle, tokens_BL)
 
+    def _trace(self, layer: int, tokens_BL: Tensor) -> LayerTrace:
+        def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Reached((args, kwargs))
+
+        handle = self._layers[layer].register_forward_pre_hook(stop, with_kwargs=True)
+        return trace_layer(self._layers[layer], *self._run_until(handle, tokens_BL))
+
+    @torch.no_grad()
+    def _read(self, at: Site, tokens_BL: Tensor) -> Tensor:
+        """Compute the value of a site; nothing after it runs."""
+
+        def stop(value: Tensor) -> None:
+            raise _Reached(value)
+
+        value = self._run_until(at.reading(self.model, stop), tokens_BL)
+        return value.unflatten(0, tokens_BL.shape) if value.shape[0] == tokens_BL.numel() != 1 else value
+
     def _output_of(self, module: nn.Module, tokens_BL: Tensor) -> Any:
         """Compute the module's output on these tokens; nothing after it runs."""
 
@@ -236,13 +282,12 @@ class LanguageModel:
 
         return self._run_until(module.register_forward_hook(stop), tokens_BL)
 
-    def _run_until(self, stopping_hook: RemovableHandle, tokens_BL: Tensor) -> Any:
+    def _run_until(self, stopping_hook: AbstractContextManager[Any], tokens_BL: Tensor) -> Any:
         try:
-            self._run_decoder(tokens_BL)
+            with stopping_hook:
+                self._run_decoder(tokens_BL)
         except _Reached as reached:
             return reached.value
-        finally:
-            stopping_hook.remove()
         raise AssertionError(f"{self.name}: the forward pass never reached the module that was asked for")
 
     @contextmanager
@@ -295,11 +340,6 @@ class LanguageModel:
             for layer in layers:
                 del layer.forward
 
-    def _check_layer(self, layer: int) -> int:
-        if not 0 <= layer < self.n_layers:
-            raise UsageError(f"{self.name} has no layer {layer}: choose 0 to {self.n_layers - 1}")
-        return layer
-
     def _run_decoder(self, tokens_BL: Tensor) -> Tensor:
         """Compute the final normed hidden states."""
         if tokens_BL.shape[1] > self.max_context:
@@ -315,21 +355,17 @@ class LanguageModel:
         return self._decoder(input_ids=tokens_BL.to(self.device).long(), use_cache=False).last_hidden_state
 
     def _resume(self, acts_BLD: Tensor, tokens_BL: Tensor, layer: int, site: str) -> Tensor:
-        path = self.module_path(layer, site)
-        acts_BLD = acts_BLD.to(self.device, self.dtype)
-        if site != "resid_post":
-
-            def replace(_module: nn.Module, _args: object, output: Any) -> Any:
-                return (acts_BLD, *output[1:]) if isinstance(output, tuple) else acts_BLD
-
-            handle = self.model.get_submodule(path).register_forward_hook(replace)
-            try:
-                with self._prefix_done(tokens_BL, layer):
-                    residual_BLD = _hidden(self._output_of(self._layers[layer], tokens_BL))
-            finally:
-                handle.remove()
-        else:
+        at = self.site(layer, site)
+        acts_BLD = acts_BLD.to(self.device, at.dtype)
+        if at.layer is None:
+            with at.splicing(self.model, acts_BLD):
+                return self._run_decoder(tokens_BL)
+        layer = at.layer
+        if site.startswith("resid_post"):
             residual_BLD = acts_BLD
+        else:
+            with at.splicing(self.model, acts_BLD), self._prefix_done(tokens_BL, layer):
+                residual_BLD = hidden_of(self._output_of(self._layers[layer], tokens_BL))
         n_done = layer + 1
         if fused := self._fused_for(tokens_BL):
             # The fused layers read only the residual stream: equal rows, as under ablation, stay equal.
@@ -361,20 +397,3 @@ class _Reached(Exception):
 
     def __init__(self, value: Any) -> None:
         self.value = value
-
-
-def _hidden(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _find_layers(model: PreTrainedModel, n_layers: int, name: str) -> tuple[str, nn.ModuleList, nn.Module]:
-    """Find (path, list, owner) of the decoder layers: the shallowest list of that many modules."""
-    found = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers
-    ]
-    if not found or n_layers == 0:
-        raise UsageError(f"{name} has no list of {n_layers} decoder layers: this architecture is not supported")
-    path, layers = min(found, key=lambda item: item[0].count("."))
-    return path, layers, model.get_submodule(path.rpartition(".")[0])

@@ -170,6 +170,8 @@ class StoreWriter:
         in_shard = len(self._manifest.rows_of(number))
         start, end = self._n_rows, self._n_rows + len(batch.mask_BL)
         assert end <= in_shard, f"shard {number} has {in_shard} rows, and not {end}"
+        if batch.acts_BLD.dtype != self._shard["acts"].dtype:
+            raise LegatoError(f"activations of {batch.acts_BLD.dtype} for a store of {self._shard['acts'].dtype}")
         rows = {"acts": batch.acts_BLD, "mask": batch.mask_BL, "doc": batch.doc_BL, "tokens": batch.tokens_BL}
         for name, tensor in rows.items():
             room = self._shard[name][start:end]

@@ -53,7 +53,7 @@ def _grid(grid: str) -> str:
 
 
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-Site = Annotated[str, one_of("resid_post", "mlp_out", "attn_out")]
+SITE = "what is read there: resid_post, mlp_out, attn_out, resid_pre, resid_mid, attn_z, or the path of a module"
 DType = Annotated[str, one_of("auto", "bfloat16", "float32")]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -66,7 +66,7 @@ class ModelConfig:
 
     model: Name = option("demo", "'demo' (packaged Gemma 3 270M), a hub id, a local folder or a .gguf file")
     layer: int | None = option(None, "decoder layer that is read, from 0 (default: the middle one)", ge=0)
-    site: Site = option("resid_post", "what is read there: resid_post, mlp_out or attn_out")
+    site: Name = option("resid_post", SITE)
     dtype: DType = option(
         "auto", "of the model and the SAEs' matmuls: auto (bfloat16 where it is faster), bfloat16 or float32"
     )

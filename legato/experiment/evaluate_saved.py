@@ -26,7 +26,7 @@ from legato.data.store import ActivationStore
 from legato.data.tokens import TokenSet, tokenise
 from legato.experiment.arms import Arm, seeded
 from legato.experiment.checkpoint import DEFAULT_MINUTES, Checkpoint
-from legato.experiment.config import DataConfig, DType, EvaluationConfig, ModelConfig, Site
+from legato.experiment.config import SITE, DataConfig, DType, EvaluationConfig, ModelConfig, Name
 from legato.experiment.evaluate import Bank, TrainedArm, evaluate_arms
 from legato.experiment.inputs import CHARACTERS_PER_TOKEN, Activations, load_model, origin
 from legato.report.build import build_outputs
@@ -105,10 +105,10 @@ def evaluate_saved(config: EvaluateConfig, saes: Mapping[str, SparseAutoencoder]
     """
     run = distributed.broadcast_from_rank0(lambda: RunDir.claim(out, config))
     run.settle_machine(config.model.dtype)
-    model = load_model(config.model, config.data.context_length)
+    model = load_model(config.model, config.data.context_length, splice=bool(config.evaluation.ce_rows))
 
     def fitting_rows() -> TokenSet:
-        check_width(saes, model)
+        check_width(saes, model, config.model)
         return read_rows(config, model)
 
     activations = harvest_rows(config, model, distributed.broadcast_from_rank0(fitting_rows))
@@ -148,11 +148,13 @@ def _bank(config: EvaluateConfig, saes: Mapping[str, SparseAutoencoder], run: Ru
     return bank
 
 
-def check_width(saes: Mapping[str, SparseAutoencoder], model: LanguageModel) -> None:
+def check_width(saes: Mapping[str, SparseAutoencoder], model: LanguageModel, place: ModelConfig) -> None:
+    assert place.layer is not None
+    width = model.site(place.layer, place.site).width
     for name, sae in saes.items():
-        if sae.d_in != model.d_model:
+        if sae.d_in != width:
             raise UsageError(
-                f"{name} takes activations of width {sae.d_in}, those of {model.name} have {model.d_model}: "
+                f"{name} takes activations of width {sae.d_in}, those of {model.name} have {width}: "
                 "name the model that it was trained on with --model"
             )
 
@@ -222,7 +224,7 @@ class Place:
 
     model: str | None = option(None, f"the language model: a hub id, a local folder, 'demo' {SAID}")
     layer: int | None = option(None, f"decoder layer, from 0 {SAID}", ge=0)
-    site: Site | None = option(None, f"what is read there: resid_post, mlp_out or attn_out {SAID}")
+    site: Name | None = option(None, f"{SITE} {SAID}")
     dtype: DType = option("auto", "dtype of the model: auto, bfloat16 or float32")
     dataset: str | None = option(None, "the text: 'demo', a file, a folder, a hub id (default: the SAE's, or demo)")
     text_column: str = option("text", "column that holds the text")

@@ -43,13 +43,16 @@ class Activations:
         return f"{train} {self.held_out.key}"
 
 
-def load_model(config: ModelConfig, context_length: int) -> LanguageModel:
-    """Load the frozen language model. Raises UsageError for an unknown layer or site, or a shorter context."""
+def load_model(config: ModelConfig, context_length: int, *, splice: bool) -> LanguageModel:
+    """Load the frozen language model and try on a few tokens what it is needed for; splice: also to replace the site.
+
+    Raises UsageError for an unknown layer or site, for a shorter context and for what the model cannot do.
+    """
     with distributed.one_first():  # which downloads or converts it
         model = LanguageModel.load(config.model, dtype=config.dtype)
     if context_length > model.max_context:
         raise UsageError(f"--context_length {context_length} is longer than {model.name} allows ({model.max_context})")
-    model.module_path(layer_of(config, model), config.site)
+    model.check(layer_of(config, model), config.site, splice=splice)
     log(f"model: {model.name}, {model.n_layers} layers, width {model.d_model}, {model.dtype}")
     return model
 

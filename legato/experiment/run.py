@@ -16,7 +16,7 @@ from legato.experiment.arms import planned_arms
 from legato.experiment.checkpoint import Checkpoint
 from legato.experiment.config import STAGES, ExperimentConfig, RunOptions
 from legato.experiment.evaluate import evaluate_arms, post_hoc
-from legato.experiment.inputs import harvest_activations, load_model, read_text
+from legato.experiment.inputs import harvest_activations, layer_of, load_model, read_text
 from legato.experiment.train import train_arms
 from legato.report.build import build_outputs
 from legato.results.integrity import write_checksums
@@ -30,8 +30,9 @@ def run_experiment(config: ExperimentConfig, options: RunOptions, interrupts: In
         distributed.broadcast_from_rank0(lambda: check_shards(config.training.d_sae))
     run = distributed.broadcast_from_rank0(lambda: RunDir.claim(options.out_dir, config, resume=options.resume))
     run.settle_machine(config.model.dtype)
-    model = load_model(config.model, config.data.context_length)
-    planned = planned_arms(config, model.d_model)
+    model = load_model(config.model, config.data.context_length, splice=bool(config.evaluation.ce_rows))
+    width = model.site(layer_of(config.model, model), config.model.site).width
+    planned = planned_arms(config, width)
     text = distributed.broadcast_from_rank0(lambda: read_text(config, model))
     activations = harvest_activations(config, model, text)
     with distributed.held_by_rank0(run.locked(config)):
