@@ -135,7 +135,7 @@ def test_sparsify(tmp_path, num_latents):
     assert_codes(sae, sparsify_encode(acts(), weights), weights)
     assert sae.architecture == TopK(K)
     details = sae.details
-    assert (details["model"], details["layer"], details["site"]) == ("EleutherAI/pythia-160m", 7, "mlp_out")
+    assert (details["model"], details["layer"], details["site"]) == ("EleutherAI/pythia-160m", 7, "mlp")
     assert details["context_length"] == 2048
     with pytest.raises(UsageError, match=r"holds 1 SAE\(s\), name the one to open: .*layers.7.mlp"):
         SparseAutoencoder.load(tmp_path / "run")

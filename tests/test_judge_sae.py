@@ -222,7 +222,7 @@ def test_mistakes(evaluate, place, tmp_path):
     assert "takes activations of width 20, those of" in failure(evaluate, tmp_path / "narrow")
     assert "layer 9" in failure(evaluate, plain, layer=9)
     assert "--held_out 1.5" in failure(evaluate, plain, held_out=1.5)
-    assert "--site nowhere is unknown" in failure(evaluate, plain, site="nowhere")
+    assert "unknown site 'nowhere': give resid_post" in failure(evaluate, plain, site="nowhere")
     assert "--context_length 100000 is longer" in failure(evaluate, plain, context_length=100_000)
     assert "no such file" in failure(evaluate, plain, dataset=tmp_path / "none.txt")
     assert "two SAEs have the same name" in failure(evaluate, f"a={plain}", f"a={place / 'held'}")
