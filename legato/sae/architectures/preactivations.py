@@ -6,7 +6,7 @@ precision, and the choice is made on those.
 Shape legend: N flat tokens, S sampled tokens, D width, F latents, H those whose weights are here, P pairs by token.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import MappingProxyType
@@ -63,11 +63,11 @@ class Preactivations(NamedTuple):
 
     def scan(self, floor_N: Array, expected: int) -> tuple[Array, Array, Array]:
         """(token_P, latent_P, exact value_P) of the pairs whose pre_NH lies above the floor (in `ordered` units)."""
-        return self._with_exact(*self._own_pairs(kernels.scan, self.ordered, floor_N[self._tokens], expected))
+        return self._with_exact(*self._own_pairs(self.ordered, floor_N[self._tokens], expected))
 
     def candidates(self, floor_N: Array, expected: int) -> tuple[Array, Array]:
         """(token_P, latent_P) of the pairs whose pre_NH lies above the floor (in `ordered` units)."""
-        token_P, latent_P = self._own_pairs(kernels.scan, self.ordered, floor_N[self._tokens], expected)
+        token_P, latent_P = self._own_pairs(self.ordered, floor_N[self._tokens], expected)
         token_P, latent_P = self.partition.pairs(token_P, latent_P + latent_P.dtype.type(self._held.start))
         return token_P, latent_P
 
@@ -89,7 +89,7 @@ class Preactivations(NamedTuple):
         floor_H = torch.from_numpy(floor_F[self._held]).to(pre_NH.dtype)
         bits_H = floor_H.view(torch.int16) if floor_H.dtype == torch.bfloat16 else floor_H
         ordered_NH = self._replace(pre_NH=pre_NH).ordered
-        return self._with_exact(*self._own_pairs(kernels.scan_above, ordered_NH, bits_H.numpy(), expected))
+        return self._with_exact(*self._own_pairs(ordered_NH, bits_H.numpy(), expected, by_latent=True))
 
     def near(self, threshold_F: Array, release: float = 1.0) -> tuple[Array, Array, Array]:
         """(token_P, latent_P, exact value_P) of the candidates for release times the latent's threshold (F) > 0."""
@@ -116,10 +116,11 @@ class Preactivations(NamedTuple):
         return self.partition.local(len(self.b_enc_F))
 
     def _own_pairs(
-        self, scan: Callable[..., tuple[Array, Array]], ordered_NH: Array, floor: Array, expected: int
+        self, ordered_NH: Array, floor: Array, expected: int, by_latent: bool = False
     ) -> tuple[Array, Array]:
-        part = self._tokens
-        token_P, latent_P = scan(ordered_NH[part], self.layout.valid_N[part], floor, expected // self.partition.size)
+        part, expected = self._tokens, expected // self.partition.size
+        valid_N = self.layout.valid_N[part]
+        token_P, latent_P = kernels.scan(ordered_NH[part], valid_N, floor, expected, by_latent=by_latent)
         return token_P + token_P.dtype.type(part.start), latent_P
 
     def _with_exact(self, token_P: Array, latent_P: Array) -> tuple[Array, Array, Array]:
@@ -232,9 +233,7 @@ def held_top_pairs(pre: Preactivations, k: int, release: float, share: float = A
     layout = pre.layout
 
     def top(value_P: Array, margin: float) -> Array:
-        return held_top.held_top(
-            layout.start_N, layout.end_N, token_P, latent_P, value_P, n_latents=F, k=k, release=release, margin=margin
-        )
+        return held_top.held_top(layout.start_N, layout.end_N, token_P, latent_P, value_P, F, k, release, margin)
 
     floor_N = pre.scaled_floor(pre.row_floors(k), share * release)
     token_P, latent_P = pre.candidates(floor_N, 6 * k * N)

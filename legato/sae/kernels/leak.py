@@ -46,15 +46,6 @@ def leak_forward(order: PairsByLatent, leak_F: Array, tail: float, layout: Segme
     return Carried(ptr_F, token_H, latent_H, value_H, input_H, linked_H)
 
 
-def leak_backward(carried: Carried, gradient_H: Array, order: PairsByLatent, leak_F: Array) -> tuple[Array, Array]:
-    """Derivatives by the inputs (Q) and by the leaks (F), from those by the codes; where stretches end is taken as
-    given."""
-    gradient_Q = np.empty_like(order.value_Q)
-    by_leak_F = np.empty(len(leak_F))
-    _leak_backward(*carried, gradient_H, order.value_Q, leak_F, gradient_Q, by_leak_F)
-    return gradient_Q, by_leak_F
-
-
 @njit(parallel=True, cache=True)
 def _leak_forward(
     ptr_F, token_Q, value_Q, leak_F, tail, start_N, end_N, at_F, token_H, latent_H, value_H, input_H, linked_H, fill
@@ -88,11 +79,15 @@ def _leak_forward(
 
 
 @njit(parallel=True, cache=True)
-def _leak_backward(
-    ptr_F, token_H, latent_H, value_H, input_H, linked_H, gradient_H, value_Q, leak_F, gradient_Q, by_leak_F
-):
+def leak_backward(carried: Carried, gradient_H: Array, order: PairsByLatent, leak_F: Array) -> tuple[Array, Array]:
+    """Derivatives by the inputs (Q) and by the leaks (F), from those by the codes; where stretches end is taken as
+    given."""
+    ptr_F, _, _, value_H, input_H, linked_H = carried
+    value_Q = order.value_Q
+    gradient_Q = np.empty_like(value_Q)
+    by_leak_F = np.empty(len(leak_F))
     one = value_Q.dtype.type(1)
-    for f in prange(ptr_F.shape[0] - 1):
+    for f in prange(len(leak_F)):
         leak = leak_F[f]
         later = value_Q.dtype.type(0)
         by_leak = 0.0
@@ -106,3 +101,4 @@ def _leak_backward(
             by_leak += total * (before - entered)
             later = leak * total if linked_H[i] else value_Q.dtype.type(0)
         by_leak_F[f] = by_leak
+    return gradient_Q, by_leak_F
