@@ -54,14 +54,6 @@ class Progress:
     evaluated: bool = False
 
 
-@dataclass(frozen=True)
-class SavedBank:
-    """A bank as it was saved, and the length of log.jsonl at that time."""
-
-    bank: BankState
-    log_bytes: int
-
-
 class Checkpoint:
     """The checkpoint folder of one run.
 
@@ -189,7 +181,7 @@ class Checkpoint:
 
     def read_bank(
         self, arms: Sequence[SAEConfig], config: TrainConfig, *, shard_latents: bool = False
-    ) -> SavedBank | None:
+    ) -> BankState | None:
         """The newest saved step that is whole, of a bank of any of these arms; None where there is none. Each rank
         gets its share of the members, however many ranks there were when it was saved.
 
@@ -213,8 +205,8 @@ class Checkpoint:
             trainers[name] = SAETrainer.restored(arm, config, workspace, tensors, numbers, partition)
         failed = [(trainers.pop(name), reason) for name, reason in content["failed"].items() if name in names]
         elsewhere = len(content["members"]) - len(content["failed"]) - len(trainers)
-        bank = BankState(list(trainers.values()), failed, content["step"], elsewhere, partition)
-        return SavedBank(bank, content["log_bytes"])
+        members_here = list(trainers.values())
+        return BankState(members_here, failed, content["step"], elsewhere, partition, content["log_bytes"])
 
     def _newest_step(self, arms: Collection[str]) -> Path | None:
         for folder in self._steps():

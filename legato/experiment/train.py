@@ -15,11 +15,11 @@ from legato.common.hardware import fast_matmul_dtype
 from legato.common.progress import log, progress_bar
 from legato.data.activations import Normaliser
 from legato.experiment.arms import PlannedArm
-from legato.experiment.checkpoint import Checkpoint, Progress, SavedBank, cut
+from legato.experiment.checkpoint import Checkpoint, Progress, cut
 from legato.experiment.config import ExperimentConfig
 from legato.experiment.evaluate import CALIBRATION_BATCHES, Bank, TrainedArm
 from legato.experiment.inputs import Activations
-from legato.experiment.run_log import RunLog, SharedLog, WandbLog
+from legato.experiment.run_log import RunLog, WandbLog
 from legato.results.run_dir import RunDir, environment
 from legato.sae.autoencoder import SparseAutoencoder
 from legato.training.bank import BankResult, BankState, NoMemberLeftError, train_on
@@ -57,7 +57,7 @@ def train_arms(
     if missing:
         stage = _Stage.of(wanted, config, activations)
         saved = checkpoint.read_bank(missing, stage.train_config, shard_latents=shard_latents)
-        going_on = distributed.gather_dicts(dict.fromkeys(saved.bank.in_training, None)) if saved else {}
+        going_on = distributed.gather_dicts(dict.fromkeys(saved.in_training, None)) if saved else {}
         if distributed.is_rank0():
             _cut_logs(run, missing, going_on, saved.log_bytes if saved else checkpoint.progress.log_bytes)
         for state in _passes(missing, saved, stage, config, shard_latents):
@@ -128,14 +128,14 @@ def _cut_logs(run: RunDir, missing: Sequence[SAEConfig], going_on: Collection[st
 
 def _passes(
     missing: Sequence[SAEConfig],
-    saved: SavedBank | None,
+    saved: BankState | None,
     stage: _Stage,
     config: ExperimentConfig,
     shard_latents: bool,
 ) -> Iterator[BankState]:
     """Yield the banks to train, this rank's part of each: the saved one first."""
     source, training = stage.activations.train, config.training
-    started = distributed.gather_dicts(dict.fromkeys(saved.bank.names, None)) if saved else {}
+    started = distributed.gather_dicts(dict.fromkeys(saved.names, None)) if saved else {}
     new = [arm for arm in missing if arm.name not in started]
     passes = distributed.broadcast_from_rank0(
         lambda: planned(new, source.d_in, training.batch_rows * source.context_length, shard_latents)
@@ -145,8 +145,8 @@ def _passes(
         f"{stage.train_config.steps} steps of {stage.tokens_per_step:,.0f} tokens"
     )
     if saved:
-        log(f"going on with {len(started)} of them after step {saved.bank.step}")
-        yield saved.bank
+        log(f"going on with {len(started)} of them after step {saved.step}")
+        yield saved
     for members, sharded in passes:
         own, partition = divided(members, sharded=sharded)
         yield BankState.new(
@@ -166,7 +166,7 @@ def _train_pass(
     order = list(stage.planned)
     with (
         interrupts.held_back(),
-        SharedLog(lambda: RunLog(run.log, run.tensorboard, steps_done=state.step, also=tracker), order) as run_log,
+        RunLog(run.log, run.tensorboard, order, steps_done=state.step, also=tracker) as run_log,
         progress_bar("train", steps) as progress,
     ):
 
@@ -199,7 +199,10 @@ def _train_pass(
                     name: {"training": arm.training, "files": Manifest.of(run.sae(name)).sha256}
                     for name, arm in own.items()
                 },
-                "failed": {trainer.arm.name: _failure(trainer.steps_done, reason) for trainer, reason in result.failed},
+                "failed": {
+                    trainer.arm.name: {"steps": trainer.steps_done, "reason": reason}
+                    for trainer, reason in result.failed
+                },
             }
         )
         for failure in ranks["failed"].values():
@@ -212,10 +215,6 @@ def _train_pass(
         checkpoint.drop_steps()
     others = {name: record for name, record in ranks["trained"].items() if name not in own}
     return own | {name: _opened(run, stage.planned[name], record) for name, record in others.items()}
-
-
-def _failure(steps: int, reason: str) -> dict[str, Any]:
-    return {"steps": steps, "reason": reason}
 
 
 def _save(trainer: SAETrainer, stage: _Stage, run: RunDir) -> TrainedArm | None:

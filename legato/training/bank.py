@@ -30,6 +30,7 @@ class BankState:
 
     Of a bank that is spread over several ranks: this rank's members; elsewhere: how many are in training on others.
     partition: of ranks that train every member together, this one's part; its members are then all there are.
+    log_bytes: length of log.jsonl when it was saved, of one that a checkpoint held.
     """
 
     trainers: list[SAETrainer]
@@ -37,6 +38,7 @@ class BankState:
     step: int = 0
     elsewhere: int = 0
     partition: Partition = SINGLE
+    log_bytes: int = 0
 
     @classmethod
     def new(

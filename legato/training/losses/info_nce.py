@@ -1,10 +1,11 @@
 """InfoNCE between matched tokens, dense and from the active pairs alone.
 
-Shape legend: F latents, N flat tokens, Q active pairs sorted by latent, A matched token pairs, E the active pairs of
-A tokens.
+Shape legend: B rows, L positions, F latents, N = B * L flat tokens, Q active pairs sorted by latent, A matched token
+pairs, E the active pairs of A tokens.
 """
 
-from typing import NamedTuple
+from abc import abstractmethod
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +13,54 @@ from numba import njit, prange
 from torch import Tensor
 
 from legato.sae.kernels.pairs import PairsByLatent
-from legato.training.losses.base import Array
+from legato.sae.segments import Segments
+from legato.training.losses.base import NOTHING, Array, SparseLoss, leading_codes
+
+
+class MatchedTokens(SparseLoss):
+    """InfoNCE between the codes of the tokens of drawn pairs. cosine: of codes over their norm, else as they are."""
+
+    temperature: float
+    cosine: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.temperature > 0:
+            raise ValueError(f"temperature {self.temperature} is not positive")
+
+    @abstractmethod
+    def draw(self, layout: Segments, step: int) -> tuple[Array, Array, Array]:
+        """Flat indices of both tokens of each pair (A), and a number: pairs of the same one are no negatives."""
+
+    def loss(self, codes_BLF: Tensor, mask_BL: Tensor, doc_BL: Tensor, step: int = 0) -> Tensor:
+        *sides, doc_A = self.draw(Segments.of(mask_BL, doc_BL), step)
+        codes_NF = leading_codes(codes_BLF, mask_BL, self.slow_fraction).flatten(0, 1)
+        first_AF, second_AF = (codes_NF[token_A] for token_A in sides)
+        if self.cosine:
+            first_AF, second_AF = _unit_rows(first_AF), _unit_rows(second_AF)
+        return info_nce(first_AF, second_AF, doc_A, self.temperature)
+
+    def on_pairs(self, slow: PairsByLatent, layout: Segments, step: int) -> tuple[float, Array]:
+        *tokens, doc_A = self.draw(layout, step)
+        if len(doc_A) == 0:
+            return NOTHING
+        sides = [ActiveRows.of(slow, token_A, len(layout.doc_N)) for token_A in tokens]
+        if self.cosine:
+            norms = [np.sqrt(np.bincount(s.row_E, s.value_E**2, minlength=len(doc_A)))[s.row_E] for s in sides]
+            sides = [s._replace(value_E=s.value_E / norm_E) for s, norm_E in zip(sides, norms, strict=True)]
+        value, *slopes = sparse_info_nce(sides[0], sides[1], doc_A, self.temperature)
+        slope_Q = np.zeros_like(slow.value_Q)
+        for number, (side, slope_E) in enumerate(zip(sides, slopes, strict=True)):
+            if self.cosine:
+                radial_A = np.bincount(side.row_E, side.value_E * slope_E, minlength=len(doc_A))
+                slope_E = (slope_E - radial_A[side.row_E] * side.value_E) / norms[number]
+            np.add.at(slope_Q, side.at_E, slope_E.astype(slope_Q.dtype))  # a token may be drawn more than once
+        return value, slope_Q
+
+
+def _unit_rows(codes_AF: Tensor) -> Tensor:
+    """Rows over their norm; the square is floored before the root, so that an empty row has gradient 0 and not NaN."""
+    return codes_AF / codes_AF.square().sum(-1, keepdim=True).clamp_min(1e-24).sqrt()
 
 
 def info_nce(first_AF: Tensor, second_AF: Tensor, doc_A: Array, temperature: float) -> Tensor:

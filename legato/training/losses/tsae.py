@@ -4,8 +4,7 @@ Source: AI4LIFE-GROUP/temporal-saes, trainers/temporal_sequence_top_k.py at 8dae
 Bhalla et al. 2025 (arXiv 2511.05541). Where the paper has a cosine, a temperature and negatives from other documents,
 the code has none.
 
-Shape legend: B rows, L positions, D width, F latents, N = B * L flat tokens, Q active pairs sorted by latent, A token
-pairs.
+Shape legend: D width, F latents, A token pairs.
 """
 
 from collections.abc import Sequence
@@ -15,14 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from legato.sae.kernels.pairs import PairsByLatent
 from legato.sae.segments import Segments
-from legato.training.losses.base import Array, TemporalLoss, TermValue, check_fraction, leading_codes, leading_pairs
-from legato.training.losses.info_nce import ActiveRows, info_nce, sparse_info_nce
+from legato.training.losses.base import Array
+from legato.training.losses.info_nce import MatchedTokens, info_nce
 
 
 @dataclass(frozen=True)
-class TsaeContrastive(TemporalLoss):
+class TsaeContrastive(MatchedTokens):
     """The contrastive part of `tsae_objective`: symmetric InfoNCE on the raw inner products of the first group's
     codes, between a token and one drawn evenly from the tokens before it in its run; every other drawn pair is a
     negative, of the same document or not.
@@ -40,35 +38,13 @@ class TsaeContrastive(TemporalLoss):
     seed: int = 0
     name: str = "tsae"
 
-    def __post_init__(self) -> None:
-        check_fraction(self.slow_fraction)
-        if not self.temperature > 0:
-            raise ValueError(f"temperature {self.temperature} is not positive")
-
-    def loss(self, codes_BLF: Tensor, mask_BL: Tensor, doc_BL: Tensor, step: int = 0) -> Tensor:
-        now_A, before_A = self._pairs(Segments.of(mask_BL, doc_BL), step)
-        codes_NF = leading_codes(codes_BLF, mask_BL, self.slow_fraction).flatten(0, 1)
-        return info_nce(codes_NF[now_A], codes_NF[before_A], np.arange(len(now_A)), self.temperature)
-
-    def sparse(self, order: PairsByLatent, layout: Segments, step: int) -> TermValue:
-        now_A, before_A = self._pairs(layout, step)
-        gradient_Q = np.zeros_like(order.value_Q)
-        if len(now_A) == 0:
-            return TermValue(0.0, gradient_Q)
-        slow = leading_pairs(order, self.slow_fraction)
-        sides = [ActiveRows.of(slow, token_A, len(layout.doc_N)) for token_A in (now_A, before_A)]
-        value, *slopes = sparse_info_nce(sides[0], sides[1], np.arange(len(now_A)), self.temperature)
-        for side, slope_E in zip(sides, slopes, strict=True):
-            np.add.at(gradient_Q, side.at_E, slope_E.astype(gradient_Q.dtype))
-        return TermValue(value, gradient_Q)
-
-    def _pairs(self, layout: Segments, step: int) -> tuple[Array, Array]:
-        """Flat indices of the drawn tokens and of an earlier token of the same run for each."""
+    def draw(self, layout: Segments, step: int) -> tuple[Array, Array, Array]:
+        """Drawn tokens, an earlier token of the same run for each, and the numbers of the pairs."""
         index = np.arange(len(layout.start_N))
         candidates = np.flatnonzero(layout.valid_N & (index > layout.start_N))
         rng = np.random.default_rng((self.seed, step))
         now_A = np.sort(rng.choice(candidates, min(self.anchors, len(candidates)), replace=False))
-        return now_A, rng.integers(layout.start_N[now_A], now_A)
+        return now_A, rng.integers(layout.start_N[now_A], now_A), np.arange(len(now_A))
 
 
 def tsae_objective(
