@@ -52,21 +52,16 @@ def fast_matmul_dtype() -> torch.dtype:
 @cache
 def _measured_matmul_dtype() -> torch.dtype:
     key = f"{platform.machine()} {processor_name()} {torch.backends.cpu.get_cpu_capability()} torch {torch.__version__}"
-    known = _remembered()
-    if known.get(key) not in [*_DTYPES]:
-        known = {**known, key: str(_faster_dtype()).removeprefix("torch.")}
+    try:
+        known = json.loads((cache_dir() / _REMEMBERED).read_text())
+    except (OSError, ValueError, LegatoError):  # missing or damaged: it can be measured again
+        known = {}
+    if not isinstance(known, dict) or known.get(key) not in [*_DTYPES]:
+        others = known if isinstance(known, dict) else {}
+        known = {**others, key: str(_faster_dtype()).removeprefix("torch.")}
         with suppress(OSError, LegatoError):  # without a cache it is only measured again
             write_atomically(cache_dir() / _REMEMBERED, json.dumps(known, indent=1).encode())
     return _DTYPES[known[key]]
-
-
-def _remembered() -> dict[str, str]:
-    """Read answers of earlier processes; none where the file is missing or damaged: they can be measured again."""
-    try:
-        known = json.loads((cache_dir() / _REMEMBERED).read_text())
-    except (OSError, ValueError, LegatoError):
-        return {}
-    return known if isinstance(known, dict) else {}
 
 
 def processor_name() -> str:

@@ -10,12 +10,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from itertools import count, islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from legato.common import distributed
@@ -269,14 +267,6 @@ class Normaliser:
     def apply(self, acts: Tensor) -> Tensor:
         """Normalise activations [..., D] to float32."""
         return (acts.float() - self.mean_D.to(acts.device)) * self.scale
-
-    def save(self, path: str | Path) -> None:
-        save_file({"mean": self.mean_D, "scale": torch.tensor(self.scale, dtype=torch.float64)}, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Normaliser":
-        tensors = load_file(path)
-        return cls(tensors["mean"], float(tensors["scale"]))
 
 
 def position_shuffled(batches: Iterable[ActivationBatch], seed: int = 0) -> Iterator[ActivationBatch]:

@@ -10,7 +10,7 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -56,6 +56,7 @@ def load_documents(
     Raises UsageError, naming file and line, for what cannot be found or read, and for a corpus without any text;
     LegatoError for more text than fits into memory, and for a hub that cannot be reached.
     """
+    most_characters = None
     if dataset == "demo":
         found = _demo_documents()
     elif os.path.exists(path := os.path.expanduser(dataset)):  # unlike Path's, False for a name that is too long
@@ -63,8 +64,10 @@ def load_documents(
     elif _looks_like_path(dataset):
         raise UsageError(f"no such file or folder: {dataset}")
     else:
-        found = _first_characters(_hub_documents(dataset, text_column), max_stream_characters)
-    return _not_empty(_fitting(islice(found, max_documents), dataset), dataset)
+        records = enumerate(hub_records(dataset), start=1)
+        each = (_record_document(one, text_column, *[f"{dataset}:{number}"] * 2) for number, one in records)
+        found, most_characters = chain.from_iterable(each), max_stream_characters
+    return _checked(islice(found, max_documents), dataset, most_characters)
 
 
 def split_held_out(documents: Iterable[Document], fraction: float) -> tuple[list[Document], list[Document]]:
@@ -98,37 +101,19 @@ def _text_hash(text: str) -> str:
     return hashlib.sha256(normalised.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _not_empty(documents: Iterator[Document], dataset: str) -> Iterator[Document]:
-    is_empty = True
-    for document in documents:
-        is_empty = False
-        yield document
-    if is_empty:
-        raise UsageError(f"no text in {dataset}: every document is empty or there is none")
-
-
-def _first_characters(documents: Iterator[Document], limit: int | None) -> Iterator[Document]:
-    seen = 0
-    for document in documents:
-        yield document
-        seen += len(document.text)
-        if limit is not None and seen >= limit:
-            return
-
-
-def _fitting(documents: Iterator[Document], dataset: str) -> Iterator[Document]:
-    """Yield the documents; raise LegatoError once all together do not fit into memory."""
+def _checked(documents: Iterator[Document], dataset: str, most_characters: int | None) -> Iterator[Document]:
+    """Yield the documents up to so many characters. Raises UsageError where there are none, LegatoError once all
+    together do not fit into memory."""
     room, used = MAX_MEMORY_SHARE * psutil.virtual_memory().available, 0
     for document in documents:
         used += len(document.text)
         if used > room:
             raise LegatoError(f"{dataset} holds more text than fits into memory ({room / 2**30:.1f} GiB): give a part")
         yield document
-
-
-def _check_memory(needed: int, dataset: str) -> None:
-    if needed > MAX_MEMORY_SHARE * psutil.virtual_memory().available:
-        raise LegatoError(f"{dataset} has {needed / 2**30:.1f} GiB, more text than fits into memory: give a part")
+        if most_characters is not None and used >= most_characters:
+            return
+    if used == 0:
+        raise UsageError(f"no text in {dataset}: every document is empty or there is none")
 
 
 def _demo_documents() -> Iterator[Document]:
@@ -183,7 +168,9 @@ def _reader(path: Path) -> Callable[[Path, str, str], Iterator[Document]]:
 
 def _read_txt(path: Path, name: str, text_column: str) -> Iterator[Document]:
     try:
-        _check_memory(path.stat().st_size, str(path))
+        needed = path.stat().st_size
+        if needed > MAX_MEMORY_SHARE * psutil.virtual_memory().available:
+            raise LegatoError(f"{path} has {needed / 2**30:.1f} GiB, more text than fits into memory: give a part")
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
@@ -267,15 +254,9 @@ def _record_document(record: object, text_column: str, place: str, source: str) 
 
 
 def _no_column(text_column: str, place: str, names: list[str]) -> str:
-    shown = (
-        f"{', '.join(map(str, names[:LISTED_COLUMNS])) or 'nothing'}{', ...' if len(names) > LISTED_COLUMNS else ''}"
-    )
+    more = ["..."] if len(names) > LISTED_COLUMNS else []
+    shown = ", ".join([*map(str, names[:LISTED_COLUMNS]), *more]) or "nothing"
     return f"{place} has no {text_column!r} (it has: {shown}): name the text column"
-
-
-def _hub_documents(dataset: str, text_column: str) -> Iterator[Document]:
-    for number, record in enumerate(hub_records(dataset), start=1):
-        yield from _record_document(record, text_column, f"{dataset}:{number}", f"{dataset}:{number}")
 
 
 _READERS: dict[str, Callable[[Path, str, str], Iterator[Document]]] = {

@@ -65,7 +65,11 @@ def _resumed(opened: "Callable[[], datasets.IterableDataset]", dataset: str) -> 
             return
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            if not _is_of_the_connection(error):
+            # Timeouts and broken connections, by the errors of the HTTP libraries of hub clients.
+            of_http = any(base.__module__.partition(".")[0] in _HTTP_LIBRARIES for base in type(error).__mro__)
+            if not of_http and (
+                not isinstance(error, OSError) or isinstance(error, FileNotFoundError | PermissionError)
+            ):
                 raise
             if failures == len(STREAM_RETRY_SECONDS):
                 raise LegatoError(f"hub data set {dataset} stopped: {reason}") from error
@@ -73,9 +77,3 @@ def _resumed(opened: "Callable[[], datasets.IterableDataset]", dataset: str) -> 
             log(f"hub data set {dataset} stopped ({reason}): going on there in {seconds:g} s")
             time.sleep(seconds)
             failures += 1
-
-
-def _is_of_the_connection(error: Exception) -> bool:
-    """Recognise timeouts and broken connections by the errors of the HTTP libraries of hub clients."""
-    of_http = any(base.__module__.partition(".")[0] in _HTTP_LIBRARIES for base in type(error).__mro__)
-    return (isinstance(error, OSError) and not isinstance(error, FileNotFoundError | PermissionError)) or of_http

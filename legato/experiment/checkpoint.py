@@ -30,8 +30,7 @@ from legato.training.bank import BankState
 from legato.training.config import SAEConfig, TrainConfig
 from legato.training.passes import divided
 from legato.training.step import Workspace
-from legato.training.trainer import SAETrainer
-from legato.training.trainer_state import read_trainer_state, write_trainer_state
+from legato.training.trainer import SAETrainer, read_trainer_state, write_trainer_state
 
 KIND = "legato-checkpoint-2"
 DEFAULT_MINUTES = 5.0

@@ -1,5 +1,6 @@
 """Passes and ranks of a bank of SAEs, so that it fits into memory."""
 
+import os
 from collections.abc import Sequence
 
 import psutil
@@ -52,7 +53,8 @@ def planned(
 ) -> list[tuple[list[SAEConfig], bool]]:
     """Passes, and whether the latents of their members are divided over the ranks: those of SAEs that do not fit
     otherwise, or of all. Raises LegatoError where one does not fit either way."""
-    ranks, here = distributed.world_size(), distributed.local_size()
+    ranks = distributed.world_size()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if ranks > 1 else 1  # processes of this run on this machine
     limit = MEMORY_SHARE * psutil.virtual_memory().available
 
     def copies(members: Sequence[SAEConfig]) -> int:
