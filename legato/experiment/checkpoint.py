@@ -233,21 +233,20 @@ class Checkpoint:
 
     # Evaluation
 
-    def part(self, name: str, compute: Callable[[], Any]) -> Any:
+    def part(self, name: str, compute: Callable[[], Any], *, alone: bool = False) -> Any:
         """Return the result of `compute`, or of an earlier attempt: a tree of dicts, lists, numbers, strings, arrays.
 
-        All ranks compute it together, to one result, which the writer keeps.
+        All ranks compute it together, to one result, which the writer keeps. alone: one rank computes it, and keeps it.
         """
-        found = distributed.broadcast_from_rank0(lambda: self._kept(name))
+        found = self._kept(name) if alone else distributed.broadcast_from_rank0(lambda: self._kept(name))
         if found is not None:
             return found
-        computed = compute()
-        return self._keep(name, computed, write=distributed.is_rank0())
-
-    def own_part(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Like `part`, for one rank alone."""
-        found = self._kept(name)
-        return self._keep(name, compute()) if found is None else found
+        arrays: dict[str, np.ndarray] = {}
+        content = json.loads(json.dumps(_flat(compute(), arrays)))
+        if alone or distributed.is_rank0():
+            tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
+            write_checksummed(self._part_path(name), content, {name: tensors} if arrays else {}, kind=KIND)
+        return _tree(content, arrays)  # as it will be read, to the byte order of the arrays
 
     def _kept(self, name: str) -> Any:
         try:
@@ -258,14 +257,6 @@ class Checkpoint:
         except DamagedError as error:
             _warn(f"{error}: this part of the evaluation is done again")
             return None
-
-    def _keep(self, name: str, computed: Any, write: bool = True) -> Any:
-        arrays: dict[str, np.ndarray] = {}
-        content = json.loads(json.dumps(_flat(computed, arrays)))
-        if write:
-            tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
-            write_checksummed(self._part_path(name), content, {name: tensors} if arrays else {}, kind=KIND)
-        return _tree(content, arrays)  # as it will be read, to the byte order of the arrays
 
     def _part_path(self, name: str) -> Path:
         return self.folder / "evaluation" / f"{name}.json"

@@ -190,7 +190,7 @@ def _redundancies(
         write_strips(run.strips / f"{name}.parquet", order, text, sae.W_dec, others=matched, logits=logits)
         return redundant.metrics
 
-    own = {name: checkpoint.own_part(f"redundancy_{name}", partial(section, name)) for name in _own(others)}
+    own = {name: checkpoint.part(f"redundancy_{name}", partial(section, name), alone=True) for name in _own(others)}
     return distributed.gather_dicts(own)
 
 

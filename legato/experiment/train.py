@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -59,7 +59,11 @@ def train_arms(
         saved = checkpoint.read_bank(missing, stage.train_config, shard_latents=shard_latents)
         going_on = distributed.gather_dicts(dict.fromkeys(saved.in_training, None)) if saved else {}
         if distributed.is_rank0():
-            _cut_logs(run, missing, going_on, saved.log_bytes if saved else checkpoint.progress.log_bytes)
+            cut(run.log, saved.log_bytes if saved else checkpoint.progress.log_bytes)
+            anew = [arm.name for arm in missing if arm.name not in going_on]
+            run.forget_log(anew)  # removes something only where a trained SAE was damaged
+            for name in anew:
+                shutil.rmtree(run.tensorboard / name, ignore_errors=True)
         for state in _passes(missing, saved, stage, config, shard_latents):
             tracker = WandbLog(wandb, run.root) if wandb and distributed.is_rank0() else None
             trained |= _train_pass(state, stage, run, checkpoint, tracker)
@@ -115,15 +119,6 @@ def _progress_found(run: RunDir, checkpoint: Checkpoint) -> Progress:
 
 def _opened(run: RunDir, planned: PlannedArm, record: Mapping[str, Any]) -> TrainedArm:
     return TrainedArm(planned.arm, SparseAutoencoder.load(run.sae(planned.arm.name)), record["training"])
-
-
-def _cut_logs(run: RunDir, missing: Sequence[SAEConfig], going_on: Collection[str], log_bytes: int) -> None:
-    """Remove from the logs the arms that are trained again."""
-    cut(run.log, log_bytes)
-    anew = [arm.name for arm in missing if arm.name not in going_on]
-    run.forget_log(anew)  # removes something only where a trained SAE was damaged
-    for name in anew:
-        shutil.rmtree(run.tensorboard / name, ignore_errors=True)
 
 
 def _passes(

@@ -21,16 +21,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from legato.common import distributed
 from legato.common.errors import UsageError
 from legato.common.hardware import rows_a_block
 from legato.sae.kernels import gradients
-from legato.sae.kernels.pairs import Groups, Pairs
-
-Array = NDArray[Any]
+from legato.sae.kernels.pairs import Array, Groups, Pairs
 
 T = TypeVar("T")
 
@@ -59,7 +56,7 @@ class Partition:
         own, first = self.latents(n_latents), self.local(n_latents).start
         return slice(own.start - first, own.stop - first)
 
-    def pairs(self, *columns: Array) -> tuple[Array, ...]:
+    def pairs(self, *columns: Array) -> Any:
         """Columns (the first: token_P) of the pairs of all ranks in token order, latents ascending inside a token, from
         those of this one."""
         return columns
@@ -143,7 +140,7 @@ class Replicated(_Several):
     def of_tokens(self, own: Array) -> Array:
         return gather_concat(own)
 
-    def pairs(self, *columns: Array) -> tuple[Array, ...]:
+    def pairs(self, *columns: Array) -> Any:
         return tuple(gather_concat(column) for column in columns)
 
     def owner(self, token_P: Array, latent_P: Array, shape: tuple[int, int]) -> Array:
@@ -178,7 +175,7 @@ class Sharded(_Several):
     def latents(self, n_latents: int) -> slice:
         return self.local(n_latents)
 
-    def pairs(self, *columns: Array) -> tuple[Array, ...]:
+    def pairs(self, *columns: Array) -> Any:
         by_rank = [gather_concat(column) for column in columns]
         order = np.argsort(by_rank[0], kind="stable")
         return tuple(column[order] for column in by_rank)

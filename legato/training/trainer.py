@@ -79,6 +79,7 @@ class DivergenceGuard:
             )
 
 
+_PARTS = ("parameters", "first_moment", "second_moment")
 # Attributes by their names in a checkpoint.
 _NUMBERS = {
     "steps_done": "steps_done",
@@ -133,9 +134,8 @@ class SAETrainer:
             part, _, rest = name.partition(".")
             parts.setdefault(part, {})[rest] = tensor
         trainer = cls(arm, config, parts["parameters"]["b_dec_D"].numel(), workspace, partition)
-        trainer.parameters = Parameters.of(parts["parameters"])
-        trainer.first_moment = Parameters.of(parts["first_moment"])
-        trainer.second_moment = Parameters.of(parts["second_moment"])
+        for part in _PARTS:
+            setattr(trainer, part, Parameters.of(parts[part]))
         trainer.low_W_enc_HD.copy_(trainer.parameters.W_enc_FD)
         trainer.silent_tokens_F = tensors["silent_tokens_F"]
         for name, attribute in _NUMBERS.items():
@@ -146,7 +146,7 @@ class SAETrainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of its state, not copied."""
-        parts = {"parameters": self.parameters, "first_moment": self.first_moment, "second_moment": self.second_moment}
+        parts = {part: getattr(self, part) for part in _PARTS}
         for moment in (self.first_moment, self.second_moment):
             for name in PER_LATENT:
                 self.partition.unite_rows(getattr(moment, name))
@@ -169,8 +169,11 @@ class SAETrainer:
         """
         started = time.perf_counter()
         config, step = self.config, self.steps_done + self.guard.skipped
-        if self.steps_done == 0:
-            self._add_own_parameters(batch)
+        if self.steps_done == 0 and self.arm.architecture.own_parameters:
+            own = self.arm.architecture.initial(self._preactivations(batch))
+            self.parameters = replace(self.parameters, own=own)
+            self.first_moment = self.parameters.map(torch.zeros_like)
+            self.second_moment = self.parameters.map(torch.zeros_like)
         dead_F = self.dead_F
         result = forward_backward(
             self.parameters,
@@ -278,13 +281,6 @@ class SAETrainer:
     def _preactivations(self, batch: TrainBatch) -> Preactivations:
         out_NH = torch.empty(len(batch.low_ND), len(self.low_W_enc_HD), dtype=self.dtype)
         return self.parameters.preactivations(self.low_W_enc_HD, batch, out_NH, self.partition)
-
-    def _add_own_parameters(self, batch: TrainBatch) -> None:
-        if self.arm.architecture.own_parameters:
-            own = self.arm.architecture.initial(self._preactivations(batch))
-            self.parameters = replace(self.parameters, own=own)
-            self.first_moment = self.parameters.map(torch.zeros_like)
-            self.second_moment = self.parameters.map(torch.zeros_like)
 
 
 def write_trainer_state(

@@ -10,21 +10,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from legato.common.hardware import fast_matmul_dtype, fixed_matmul
 from legato.sae.kernels import held_top
 from legato.sae.kernels import pairs as kernels
-from legato.sae.kernels.pairs import Pairs
+from legato.sae.kernels.pairs import Array, Pairs
 from legato.sae.partition import SINGLE, Partition
 from legato.sae.segments import Segments
 
-Array = NDArray[Any]
 Columns = tuple[Tensor, Tensor, Tensor]  # token_P, latent_P (int64) and code_P of active pairs, in token order
 
 # Candidates are taken above this share of the last batch's threshold: wide enough that neither its drift between two
@@ -68,8 +66,7 @@ class Preactivations(NamedTuple):
     def candidates(self, floor_N: Array, expected: int) -> tuple[Array, Array]:
         """(token_P, latent_P) of the pairs whose pre_NH lies above the floor (in `ordered` units)."""
         token_P, latent_P = self._own_pairs(self.ordered, floor_N[self._tokens], expected)
-        token_P, latent_P = self.partition.pairs(token_P, latent_P + latent_P.dtype.type(self._held.start))
-        return token_P, latent_P
+        return self.partition.pairs(token_P, latent_P + latent_P.dtype.type(self._held.start))
 
     def above(self, threshold_F: Array, expected: int) -> tuple[Array, Array, Array]:
         """(token_P, latent_P, exact value_P) of the pairs with a value above the latent's threshold (F)."""
@@ -87,9 +84,7 @@ class Preactivations(NamedTuple):
         if pre_NH.dtype == torch.bfloat16 and bool((floor_F < 0).any()):
             pre_NH = pre_NH.float()  # the bits of bfloat16 have the order of positive numbers only
         floor_H = torch.from_numpy(floor_F[self._held]).to(pre_NH.dtype)
-        bits_H = floor_H.view(torch.int16) if floor_H.dtype == torch.bfloat16 else floor_H
-        ordered_NH = self._replace(pre_NH=pre_NH).ordered
-        return self._with_exact(*self._own_pairs(ordered_NH, bits_H.numpy(), expected, by_latent=True))
+        return self._with_exact(*self._own_pairs(_ordered(pre_NH), _ordered(floor_H), expected, by_latent=True))
 
     def near(self, threshold_F: Array, release: float = 1.0) -> tuple[Array, Array, Array]:
         """(token_P, latent_P, exact value_P) of the candidates for release times the latent's threshold (F) > 0."""
@@ -126,10 +121,7 @@ class Preactivations(NamedTuple):
     def _with_exact(self, token_P: Array, latent_P: Array) -> tuple[Array, Array, Array]:
         """The pairs of all ranks, with their values, from this one's."""
         value_P = self._exact(token_P, latent_P)
-        token_P, latent_P, value_P = self.partition.pairs(
-            token_P, latent_P + latent_P.dtype.type(self._held.start), value_P
-        )
-        return token_P, latent_P, value_P
+        return self.partition.pairs(token_P, latent_P + latent_P.dtype.type(self._held.start), value_P)
 
     def row_floors(self, k: int) -> Array:
         """See kernels.row_floors; zero for tokens whose pre-activations another rank has."""
@@ -145,9 +137,8 @@ class Preactivations(NamedTuple):
 
     @property
     def ordered(self) -> Array:
-        """pre_NH as an array numpy can compare: bfloat16 as its bits, whose order is that of positive numbers."""
-        bits = self.pre_NH.view(torch.int16) if self.pre_NH.dtype == torch.bfloat16 else self.pre_NH
-        return bits.numpy()
+        """pre_NH as an array that numpy can compare (see `_ordered`)."""
+        return _ordered(self.pre_NH)
 
     def approximate(self, token_P: Array, latent_P: Array) -> Array:
         """The matmul's own values of the given pairs, float32 or finer."""
@@ -170,8 +161,12 @@ class Preactivations(NamedTuple):
         return (share * torch.from_numpy(floor_N).view(torch.bfloat16)).view(torch.int16).numpy()
 
     def constant_floor(self, floor: float) -> Array:
-        value = torch.full((len(self.x_ND),), floor, dtype=self.pre_NH.dtype)
-        return (value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy()
+        return _ordered(torch.full((len(self.x_ND),), floor, dtype=self.pre_NH.dtype))
+
+
+def _ordered(values: Tensor) -> Array:
+    """An array that numpy can compare: bfloat16 as its bits, whose order is that of positive numbers."""
+    return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
 
 
 @dataclass(frozen=True)

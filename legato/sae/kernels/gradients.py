@@ -5,16 +5,12 @@ Deterministic like those of pairs.py: each latent or pair is owned by one thread
 Shape legend: N flat tokens, F latents, D model width, P pairs in token order, Q pairs in latent order, G nested groups.
 """
 
-from typing import Any
 
 import numba
 import numpy as np
 from numba import njit, prange
-from numpy.typing import NDArray
 
-from legato.sae.kernels.pairs import FAST, Groups, Pairs, PairsByLatent
-
-Array = NDArray[Any]
+from legato.sae.kernels.pairs import FAST, Array, Groups, Pairs, PairsByLatent
 
 
 @njit(parallel=True, cache=True, fastmath=FAST)

@@ -3,15 +3,11 @@
 Shape legend: N flat tokens, F latents, P pairs in token order, R runs.
 """
 
-from typing import Any
 
 import numpy as np
 from numba import njit, prange
-from numpy.typing import NDArray
 
-from legato.sae.kernels.pairs import kth_largest, sort_by_latent
-
-Array = NDArray[Any]
+from legato.sae.kernels.pairs import Array, kth_largest, sort_by_latent
 
 
 @njit(cache=True)

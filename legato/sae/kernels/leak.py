@@ -3,16 +3,13 @@
 Shape legend: B rows, L positions, N flat tokens, F latents, Q input pairs by latent, H pairs with a code by latent.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit, prange
-from numpy.typing import NDArray
 
-from legato.sae.kernels.pairs import Pairs, PairsByLatent, by_token
+from legato.sae.kernels.pairs import Array, Pairs, PairsByLatent, by_token
 from legato.sae.segments import Segments
-
-Array = NDArray[Any]
 
 
 class Carried(NamedTuple):

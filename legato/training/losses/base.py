@@ -9,14 +9,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from legato.sae.groups import leading_count
-from legato.sae.kernels.pairs import PairsByLatent
+from legato.sae.kernels.pairs import Array, PairsByLatent
 from legato.sae.segments import Segments
-
-Array = NDArray[Any]
 
 # A latent varies in a batch if its variance exceeds this share of its mean square: far above float64 rounding.
 VARIES = 1e-9

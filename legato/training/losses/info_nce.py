@@ -90,8 +90,12 @@ class ActiveRows(NamedTuple):
     def of(cls, order: PairsByLatent, token_A: Array, n_tokens: int) -> "ActiveRows":
         by_token_A = np.argsort(token_A, kind="stable")  # a token may be drawn more than once
         ptr_N = np.searchsorted(token_A[by_token_A], np.arange(n_tokens + 1))
-        ptr_F, row_E, at_E = _active_rows(order.ptr_F, order.token_Q, ptr_N, by_token_A)
-        return cls(ptr_F, row_E, at_E, order.value_Q[at_E].astype(np.float64))
+        first_Q = ptr_N[order.token_Q]
+        count_Q = ptr_N[order.token_Q + 1] - first_Q
+        start_Q = np.concatenate([[0], np.cumsum(count_Q)])
+        at_E = np.repeat(np.arange(len(count_Q)), count_Q)
+        row_E = by_token_A[first_Q[at_E] + np.arange(len(at_E)) - start_Q[at_E]]
+        return cls(start_Q[order.ptr_F], row_E, at_E, order.value_Q[at_E].astype(np.float64))
 
 
 def sparse_info_nce(
@@ -111,27 +115,6 @@ def sparse_info_nce(
         _pull_back(rows.ptr_F, rows.row_E, others.ptr_F, others.row_E, others.value_E, g_AA, slope_E)
         slopes.append(slope_E)
     return float(entropy_A.mean()) / 2, slopes[0], slopes[1]
-
-
-@njit(cache=True)
-def _active_rows(ptr_F, token_Q, ptr_N, row_A):
-    """ptr_N, row_A: the rows that show token n are row_A[ptr_N[n]:ptr_N[n+1]]."""
-    n_entries = 0
-    for q in range(ptr_F[-1]):
-        n_entries += ptr_N[token_Q[q] + 1] - ptr_N[token_Q[q]]
-    ptr = np.empty(ptr_F.shape[0], np.int64)
-    row = np.empty(n_entries, np.int64)
-    at = np.empty(n_entries, np.int64)
-    e = 0
-    for f in range(ptr_F.shape[0] - 1):
-        ptr[f] = e
-        for q in range(ptr_F[f], ptr_F[f + 1]):
-            for a in range(ptr_N[token_Q[q]], ptr_N[token_Q[q] + 1]):
-                row[e] = row_A[a]
-                at[e] = q
-                e += 1
-    ptr[-1] = e
-    return ptr, row, at
 
 
 @njit(cache=True)
