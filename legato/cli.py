@@ -220,20 +220,11 @@ def _described(sae: SparseAutoencoder) -> str:
     return ", ".join([f"{sae.architecture.name} SAE, width {sae.d_in}, {sae.d_sae:,} latents", *said])
 
 
+TASKS: tuple[type[Task], ...] = (Check, Compare, Evaluate, Export, Import, Report, SAEBench, Synthetic)
 COMMANDS = click.Group(
     "legato",
     help="Train SAEs that hold across tokens; judge, compare and report SAEs and runs.",
-    commands=[
-        Command.of("check", Check),
-        Command.of("compare", Compare),
-        Command.of("evaluate", Evaluate),
-        Command.of("export", Export),
-        Command.of("import", Import),
-        Command.of("report", Report),
-        experiment.COMMAND,
-        Command.of("saebench", SAEBench),
-        Command.of("synthetic", Synthetic),
-    ],
+    commands=[*(Command.of(task.__name__.lower(), task) for task in TASKS), experiment.COMMAND],
     params=[DEBUG],
     context_settings=CONTEXT,
     no_args_is_help=False,

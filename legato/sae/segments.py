@@ -31,10 +31,7 @@ class Segments:
         B, L = mask_BL.shape
         valid_N = mask_BL.reshape(-1).numpy()
         doc_N = doc_BL.reshape(-1).numpy().astype(np.int32)
-        index = np.arange(B * L)
-        opens = valid_N & (
-            (index % L == 0) | ~np.roll(valid_N, 1) | (doc_N != np.roll(doc_N, 1))
-        )  # first token of a run
+        opens = (mask_BL & runs(mask_BL.unsqueeze(-1), mask_BL, doc_BL)[1]).reshape(-1).numpy()
         run_N = np.cumsum(opens) - 1
         first = np.flatnonzero(opens)
         count = np.bincount(run_N[valid_N], minlength=len(first)) if len(first) else np.zeros(0, np.int64)

@@ -10,7 +10,7 @@ from legato.common import distributed
 from legato.common.errors import LegatoError, UsageError
 from legato.common.hardware import fast_matmul_dtype
 from legato.common.progress import log
-from legato.sae.partition import SINGLE, Partition, Replicated, Sharded, T, block_of
+from legato.sae.partition import SINGLE, Partition, Sharded, T, block_of
 from legato.training.config import SAEConfig
 
 
@@ -31,7 +31,7 @@ def divided(members: Sequence[T], *, sharded: bool = False) -> tuple[list[T], Pa
         return list(members), Sharded(rank, size)
     if len(members) >= size:
         return distributed.shard(members), SINGLE
-    return list(members), Replicated(rank, size)
+    return list(members), Partition(rank, size)
 
 
 def bank_bytes(arms: Sequence[SAEConfig], d_in: int, tokens_per_batch: int, shards: int = 1) -> list[int]:

@@ -5,7 +5,6 @@ Deterministic like those of pairs.py: each latent or pair is owned by one thread
 Shape legend: N flat tokens, F latents, D model width, P pairs in token order, Q pairs in latent order, G nested groups.
 """
 
-
 import numba
 import numpy as np
 from numba import njit, prange

@@ -3,7 +3,6 @@
 Shape legend: N flat tokens, F latents, P pairs in token order, R runs.
 """
 
-
 import numpy as np
 from numba import njit, prange
 
