@@ -4,6 +4,7 @@ import dataclasses
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -22,7 +23,7 @@ from legato.experiment.inputs import Activations
 from legato.experiment.run_log import RunLog, WandbLog
 from legato.results.run_dir import RunDir, environment
 from legato.sae.autoencoder import SparseAutoencoder
-from legato.training.bank import BankResult, BankState, NoMemberLeftError, train_on
+from legato.training.bank import BankState, NoMemberLeftError, train_on
 from legato.training.config import SAEConfig, TrainConfig
 from legato.training.passes import divided, planned
 from legato.training.step import TrainBatch
@@ -57,7 +58,9 @@ def train_arms(
     if missing:
         stage = _Stage.of(wanted, config, activations)
         saved = checkpoint.read_bank(missing, stage.train_config, shard_latents=shard_latents)
-        going_on = distributed.gather_dicts(dict.fromkeys(saved.in_training, None)) if saved else {}
+        going_on = (
+            distributed.gather_dicts(dict.fromkeys((one.arm.name for one in saved.trainers), None)) if saved else {}
+        )
         if distributed.is_rank0():
             cut(run.log, saved.log_bytes if saved else checkpoint.progress.log_bytes)
             anew = [arm.name for arm in missing if arm.name not in going_on]
@@ -171,8 +174,8 @@ def _train_pass(
                 run_log.flush()
             checkpoint.after_step(bank, run_log.sync)
 
-        try:
-            result = train_on(
+        with suppress(NoMemberLeftError):  # of this pass; the others may succeed
+            train_on(
                 state,
                 batches,
                 stage.normaliser,
@@ -180,11 +183,9 @@ def _train_pass(
                 log=run_log if state.is_kept_here else lambda record: None,
                 after_step=after_step,
             )
-        except NoMemberLeftError as error:  # of this pass; the others may succeed
-            result = BankResult([], error.failed)
-        saved = {trainer.arm.name: _save(trainer, stage, run) for trainer in result.finished}
+        saved = {trainer.arm.name: _save(trainer, stage, run) for trainer in state.finished}
         own = {name: arm for name, arm in saved.items() if arm is not None}
-        for trainer, reason in result.failed:
+        for trainer, reason in state.failed:
             parameters = trainer.whole_parameters()
             if state.is_kept_here:
                 run.write_failure(trainer.arm.name, dict(parameters.items()), trainer.steps_done, reason)
@@ -196,7 +197,7 @@ def _train_pass(
                 },
                 "failed": {
                     trainer.arm.name: {"steps": trainer.steps_done, "reason": reason}
-                    for trainer, reason in result.failed
+                    for trainer, reason in state.failed
                 },
             }
         )

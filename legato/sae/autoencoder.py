@@ -36,6 +36,11 @@ class SparseAutoencoder:
     architecture: what the activation is, with its thresholds and numbers: see sae/architectures. One with state goes
         along the sequence, token after token. Of Gated b_enc is the magnitude's bias.
     details: what made it (objective, model, layer, normaliser, versions); saved as legato.json.
+
+    >>> from legato.sae.architectures import TopK
+    >>> sae = SparseAutoencoder(torch.eye(2), torch.zeros(2), torch.eye(2), torch.ones(2), TopK(1))
+    >>> sae.encode(torch.tensor([3.0, 1.0])).tolist(), sae(torch.tensor([3.0, 1.0])).tolist()
+    ([3.0, 0.0], [4.0, 1.0])
     """
 
     W_enc: Tensor

@@ -17,7 +17,10 @@ class Segments:
     """The runs of consecutive valid tokens of one document inside one row; windows and lags never leave a run.
 
     start_N, end_N: int32, the run [start, end) of flat tokens that token n lies in; start = end = -1 on invalid tokens.
-    doc_N: int32, document number. valid_N: bool.
+    doc_N: int32, document number. valid_N: bool. length: L.
+
+    >>> Segments.of(torch.tensor([[True, True, False, True]]), torch.tensor([[7, 8, 8, 8]])).start_N.tolist()
+    [0, 1, -1, 3]
     """
 
     start_N: NDArray[Any]

@@ -16,17 +16,10 @@ from legato.training.step import TrainBatch, Workspace
 from legato.training.trainer import SAETrainer
 
 
-@dataclass(frozen=True)
-class BankResult:
-    """Trainers that finished, and those that failed with the reason (their state is that of the last good step)."""
-
-    finished: list[SAETrainer]
-    failed: list[tuple[SAETrainer, str]]
-
-
 @dataclass
 class BankState:
-    """A bank between two steps: the members in training, those that failed and why, and the steps it has done.
+    """A bank between two steps: the members in training, those that failed and why (their state is that of the last
+    good step), and the steps it has done.
 
     Of a bank that is spread over several ranks: this rank's members; elsewhere: how many are in training on others.
     partition: of ranks that train every member together, this one's part; its members are then all there are.
@@ -64,8 +57,9 @@ class BankState:
         return [trainer.arm.name for trainer in (*self.trainers, *(trainer for trainer, _ in self.failed))]
 
     @property
-    def in_training(self) -> list[str]:
-        return [trainer.arm.name for trainer in self.trainers]
+    def finished(self) -> list[SAETrainer]:
+        """The members in training, once all steps are done."""
+        return self.trainers
 
     def drop(self, trainer: SAETrainer, error: LegatoError) -> None:
         """Take a member out that went wrong."""
@@ -74,11 +68,7 @@ class BankState:
 
 
 class NoMemberLeftError(LegatoError):
-    """Every member of a bank failed; `failed` is what BankResult would have held."""
-
-    def __init__(self, message: str, failed: list[tuple[SAETrainer, str]]) -> None:
-        super().__init__(message)
-        self.failed = failed
+    """Every member of a bank failed."""
 
 
 def train_bank(
@@ -89,7 +79,7 @@ def train_bank(
     *,
     log: Callable[[Mapping[str, Any]], None],
     progress: Callable[[int], None] = lambda step: None,
-) -> BankResult:
+) -> BankState:
     """Train every arm on the same `config.steps` batches.
 
     A member whose numbers go wrong is dropped and reported; the others go on. Raises NoMemberLeftError when none is
@@ -107,7 +97,7 @@ def train_on(
     *,
     log: Callable[[Mapping[str, Any]], None],
     after_step: Callable[[BankState], None],
-) -> BankResult:
+) -> BankState:
     """Train a bank from the step where it stands: the first of the batches belongs to its step `bank.step`.
 
     after_step: called whenever all members have done a step or failed; all that the next steps depend on is in the
@@ -133,5 +123,5 @@ def train_on(
         bank.step = step + 1
         after_step(bank)
         if not bank.trainers and not bank.elsewhere:
-            raise NoMemberLeftError(bank.failed[-1][1] if bank.failed else "all failed on other ranks", bank.failed)
-    return BankResult(bank.trainers, bank.failed)
+            raise NoMemberLeftError(bank.failed[-1][1] if bank.failed else "all failed on other ranks")
+    return bank

@@ -30,7 +30,11 @@ _LOSSES: dict[str, type["TemporalLoss"]] = {}
 
 
 def losses() -> dict[str, type["TemporalLoss"]]:
-    """The temporal terms by name."""
+    """The temporal terms by name.
+
+    >>> losses()["slowness"](window=4, coefficient=0.1)
+    Slowness(window=4, coefficient=0.1, slow_fraction=1.0, name='slowness')
+    """
     return dict(_LOSSES)
 
 
