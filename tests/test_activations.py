@@ -121,7 +121,7 @@ def test_provenance_says_where_the_activations_come_from(model: Any, tmp_path: P
     provenance = harvest(model, tokens, layer=3, site="mlp_out", path=tmp_path).provenance
     assert provenance["model"] == "counting"
     assert (provenance["layer"], provenance["site"], provenance["module_path"]) == (3, "mlp_out", "layers.3.mlp_out")
-    assert provenance["tokens_sha256"] == tokens.fingerprint()
+    assert provenance["tokens_sha256"] == tokens.fingerprint
     assert ActivationStore.open(tmp_path).provenance == provenance
 
 

@@ -6,7 +6,7 @@ Shape legend: B rows (contexts), L positions, D width, N valid tokens.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from itertools import count, islice
@@ -95,6 +95,7 @@ def _row_batches(
             yield order[batch * rows_per_batch : (batch + 1) * rows_per_batch]
 
 
+@dataclass(eq=False)
 class ActivationStream(ActivationSource):
     """Activations of a token set at one site, computed on demand; equal to those that `harvest` stores.
 
@@ -102,24 +103,17 @@ class ActivationStream(ActivationSource):
     Raises UsageError for a layer or site that does not exist.
     """
 
-    def __init__(
-        self,
-        language_model: LanguageModel,
-        tokens: TokenSet,
-        *,
-        layer: int,
-        site: str = "resid_post",
-        outlier_factor: float = OUTLIER_FACTOR,
-    ) -> None:
-        self.module_path = language_model.module_path(layer, site)
-        self.language_model = language_model
-        self.tokens = tokens
-        self.layer = layer
-        self.site = site
-        self.outlier_factor = outlier_factor
-        self.d_in = language_model.d_model
-        self.n_rows = len(tokens)
-        self.context_length = tokens.context_length
+    language_model: LanguageModel
+    tokens: TokenSet
+    _: KW_ONLY
+    layer: int
+    site: str = "resid_post"
+    outlier_factor: float = OUTLIER_FACTOR
+
+    def __post_init__(self) -> None:
+        self.module_path = self.language_model.module_path(self.layer, self.site)
+        self.d_in, self.n_rows = self.language_model.d_model, len(self.tokens)
+        self.context_length = self.tokens.context_length
 
     def first_tokens(self, n_rows: int) -> Tensor:
         """Return int64 input ids [n_rows, L] of the first rows, or of all if there are fewer."""
@@ -164,7 +158,7 @@ class ActivationStream(ActivationSource):
         parts = {
             "format": FORMAT,
             "model": self.language_model.fingerprint(),
-            "tokens": self.tokens.fingerprint(),
+            "tokens": self.tokens.fingerprint,
             "layer": self.layer,
             "site": self.site,
             "dtype": str(self.language_model.dtype),
@@ -177,7 +171,7 @@ class ActivationStream(ActivationSource):
         return {
             "model": self.language_model.name,
             "model_sha256": self.language_model.fingerprint(),
-            "tokens_sha256": self.tokens.fingerprint(),
+            "tokens_sha256": self.tokens.fingerprint,
             "layer": self.layer,
             "site": self.site,
             "module_path": self.module_path,

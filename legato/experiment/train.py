@@ -67,7 +67,7 @@ def train_arms(
             run.forget_log(anew)  # removes something only where a trained SAE was damaged
             for name in anew:
                 shutil.rmtree(run.tensorboard / name, ignore_errors=True)
-        for state in _passes(missing, saved, stage, config, shard_latents):
+        for state in _passes(missing, saved, stage, shard_latents):
             tracker = WandbLog(wandb, run.root) if wandb and distributed.is_rank0() else None
             trained |= _train_pass(state, stage, run, checkpoint, tracker)
     failures = {name: failure["reason"] for name, failure in checkpoint.progress.failed.items()}
@@ -125,14 +125,10 @@ def _opened(run: RunDir, planned: PlannedArm, record: Mapping[str, Any]) -> Trai
 
 
 def _passes(
-    missing: Sequence[SAEConfig],
-    saved: BankState | None,
-    stage: _Stage,
-    config: ExperimentConfig,
-    shard_latents: bool,
+    missing: Sequence[SAEConfig], saved: BankState | None, stage: _Stage, shard_latents: bool
 ) -> Iterator[BankState]:
     """Yield the banks to train, this rank's part of each: the saved one first."""
-    source, training = stage.activations.train, config.training
+    source, training = stage.activations.train, stage.config.training
     started = distributed.gather_dicts(dict.fromkeys(saved.names, None)) if saved else {}
     new = [arm for arm in missing if arm.name not in started]
     passes = distributed.broadcast_from_rank0(
@@ -219,6 +215,8 @@ def _save(trainer: SAETrainer, stage: _Stage, run: RunDir) -> TrainedArm | None:
     finished = trainer.finish_on_first(stage.normaliser, stage.calibration)
     if finished is None:
         return None
+    if not math.isfinite(trainer.final_loss):
+        raise LegatoError(f"{trainer.arm.name}: the final loss is {trainer.final_loss}: training failed")
     arm = stage.planned[trainer.arm.name].arm
     training = {**dataclasses.asdict(stage.train_config), "batch_rows": stage.config.training.batch_rows}
     details: Mapping[str, Any] = {
@@ -229,18 +227,13 @@ def _save(trainer: SAETrainer, stage: _Stage, run: RunDir) -> TrainedArm | None:
         "environment": environment(),
     }
     path = dataclasses.replace(finished, details=details).save(run.sae(arm.name))
-    return TrainedArm(arm, SparseAutoencoder.load(path), _training_metrics(trainer, stage.activations.n_valid))
-
-
-def _training_metrics(trainer: SAETrainer, n_valid: int) -> dict[str, Any]:
-    if not math.isfinite(trainer.final_loss):
-        raise LegatoError(f"{trainer.arm.name}: the final loss is {trainer.final_loss}: training failed")
-    return {
+    metrics = {
         "training_steps": trainer.steps_done,
         "steps_skipped": trainer.guard.skipped,
         "final_loss": trainer.final_loss,
         "tokens": trainer.tokens_seen,
-        "epochs": trainer.tokens_seen / n_valid,
+        "epochs": trainer.tokens_seen / stage.activations.n_valid,
         "wall_seconds": trainer.seconds,
         "dead_at_end": int(trainer.dead_F.sum()),
     }
+    return TrainedArm(arm, SparseAutoencoder.load(path), metrics)
