@@ -94,11 +94,6 @@ def _shares(order: PairsByLatent) -> Array:
     return np.concatenate([[0], cuts, [order.n_latents]])
 
 
-def sum_by_latent(latent_P: Array, value_P: Array, n_latents: int) -> Array:
-    """Sums of the pairs' values by latent, in float64."""
-    return np.bincount(latent_P, weights=value_P, minlength=n_latents)
-
-
 @njit(parallel=True, cache=True, fastmath=FAST)
 def decode(
     pairs: Pairs, groups: Groups, W_dec_FD: Array, b_dec_D: Array, x_ND: Array, valid_N: Array
