@@ -8,7 +8,6 @@ fast_layers.py     Decoder layers of the Llama, Gemma, GPT-2 and GPT-NeoX famili
                    transformers.
 gguf.py            GGUF weights, such as the packaged demo model, converted once into the cache.
 harvest.py         Compute the activations of a token set once and keep them in a store.
-hub_datasets.py    Stream data sets of a hub record by record; reconnect where the connection breaks.
 language_model.py  Any Hugging Face causal language model, frozen: read it at one layer, splice back into it, unembed.
 model_files.py     Find a language model by its name, and choose the device and dtype to load it.
 store.py           A store of activations on the disk, or at a URL: read row by row, and written shard by shard.

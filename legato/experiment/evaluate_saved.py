@@ -76,9 +76,7 @@ class EvaluateConfig:
             },
             "model": dataclasses.asdict(self.model),
             "data": {
-                "dataset": self.data.dataset,
-                "text_column": self.data.text_column,
-                "context_length": self.data.context_length,
+                **{name: getattr(self.data, name) for name in ("dataset", "text_column", "context_length")},
                 "held_out": self.held_out,
             },
             "evaluation": {"eval_rows": self.evaluation.eval_rows, "ce_rows": self.evaluation.ce_rows},

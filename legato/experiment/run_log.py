@@ -24,13 +24,7 @@ class RunLog:
     """
 
     def __init__(
-        self,
-        log: Path,
-        tensorboard: Path,
-        arms: Sequence[str],
-        *,
-        steps_done: int = 0,
-        also: "WandbLog | None" = None,
+        self, log: Path, tensorboard: Path, arms: Sequence[str], steps_done: int, also: "WandbLog | None"
     ) -> None:
         self._steps_done = steps_done
         self._place = {name: place for place, name in enumerate(arms)}

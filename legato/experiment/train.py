@@ -157,10 +157,9 @@ def _train_pass(
         training.batch_rows, seed=min(training.seeds), epochs=None, drop_last=True, start_batch=state.step
     )
     interrupts = checkpoint.interrupts
-    order = list(stage.planned)
     with (
         interrupts.held_back(),
-        RunLog(run.log, run.tensorboard, order, steps_done=state.step, also=tracker) as run_log,
+        RunLog(run.log, run.tensorboard, list(stage.planned), state.step, tracker) as run_log,
         progress_bar("train", steps) as progress,
     ):
 

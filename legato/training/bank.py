@@ -78,7 +78,6 @@ def train_bank(
     config: TrainConfig,
     *,
     log: Callable[[Mapping[str, Any]], None],
-    progress: Callable[[int], None] = lambda step: None,
 ) -> BankState:
     """Train every arm on the same `config.steps` batches.
 
@@ -86,7 +85,7 @@ def train_bank(
     left, LegatoError when the batches run out.
     """
     bank = BankState.new(arms, config, normaliser.mean_D.numel())
-    return train_on(bank, batches, normaliser, config, log=log, after_step=lambda state: progress(state.step))
+    return train_on(bank, batches, normaliser, config, log=log, after_step=lambda state: None)
 
 
 def train_on(
