@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from threading import Barrier
@@ -206,10 +206,7 @@ def fast_float32() -> Iterator[None]:
     torch gives float32 to MKL, which leaves AVX-512 unused on AMD's processors: 160 GFLOP/s where oneDNN reaches 400 (2
     cores, 1024 x 640 x 32768). The switch is the one that lets oneDNN round to bfloat16; only processors with AMX do.
     """
-    if not _onednn_keeps_float32():
-        yield
-        return
-    with _onednn_float32():
+    with _onednn_float32() if _onednn_keeps_float32() else nullcontext():
         yield
 
 

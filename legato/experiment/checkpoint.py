@@ -26,9 +26,8 @@ from legato.common.checksummed import DamagedError, file_hashes, read_sealed, ve
 from legato.common.command import Interrupted, Interrupts
 from legato.common.errors import UsageError
 from legato.sae.partition import Sharded
-from legato.training.bank import BankState
+from legato.training.bank import BankState, divided
 from legato.training.config import SAEConfig, TrainConfig
-from legato.training.passes import divided
 from legato.training.step import Workspace
 from legato.training.trainer import SAETrainer, read_trainer_state, write_trainer_state
 

@@ -23,9 +23,8 @@ from legato.experiment.inputs import Activations
 from legato.experiment.run_log import RunLog, WandbLog
 from legato.results.run_dir import RunDir, environment
 from legato.sae.autoencoder import SparseAutoencoder
-from legato.training.bank import BankState, NoMemberLeftError, train_on
+from legato.training.bank import BankState, NoMemberLeftError, divided, planned, train_on
 from legato.training.config import SAEConfig, TrainConfig
-from legato.training.passes import divided, planned
 from legato.training.step import TrainBatch
 from legato.training.trainer import SAETrainer
 

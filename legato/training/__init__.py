@@ -1,8 +1,8 @@
 """Training a bank of SAEs on the same activation batches.
 
-bank.py     The one training loop: a bank of SAEs that learn from the same activation batches.
+bank.py     The one training loop: a bank of SAEs that learn from the same activation batches, in passes and ranks that
+            fit into memory.
 config.py   Configuration of one SAE of a bank, and of the bank's training.
-passes.py   Passes and ranks of a bank of SAEs, so that it fits into memory.
 step.py     One exact forward and backward pass of an SAE on a batch.
 trainer.py  One SAE of a bank in training: its weights, optimiser, learning rate, guard, and its tensors on the
             disk.
