@@ -198,9 +198,10 @@ class Checkpoint:
         workspace = Workspace()
         trainers = {}
         for name in names:
-            arm, numbers = by_name[name], content["members"][name]
+            arm = by_name[name]
             tensors = read_trainer_state(folder / name, partition, arm.d_sae)
-            trainers[name] = SAETrainer.restored(arm, config, workspace, tensors, numbers, partition)
+            trainers[name] = SAETrainer(arm, config, tensors["parameters.b_dec_D"].numel(), workspace, partition)
+            trainers[name].restore(tensors, content["members"][name])
         failed = [(trainers.pop(name), reason) for name, reason in content["failed"].items() if name in names]
         elsewhere = len(content["members"]) - len(content["failed"]) - len(trainers)
         members_here = list(trainers.values())

@@ -80,14 +80,7 @@ class DivergenceGuard:
 
 
 _PARTS = ("parameters", "first_moment", "second_moment")
-# Attributes by their names in a checkpoint.
-_NUMBERS = {
-    "steps_done": "steps_done",
-    "tokens_seen": "tokens_seen",
-    "seconds": "seconds",
-    "memory": "state",
-    "final_loss": "final_loss",
-}
+_NUMBERS = ("steps_done", "tokens_seen", "seconds", "final_loss")
 
 
 class SAETrainer:
@@ -118,31 +111,21 @@ class SAETrainer:
         self._at_start: dict[str, float] = {}
         self._workspace = workspace
 
-    @classmethod
-    def restored(
-        cls,
-        arm: SAEConfig,
-        config: TrainConfig,
-        workspace: Workspace,
-        tensors: Mapping[str, Tensor],
-        numbers: Mapping[str, Any],
-        partition: Partition = SINGLE,
-    ) -> "SAETrainer":
-        """The trainer whose `tensors()` and `numbers()` these are: what it does next is the same to the last bit."""
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Take up the state of the trainer whose `tensors()` and `numbers()` these are: what it does next is the same
+        to the last bit."""
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
             parts.setdefault(part, {})[rest] = tensor
-        trainer = cls(arm, config, parts["parameters"]["b_dec_D"].numel(), workspace, partition)
         for part in _PARTS:
-            setattr(trainer, part, Parameters.of(parts[part]))
-        trainer.low_W_enc_HD.copy_(trainer.parameters.W_enc_FD)
-        trainer.silent_tokens_F = tensors["silent_tokens_F"]
-        for name, attribute in _NUMBERS.items():
-            setattr(trainer, attribute, numbers[name])
-        trainer.guard = DivergenceGuard(**numbers["guard"])
-        trainer._at_start = dict(numbers["at_start"])
-        return trainer
+            setattr(self, part, Parameters.of(parts[part]))
+        self.low_W_enc_HD.copy_(self.parameters.W_enc_FD)
+        self.silent_tokens_F = tensors["silent_tokens_F"]
+        for name in _NUMBERS:
+            setattr(self, name, numbers[name])
+        self.state, self.guard = numbers["memory"], DivergenceGuard(**numbers["guard"])
+        self._at_start = dict(numbers["at_start"])
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of its state, not copied."""
@@ -155,8 +138,8 @@ class SAETrainer:
 
     def numbers(self) -> dict[str, Any]:
         """All else of its state, json-able."""
-        plain = {name: getattr(self, attribute) for name, attribute in _NUMBERS.items()}
-        return {**plain, "guard": asdict(self.guard), "at_start": self._at_start}
+        plain = {name: getattr(self, name) for name in _NUMBERS}
+        return {**plain, "memory": self.state, "guard": asdict(self.guard), "at_start": self._at_start}
 
     @property
     def dead_F(self) -> Tensor:
