@@ -238,6 +238,11 @@ def held_top_pairs(pre: Preactivations, k: int, release: float, share: float = A
     return kernels.keep(N, token_P, latent_P, value_P, top(value_P, 1.0))
 
 
+def held_top_columns(pre: Preactivations, k: int, release: float) -> Columns:
+    """`held_top_pairs` of a finished SAE, whose activations have any scale."""
+    return columns(*held_top_pairs(pre, k, release, CANDIDATE_SHARE)[1:])
+
+
 def budget_threshold(batches: Sequence[Preactivations], k: float, release: float = 1.0) -> float:
     """The one threshold at which all batches together have k active latents per token (of a Schmitt trigger where
     release is below 1), for inference."""
