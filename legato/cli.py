@@ -21,16 +21,7 @@ from legato.common.progress import log
 from legato.common.record import one_of, option, record, words
 from legato.experiment import run as experiment
 from legato.experiment.config import DataConfig, DType, EvaluationConfig, ModelConfig
-from legato.experiment.evaluate_saved import (
-    SAID,
-    Evaluate,
-    EvaluateConfig,
-    Place,
-    check_width,
-    harvest_rows,
-    named,
-    read_rows,
-)
+from legato.experiment.evaluate_saved import SAID, Evaluate, EvaluateConfig, Place, harvest_rows, named, read_rows
 from legato.experiment.inputs import load_model
 from legato.interop.saebench_evals import EVALS, start
 from legato.report.build import build_outputs
@@ -41,7 +32,6 @@ from legato.results.matched.compare import match_methods
 from legato.results.run_dir import write_json
 from legato.results.saved_run import SavedRun
 from legato.sae.autoencoder import EXPORT_FORMATS, SparseAutoencoder, export
-from legato.sae.provenance import origin_of
 from legato.synthetic.command import Synthetic
 
 _SAE = "a saved SAE of any format that legato reads: a folder or file, or on the hub owner/name[/folder]"
@@ -149,9 +139,8 @@ class SAEBench(Task):
 
         ((name, (source, _)),) = named([self.sae]).items()
         sae = SparseAutoencoder.load(source)
-        origin = origin_of(sae)
-        model_name, place = self.model or origin.model, origin.place() if self.layer is None else None
-        layer, site = (self.layer, origin.site or "resid_post") if place is None else place
+        model_name, place = self.model or sae.details.get("model"), sae.place() if self.layer is None else None
+        layer, site = (self.layer, sae.details.get("site") or "resid_post") if place is None else place
         if model_name is None or layer is None:
             what = "model" if model_name is None else "layer"
             raise UsageError(f"{name} does not say which {what} it reads: add --{what}")
@@ -161,7 +150,7 @@ class SAEBench(Task):
             start(self.eval, LegatoSAE(sae, model_name, layer), name, model_name, self.out)
             log(f"results: {self.out}/")
             return
-        dataset = self.dataset or origin.dataset or "demo"
+        dataset = self.dataset or sae.details.get("dataset") or "demo"
         config = EvaluateConfig(
             {name: source},
             ModelConfig(model_name, layer, site, self.dtype),
@@ -170,8 +159,7 @@ class SAEBench(Task):
             EvaluationConfig(self.rows, controls=()),
         )
         model = load_model(config.model, config.data.context_length, splice=True)
-        check_width({name: sae}, model, config.model)
-        tokens = read_rows(config, model)
+        tokens = read_rows(config, {name: sae}, model)
         path = run_core(
             sae, model, tokens, layer=layer, site=site, out=self.out, release="legato", name=name, dataset=dataset
         )
@@ -214,7 +202,7 @@ class Export(Place, Task):
         saes, config = self.opened([self.sae])
         (sae,) = saes.values()
         model = load_model(config.model, config.data.context_length, splice=False)
-        activations = harvest_rows(config, model, read_rows(config, model)).held_out
+        activations = harvest_rows(config, model, read_rows(config, saes, model)).held_out
         plain = sae.stateless(activations.read_rows(range(activations.n_rows)))
         differs = plain.details["stateless"]
         log(
@@ -232,20 +220,11 @@ def _described(sae: SparseAutoencoder) -> str:
     return ", ".join([f"{sae.architecture.name} SAE, width {sae.d_in}, {sae.d_sae:,} latents", *said])
 
 
+TASKS: tuple[type[Task], ...] = (Check, Compare, Evaluate, Export, Import, Report, SAEBench, Synthetic)
 COMMANDS = click.Group(
     "legato",
     help="Train SAEs that hold across tokens; judge, compare and report SAEs and runs.",
-    commands=[
-        Command.of("check", Check),
-        Command.of("compare", Compare),
-        Command.of("evaluate", Evaluate),
-        Command.of("export", Export),
-        Command.of("import", Import),
-        Command.of("report", Report),
-        experiment.COMMAND,
-        Command.of("saebench", SAEBench),
-        Command.of("synthetic", Synthetic),
-    ],
+    commands=[*(Command.of(task.__name__.lower(), task) for task in TASKS), experiment.COMMAND],
     params=[DEBUG],
     context_settings=CONTEXT,
     no_args_is_help=False,

@@ -59,8 +59,8 @@ def test_every_kind_of_sae_goes_on_to_the_same_last_bit(normaliser, tmp_path):
         with pytest.raises(CutOffError):
             train(BankState.new(BANK, SHORT, 32), normaliser, stop)
         saved = checkpoint.read_bank(BANK, SHORT)
-        assert saved.bank.step == cut_at
-        result, log = train(saved.bank, normaliser)
+        assert saved.step == cut_at
+        result, log = train(saved, normaliser)
         timeless = [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in log]
         expected = [record for record in whole_log if record["step"] > cut_at]
         assert [{**record, "tokens_per_second": 0} for record in expected] == [
@@ -105,7 +105,7 @@ def test_a_damaged_step_is_named_and_the_one_before_it_taken(normaliser, tmp_pat
     assert saved_steps(checkpoint) == ["step_00000006", "step_00000009"]
     damage(checkpoint.folder / "step_00000009" / name)
     saved = checkpoint.read_bank(ARMS, SHORT)
-    assert (saved.bank.step, saved.log_bytes) == (6, 60)
+    assert (saved.step, saved.log_bytes) == (6, 60)
     said = capsys.readouterr().err
     assert f"step_00000009/{name} is" in said
     assert "damaged" in said
@@ -117,7 +117,7 @@ def test_a_step_that_was_being_written_is_no_step(normaliser, tmp_path, capsys):
     save_steps(checkpoint, normaliser, 3)
     (checkpoint.folder / "step_00000004" / "baseline").mkdir(parents=True)
     (checkpoint.folder / "step_00000004" / "baseline" / "whole.safetensors").write_bytes(b"half")
-    assert checkpoint.read_bank(ARMS, SHORT).bank.step == 3
+    assert checkpoint.read_bank(ARMS, SHORT).step == 3
     assert capsys.readouterr().err == ""
     assert checkpoint.read_bank([ARMS[3]], SHORT) is None  # of arms that are trained by now
 
@@ -134,7 +134,7 @@ def test_a_step_that_cannot_be_written_leaves_the_one_before_it(normaliser, tmp_
         with pytest.raises(OSError, match="No space left"):
             save_steps(checkpoint, normaliser, 5)
     assert saved_steps(checkpoint) == ["step_00000003"]
-    assert checkpoint.read_bank(ARMS, SHORT).bank.step == 3
+    assert checkpoint.read_bank(ARMS, SHORT).step == 3
 
 
 def test_progress_is_read_back_or_named(tmp_path, capsys):

@@ -14,7 +14,7 @@ from test_train import InMemory, planted_batches
 from legato.common import distributed
 from legato.common.hardware import settle_matmul_dtype
 from legato.data.activations import Normaliser
-from legato.sae.partition import SINGLE, Replicated
+from legato.sae.partition import Partition
 from legato.training.bank import BankState, train_on
 
 STEPS = 16
@@ -25,7 +25,7 @@ def train(dtype: str, path: Path) -> None:
     """Train the bank and save all that its next step depends on."""
     settle_matmul_dtype(dtype)
     with distributed.process_group():
-        partition = Replicated(distributed.rank(), distributed.world_size()) if distributed.world_size() > 1 else SINGLE
+        partition = Partition(distributed.rank(), distributed.world_size())
         bank = BankState.new(BANK, CONFIG, 32, partition=partition)
         result = train_on(
             bank,

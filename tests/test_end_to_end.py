@@ -9,13 +9,13 @@ import psutil
 import pytest
 from small_experiment import without_pages
 
-import legato.training.passes
+import legato.training.bank
 from legato import SparseAutoencoder
 from legato.common import distributed
 from legato.common.errors import LegatoError
 from legato.experiment.arms import planned_arms
 from legato.experiment.config import ExperimentConfig
-from legato.training.passes import planned, split_to_fit
+from legato.training.bank import planned, split_to_fit
 from legato.training.trainer import SAETrainer
 
 FOLDERS = {"saes", "eval_results", "features", "arrays", "figures"}
@@ -93,7 +93,7 @@ def test_a_pass_whose_members_all_fail_does_not_stop_the_next(small, monkeypatch
     def two_passes(bank, *_args, **_options):
         return [[arm for arm in bank if arm.name != "baseline"], [arm for arm in bank if arm.name == "baseline"]]
 
-    monkeypatch.setattr(legato.training.passes, "split_to_fit", two_passes)
+    monkeypatch.setattr(legato.training.bank, "split_to_fit", two_passes)
     assert small.run("--ablation", "--grid=2x1e30") == 1
     assert "1 arms failed (window_variance_w2_c1e+30)" in small.capture.readouterr().err
     assert set(json.loads((small.out_dir / "metrics.json").read_text())) == {"baseline"}

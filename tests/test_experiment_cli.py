@@ -11,7 +11,6 @@ from small_experiment import experiment_main, zero_parameters
 
 from legato.cli import main
 from legato.common.errors import UsageError
-from legato.data.documents import Document
 from legato.data.language_model import LanguageModel
 from legato.experiment.config import ExperimentConfig
 from legato.experiment.inputs import read_text
@@ -93,10 +92,10 @@ def test_a_hub_name_without_network(small, monkeypatch, flag):
 
 
 def test_a_hub_stream_is_read_only_as_far_as_it_is_needed(small, monkeypatch):
-    def endless(dataset, text_column):
-        return (Document(f"w{3 + n % 90} " * 60, f"{dataset}:{n}") for n in itertools.count())
+    def endless(dataset):
+        return ({"text": f"w{3 + n % 90} " * 60} for n in itertools.count())
 
-    monkeypatch.setattr("legato.data.documents._hub_documents", endless)
+    monkeypatch.setattr("legato.data.documents.hub_records", endless)
     options = {"dataset": "somebody/endless", "corpus_tokens": 3000, "context_length": 16, "eval_rows": 8}
     text = read_text(ExperimentConfig.from_options("demo", options), LanguageModel.load(str(small.model)))
     assert text.train.n_valid == 3000

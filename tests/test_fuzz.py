@@ -30,7 +30,6 @@ from legato.results.run_dir import RunDir
 from legato.results.saved_run import SavedRun, read_log
 from legato.sae.autoencoder import SparseAutoencoder, export
 from legato.sae.formats.detect import read_sae
-from legato.sae.provenance import origin_of
 
 pytest.importorskip("mwparserfromhell")
 from legato.data.wikitext import to_prose
@@ -125,7 +124,7 @@ def sae(tmp_path_factory) -> Path:
 
 def open_sae(path: Path) -> None:
     opened = SparseAutoencoder.load(path)
-    origin_of(opened)
+    opened.place()
     opened.encode(torch.zeros(1, 2, opened.d_in))
 
 

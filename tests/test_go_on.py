@@ -11,7 +11,7 @@ from killing import differences, results
 from small_experiment import SmallExperiment, without_pages
 from tensorboard.summary.writer import event_file_writer
 
-import legato.training.passes
+import legato.training.bank
 from legato.data.store import StoreWriter
 from legato.experiment.checkpoint import Checkpoint
 from legato.results.integrity import check_all
@@ -103,7 +103,7 @@ def flip_a_bit(path: Path) -> None:
 
 def test_a_bank_in_two_passes_goes_on_in_either(run, monkeypatch):
     once = whole(run)
-    monkeypatch.setattr(legato.training.passes, "split_to_fit", one_by_one)
+    monkeypatch.setattr(legato.training.bank, "split_to_fit", one_by_one)
     for arm in ("baseline", "hysteresis"):
         interrupt_training_of(arm, run, monkeypatch)
     assert run.run(*FLAGS) == 0
@@ -149,7 +149,7 @@ def test_a_trained_sae_that_was_damaged_is_trained_again(run, monkeypatch):
 
 def test_a_trained_sae_is_damaged_while_another_is_in_training(run, monkeypatch):
     once = whole(run)
-    monkeypatch.setattr(legato.training.passes, "split_to_fit", one_by_one)
+    monkeypatch.setattr(legato.training.bank, "split_to_fit", one_by_one)
     interrupt_training_of("hysteresis", run, monkeypatch)
     flip_a_bit(run.out_dir / "saes" / "baseline" / "sae_weights.safetensors")
     assert run.run(*FLAGS) == 0

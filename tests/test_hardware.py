@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from legato.common import hardware
-from legato.sae.partition import Replicated
+from legato.sae.partition import Partition
 
 
 def test_fast_float32_keeps_the_precision_of_float32():
@@ -75,7 +75,7 @@ def test_a_product_has_the_same_bits_for_any_number_of_threads_and_ranks(rows, d
     for n_ranks in (2, 3):
         by_rank = []
         for rank in range(n_ranks):
-            part = Replicated(rank, n_ranks).tokens(rows)
+            part = Partition(rank, n_ranks).tokens(rows)
             block = hardware.rows_a_block(rows)
             by_rank.append(products(left_NK[part], right_KM, 1 + rank, bias_M=bias_M, block=block))
         assert torch.equal(torch.cat(by_rank), one)

@@ -63,7 +63,7 @@ def train(dtype: str, folder: Path) -> None:
         widest = -(-2 * 64 // size)
         buffers = {name: buffer.numel() for name, buffer in result.finished[0]._workspace._buffers.items()}
         assert buffers["pre"] <= 8 * 16 * widest
-        assert buffers["gW_enc"] == buffers["gW_dec"] <= widest * D
+        assert buffers["gW_enc_FD"] == buffers["gW_dec_FD"] <= widest * D
         folder.mkdir(exist_ok=True)
         (folder / f"log_{rank}.json").write_text(json.dumps([record for record in log if "loss" in record]))
         if rank == 0:

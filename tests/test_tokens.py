@@ -117,7 +117,7 @@ def test_limit_takes_a_shuffled_sample_and_the_seed_decides_which() -> None:
     first, again, other = (
         tokenise(documents, tokenizer, context_length=8, max_tokens=400, seed=seed) for seed in (0, 0, 1)
     )
-    assert first.fingerprint() == again.fingerprint() != other.fingerprint()
+    assert first.fingerprint == again.fingerprint != other.fingerprint
     chosen = first.doc_BL[first.mask_BL].unique()
     assert len(chosen) == 20
     assert chosen.max() > 50, "not simply the first documents"
@@ -137,7 +137,7 @@ def test_fingerprint_covers_every_field() -> None:
         TokenSet(tokens.tokens_BL.view(3, -1), tokens.mask_BL.view(3, -1), tokens.doc_BL.view(3, -1), True),
         tokens,
     ]
-    assert len({variant.fingerprint() for variant in variants}) == len(variants)
+    assert len({variant.fingerprint for variant in variants}) == len(variants)
 
 
 def test_special_tokens_written_in_a_text_are_masked_and_unknown_words_are_not() -> None:

@@ -13,10 +13,9 @@ from legato.experiment.arms import planned_arms
 from legato.experiment.config import ExperimentConfig
 from legato.experiment.recipes import names_of
 from legato.sae.architectures import BatchTopK, Gated, Hysteresis, JumpReLU, ReLU, TopK
-from legato.training.bank import train_bank
+from legato.training.bank import bank_bytes, train_bank
 from legato.training.config import SAEConfig, TrainConfig
 from legato.training.losses import Contrastive, Slowness, WindowGroupLasso, WindowVariance
-from legato.training.passes import bank_bytes
 from legato.training.step import Parameters, TrainBatch
 
 B, L, D, F = 8, 16, 32, 64

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from published_tsae import tsae_objective
 
-from legato.training.losses import TsaeContrastive, tsae_objective
+from legato.training.losses import TsaeContrastive
 
 # Two tokens (2, 1) and (1, 3) with the earlier tokens (1, 0) and (2, 0). Latent 0 (group 0: a fifth of five latents)
 # reads and writes x0; 1 reads x1 and writes -x1; 2 reads a tenth of x0 + x1 and writes x1; 3 and 4 never fire.

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 
 from safetensors import SafetensorError
 
@@ -35,21 +35,18 @@ class Interrupts:
             self._previous = {signum: signal.signal(signum, self._handle) for signum in SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)  # type: ignore[arg-type]
 
     @contextmanager
     def held_back(self) -> Iterator[None]:
-        """Protect work that must not be interrupted; the work calls `raise_pending` where it may be."""
+        """Protect work that must not be interrupted; it looks at `pending` where it may be."""
         self._held_back = True
         try:
             yield
         finally:
             self._held_back = False
-        self.raise_pending()
-
-    def raise_pending(self) -> None:
         if self.pending is not None:
             raise Interrupted(self.pending)
 
@@ -74,7 +71,7 @@ def run_command(command: Callable[[Interrupts], None], *, debug: bool = False, g
             command(interrupts)
         return 0
     except Interrupted as stop:
-        return _say(f"interrupted{further}", stop.exit_code)
+        return _say(f"interrupted{further}", 128 + stop.signum)  # as a shell says of a command that the signal killed
     except KeyboardInterrupt:
         return _say(f"interrupted{further}", 130)
     except Exception as error:
@@ -122,8 +119,3 @@ class Interrupted(BaseException):
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
         self.signum = signum
-
-    @property
-    def exit_code(self) -> int:
-        """Exit code of a shell for a command that the signal killed: 130 or 143."""
-        return 128 + self.signum

@@ -55,7 +55,15 @@ class Command(click.Command):
             fields = fields_of(each)
             rows = [params.pop(key) for key in sorted(fields, key=lambda key: not fields[key].json_schema_extra)]
             with formatter.section(title):
-                formatter.write_dl([(_usage(param, ctx), _help_line(fields[str(param.name)])) for param in rows])
+                formatter.write_dl(
+                    [
+                        (
+                            (param.get_help_record(ctx) or [param.make_metavar(ctx)])[0],
+                            _help_line(fields[str(param.name)]),
+                        )
+                        for param in rows
+                    ]
+                )
         with formatter.section("Help"):
             formatter.write_dl([record for param in params.values() if (record := param.get_help_record(ctx))])
 
@@ -68,11 +76,6 @@ def _parameter(key: str, field: FieldInfo) -> click.Parameter:
     if field.annotation is bool:
         return click.Option([f"--{key}/--no-{key}" if field.default else f"--{key}"], is_flag=True, default=None)
     return click.Option([f"--{key}"], required=field.is_required(), metavar=key.upper())
-
-
-def _usage(param: click.Parameter, ctx: click.Context) -> str:
-    shown = param.get_help_record(ctx)
-    return shown[0] if shown else param.make_metavar(ctx)
 
 
 def _help_line(field: FieldInfo) -> str:

@@ -41,11 +41,6 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def local_size() -> int:
-    """Return the number of this run's processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size() > 1 else 1
-
-
 def is_rank0() -> bool:
     return rank() == 0
 
@@ -59,14 +54,6 @@ def _patience() -> float:
     if not 0 < seconds < 1e7:
         raise UsageError(f"{PATIENCE}={text} is no number of seconds")
     return seconds
-
-
-def _divide_threads(ranks: int) -> None:
-    """Share the machine's processors between its ranks, unless OMP_NUM_THREADS is above the 1 that torchrun sets."""
-    asked = os.environ.get("OMP_NUM_THREADS", "1")
-    own = int(asked) if asked.isdigit() and int(asked) > 1 else max(1, len(os.sched_getaffinity(0)) // ranks)
-    torch.set_num_threads(own)
-    numba.set_num_threads(min(own, numba.get_num_threads()))
 
 
 @contextmanager
@@ -92,7 +79,12 @@ def process_group() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    _divide_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    # The machine's processors are shared, unless OMP_NUM_THREADS is above the 1 that torchrun sets.
+    asked = os.environ.get("OMP_NUM_THREADS", "1")
+    share = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    own = int(asked) if asked.isdigit() and int(asked) > 1 else share
+    torch.set_num_threads(own)
+    numba.set_num_threads(min(own, numba.get_num_threads()))
     with rank_errors():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         patience = timedelta(seconds=_patience())

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from threading import Barrier
@@ -52,21 +52,16 @@ def fast_matmul_dtype() -> torch.dtype:
 @cache
 def _measured_matmul_dtype() -> torch.dtype:
     key = f"{platform.machine()} {processor_name()} {torch.backends.cpu.get_cpu_capability()} torch {torch.__version__}"
-    known = _remembered()
-    if known.get(key) not in [*_DTYPES]:
-        known = {**known, key: str(_faster_dtype()).removeprefix("torch.")}
+    try:
+        known = json.loads((cache_dir() / _REMEMBERED).read_text())
+    except (OSError, ValueError, LegatoError):  # missing or damaged: it can be measured again
+        known = {}
+    if not isinstance(known, dict) or known.get(key) not in [*_DTYPES]:
+        others = known if isinstance(known, dict) else {}
+        known = {**others, key: str(_faster_dtype()).removeprefix("torch.")}
         with suppress(OSError, LegatoError):  # without a cache it is only measured again
             write_atomically(cache_dir() / _REMEMBERED, json.dumps(known, indent=1).encode())
     return _DTYPES[known[key]]
-
-
-def _remembered() -> dict[str, str]:
-    """Read answers of earlier processes; none where the file is missing or damaged: they can be measured again."""
-    try:
-        known = json.loads((cache_dir() / _REMEMBERED).read_text())
-    except (OSError, ValueError, LegatoError):
-        return {}
-    return known if isinstance(known, dict) else {}
 
 
 def processor_name() -> str:
@@ -211,10 +206,7 @@ def fast_float32() -> Iterator[None]:
     torch gives float32 to MKL, which leaves AVX-512 unused on AMD's processors: 160 GFLOP/s where oneDNN reaches 400 (2
     cores, 1024 x 640 x 32768). The switch is the one that lets oneDNN round to bfloat16; only processors with AMX do.
     """
-    if not _onednn_keeps_float32():
-        yield
-        return
-    with _onednn_float32():
+    with _onednn_float32() if _onednn_keeps_float32() else nullcontext():
         yield
 
 

@@ -1,17 +1,14 @@
 """Reading what was written before: files may be damaged, cut or hostile, and are bounded in size and depth.
 
-Every function raises LegatoError, in one line that names the file, where it is not what it should be.
-
-Reading files that others wrote: nothing is executed, and nothing outgrows the memory that is free.
-
-Every function raises UsageError where the file is missing and LegatoError, in one line that names it, where it is not
-what it should be.
+Nothing is executed, and nothing outgrows the memory that is free. Every function raises LegatoError, in one line that
+names the file, where it is not what it should be; those for files that others wrote UsageError where it is missing.
 """
 
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +23,32 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from legato.common.errors import LegatoError, UsageError
+from legato.common.errors import LegatoError, UsageError, one_line
 
 MAX_JSON_BYTES = 64 * 2**20  # metrics.json of 60 arms has 3 MB, cfg.json of an SAE some kilobytes
 MAX_YAML_BYTES = 2**20  # config.yaml has 3 kB; the parser takes a second for this much
 
 
-def read_json(path: Path) -> Any:
+@contextmanager
+def _damaged_by(path: Path, *errors: type[Exception]) -> Iterator[None]:
+    """LegatoError in place of what the readers of a damaged file raise."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise LegatoError(f"{path} has {path.stat().st_size:,} bytes: no JSON that Legato or its peers write")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
+        yield
+    except LegatoError:
+        raise
+    except errors as error:
         raise LegatoError(f"{path} is damaged: {one_line(error)}") from error
+
+
+def _text(path: Path, most_bytes: int, what: str) -> str:
+    if path.stat().st_size > most_bytes:
+        raise LegatoError(f"{path} has {path.stat().st_size:,} bytes: no {what}")
+    return path.read_text(encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    with _damaged_by(path, ValueError, OSError, RecursionError):
+        return json.loads(_text(path, MAX_JSON_BYTES, "JSON that Legato or its peers write"))
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -51,25 +61,17 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> Any:
-    try:
-        if path.stat().st_size > MAX_YAML_BYTES:
-            raise LegatoError(f"{path} has {path.stat().st_size:,} bytes: no configuration that Legato writes")
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
-    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-        raise LegatoError(f"{path} is damaged: {one_line(error)}") from error
+    with _damaged_by(path, yaml.YAMLError, ValueError, OSError, RecursionError):
+        return yaml.load(_text(path, MAX_YAML_BYTES, "configuration that Legato writes"), Loader=_PlainLoader)
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of a NumPy archive, compressed or not; object arrays, which NumPy pickles, are refused."""
-    try:
+    with _damaged_by(path, Exception):  # a damaged archive raises what zipfile, zlib, ast and NumPy stumble over
         with zipfile.ZipFile(path) as archive:
             check_fits(path, sum(entry.file_size for entry in archive.infolist()))
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-    except LegatoError:
-        raise
-    except Exception as error:  # a damaged archive raises what zipfile, zlib, ast and NumPy stumble over
-        raise LegatoError(f"{path} is damaged: {one_line(error)}") from error
     if strangers := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
         raise LegatoError(f"{path} is damaged: {strangers[0]} is no array")
     return arrays
@@ -77,15 +79,11 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     """A parquet table; columns: those of them that it has."""
-    try:
-        with pq.ParquetFile(path) as file:
-            names = [name for name in file.schema_arrow.names if columns is None or name in columns]
-            check_fits(path, 8 * file.metadata.num_rows * max(1, len(names)))
-            return file.read(columns=names)
-    except LegatoError:
-        raise
-    except Exception as error:  # damaged thrift and pages raise most of what pyarrow has
-        raise LegatoError(f"{path} is damaged: {one_line(error)}") from error
+    # Damaged thrift and pages raise most of what pyarrow has.
+    with _damaged_by(path, Exception), pq.ParquetFile(path) as file:
+        names = [name for name in file.schema_arrow.names if columns is None or name in columns]
+        check_fits(path, 8 * file.metadata.num_rows * max(1, len(names)))
+        return file.read(columns=names)
 
 
 def check_fits(path: Path, needed: int) -> None:
@@ -94,10 +92,6 @@ def check_fits(path: Path, needed: int) -> None:
         raise LegatoError(
             f"{path} needs {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: open it on a larger machine"
         )
-
-
-def one_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -120,19 +114,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file; its header is checked against its length before anything is read."""
     _check_is_file(path)
-    try:
+    with _damaged_by(path, SafetensorError, OSError, ValueError):
         return as_float32(load_file(path), path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise LegatoError(f"{path} is damaged: {one_line(error)}") from error
 
 
 def safetensors_header(path: Path) -> dict[str, str]:
     _check_is_file(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise LegatoError(f"{path} is damaged: {one_line(error)}") from error
+    with _damaged_by(path, SafetensorError, OSError, ValueError), safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -142,17 +131,17 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """
     _check_is_file(path)
     advice = "save the state dict again with torch.save, or convert it to safetensors"
-    try:
+    errors = (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile)
+    with _damaged_by(path, *errors):
         if not zipfile.is_zipfile(path):
             raise LegatoError(f"{path} is not in torch.save's zip format: {advice}")
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise LegatoError(f"{path} is compressed, which torch.save never does: {advice}")
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise LegatoError(f"{path} is damaged: {one_line(error)}") from error
-    except pickle.UnpicklingError as error:
-        raise LegatoError(f"{path} holds more than tensors and was not opened: {advice}") from error
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            raise LegatoError(f"{path} holds more than tensors and was not opened: {advice}") from error
     if not isinstance(loaded, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in loaded.items()
     ):
@@ -163,10 +152,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 def read_npz(path: Path) -> dict[str, Tensor]:
     """The arrays of a NumPy archive, compressed or not; object arrays, which NumPy pickles, are refused."""
     _check_is_file(path)
-    try:
+    with _damaged_by(path, TypeError):  # of a type that torch does not have, such as text
         tensors = {name: torch.from_numpy(array) for name, array in read_arrays(path).items()}
-    except TypeError as error:  # of a type that torch does not have, such as text
-        raise LegatoError(f"{path} is damaged: {one_line(error)}") from error
     return as_float32(tensors, path)
 
 

@@ -6,10 +6,10 @@ fast_kernels.py    The memory-bound steps of a decoder layer, each in one pass o
                    GIL).
 fast_layers.py     Decoder layers of the Llama, Gemma, GPT-2 and GPT-NeoX families on the CPU, about twice as fast as
                    transformers.
-find_site.py       Find the place that a site's name means in a language model, by what a layer computes on a few tokens.
+find_site.py       Find the place that a site's name means in a language model, by what a layer computes on a few
+                   tokens.
 gguf.py            GGUF weights, such as the packaged demo model, converted once into the cache.
 harvest.py         Compute the activations of a token set once and keep them in a store.
-hub_datasets.py    Stream data sets of a hub record by record; reconnect where the connection breaks.
 language_model.py  Any Hugging Face causal language model, frozen: read it at one layer, splice back into it, unembed.
 model_files.py     Find a language model by its name, and choose the device and dtype to load it.
 sites.py           Places in a language model that can be read and replaced, through hooks on its modules.

@@ -6,16 +6,14 @@ Shape legend: B rows (contexts), L positions, D width, N valid tokens.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from itertools import count, islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from legato.common import distributed
@@ -97,6 +95,7 @@ def _row_batches(
             yield order[batch * rows_per_batch : (batch + 1) * rows_per_batch]
 
 
+@dataclass(eq=False)
 class ActivationStream(ActivationSource):
     """Activations of a token set at one site, computed on demand; equal to those that `harvest` stores.
 
@@ -104,26 +103,18 @@ class ActivationStream(ActivationSource):
     Raises UsageError for a layer or site that does not exist.
     """
 
-    def __init__(
-        self,
-        language_model: LanguageModel,
-        tokens: TokenSet,
-        *,
-        layer: int,
-        site: str = "resid_post",
-        outlier_factor: float = OUTLIER_FACTOR,
-    ) -> None:
-        at = language_model.site(layer, site)
-        self.module_path = str(at)
-        self.language_model = language_model
-        self.tokens = tokens
-        self.layer = layer
-        self.site = site
-        self.outlier_factor = outlier_factor
-        self.d_in, self.dtype = at.width, at.dtype
-        self.n_rows = len(tokens)
-        self.context_length = tokens.context_length
-        self._yardstick: Tensor | None = None  # activations of the rows of the median
+    language_model: LanguageModel
+    tokens: TokenSet
+    _: KW_ONLY
+    layer: int
+    site: str = "resid_post"
+    outlier_factor: float = OUTLIER_FACTOR
+
+    def __post_init__(self) -> None:
+        at = self.language_model.site(self.layer, self.site)
+        self.module_path, self.d_in, self.dtype = str(at), at.width, at.dtype
+        self.n_rows = len(self.tokens)
+        self.context_length = self.tokens.context_length
 
     def first_tokens(self, n_rows: int) -> Tensor:
         """Return int64 input ids [n_rows, L] of the first rows, or of all if there are fewer."""
@@ -143,26 +134,11 @@ class ActivationStream(ActivationSource):
 
         Raises LegatoError for activations that are not finite.
         """
-        outlier_norm, self._yardstick = self.outlier_norm, None
-        return self._masked(rows, self._forward(rows), outlier_norm)
-
-    def compute_in_order(self, rows: np.ndarray) -> tuple[ActivationBatch, np.ndarray]:
-        """Like `compute`, for a caller that reads all rows in order: rows of the median come from its forward pass.
-
-        That pass is not run twice, but it is run if the median is known already: the last bits of a row may depend on
-        the other rows in its forward pass.
-        """
-        first = self._rows_of_median()
-        if not np.isin(rows, first).all():
-            return self.compute(rows)
-        if self._yardstick is None:
-            self._yardstick = self._forward(first)
-        return self._masked(rows, self._yardstick[np.searchsorted(first, rows)], self.outlier_norm)
-
-    @property
-    def outlier_norm(self) -> float:
-        """Norm above which text positions are outliers."""
-        return self.outlier_factor * self.median_norm
+        acts_BLD = self._forward(rows)
+        is_text_BL = self.tokens.mask_BL[rows]
+        is_outlier_BL = is_text_BL & (_finite_norms(acts_BLD) > self.outlier_factor * self.median_norm)
+        tokens_BL, doc_BL = self.tokens.tokens_BL[rows].long(), self.tokens.doc_BL[rows].int()
+        return ActivationBatch(acts_BLD, is_text_BL & ~is_outlier_BL, doc_BL, tokens_BL), is_outlier_BL.sum(1).numpy()
 
     @cached_property
     def median_norm(self) -> float:
@@ -170,12 +146,10 @@ class ActivationStream(ActivationSource):
 
         Raises LegatoError if there is no text or if the norms are zero or not finite.
         """
-        rows = self._rows_of_median()
+        rows = np.flatnonzero(self.tokens.mask_BL.any(1).numpy())[:MEDIAN_ROWS]
         if not len(rows):
             raise LegatoError("the rows hold no text: every token is BOS, separator, pad or otherwise special")
-        acts_BLD = self._forward(rows)
-        self._yardstick = acts_BLD
-        median = float(_finite_norms(acts_BLD)[self.tokens.mask_BL[rows]].median())
+        median = float(_finite_norms(self._forward(rows))[self.tokens.mask_BL[rows]].median())
         if median == 0:
             raise LegatoError(f"{self.module_path} puts out nothing but zeros")
         return median
@@ -185,7 +159,7 @@ class ActivationStream(ActivationSource):
         parts = {
             "format": FORMAT,
             "model": self.language_model.fingerprint(),
-            "tokens": self.tokens.fingerprint(),
+            "tokens": self.tokens.fingerprint,
             "layer": self.layer,
             "site": self.site,
             "dtype": str(self.dtype),
@@ -198,7 +172,7 @@ class ActivationStream(ActivationSource):
         return {
             "model": self.language_model.name,
             "model_sha256": self.language_model.fingerprint(),
-            "tokens_sha256": self.tokens.fingerprint(),
+            "tokens_sha256": self.tokens.fingerprint,
             "layer": self.layer,
             "site": self.site,
             "module_path": self.module_path,
@@ -208,17 +182,8 @@ class ActivationStream(ActivationSource):
             "transformers": version("transformers"),
         }
 
-    def _rows_of_median(self) -> np.ndarray:
-        return np.flatnonzero(self.tokens.mask_BL.any(1).numpy())[:MEDIAN_ROWS]
-
     def _forward(self, rows: np.ndarray) -> Tensor:
         return self.language_model.activations(self.tokens.tokens_BL[rows], self.layer, self.site).cpu()
-
-    def _masked(self, rows: np.ndarray, acts_BLD: Tensor, outlier_norm: float) -> tuple[ActivationBatch, np.ndarray]:
-        is_text_BL = self.tokens.mask_BL[rows]
-        is_outlier_BL = is_text_BL & (_finite_norms(acts_BLD) > outlier_norm)
-        tokens_BL, doc_BL = self.tokens.tokens_BL[rows].long(), self.tokens.doc_BL[rows].int()
-        return ActivationBatch(acts_BLD, is_text_BL & ~is_outlier_BL, doc_BL, tokens_BL), is_outlier_BL.sum(1).numpy()
 
 
 def _finite_norms(acts_BLD: Tensor) -> Tensor:
@@ -270,14 +235,6 @@ class Normaliser:
     def apply(self, acts: Tensor) -> Tensor:
         """Normalise activations [..., D] to float32."""
         return (acts.float() - self.mean_D.to(acts.device)) * self.scale
-
-    def save(self, path: str | Path) -> None:
-        save_file({"mean": self.mean_D, "scale": torch.tensor(self.scale, dtype=torch.float64)}, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Normaliser":
-        tensors = load_file(path)
-        return cls(tensors["mean"], float(tensors["scale"]))
 
 
 def position_shuffled(batches: Iterable[ActivationBatch], seed: int = 0) -> Iterator[ActivationBatch]:

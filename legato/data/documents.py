@@ -1,4 +1,4 @@
-"""Documents of a corpus: the packaged demo articles, local files and folders, hub data sets."""
+"""Documents of a corpus: the packaged demo articles, local files and folders, hub data sets, which are streamed."""
 
 import bz2
 import gzip
@@ -6,18 +6,23 @@ import hashlib
 import importlib.util
 import json
 import os
+import time
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 import psutil
 
 from legato.common.errors import LegatoError, UsageError
-from legato.data.hub_datasets import hub_records
+from legato.common.progress import log
+
+if TYPE_CHECKING:
+    import datasets
 
 DEMO_ARTICLES = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 MIN_ARTICLE_CHARACTERS = 600  # disambiguation pages and stubs are shorter; the shortest real article has 720
@@ -26,6 +31,10 @@ MAX_LINE_BYTES = 64 * 2**20  # of a .jsonl, one document; a small archive could 
 MAX_MEMORY_SHARE = 0.5  # of what is free: text is held while it is tokenised
 LISTED_COLUMNS = 8
 PARQUET_ROWS = 64  # at once: equal texts are stored once, so a small file may unpack to many bytes
+
+HUB_TIMEOUT_SECONDS = 10.0
+STREAM_RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+_HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp")
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,7 @@ def load_documents(
     Raises UsageError, naming file and line, for what cannot be found or read, and for a corpus without any text;
     LegatoError for more text than fits into memory, and for a hub that cannot be reached.
     """
+    most_characters = None
     if dataset == "demo":
         found = _demo_documents()
     elif os.path.exists(path := os.path.expanduser(dataset)):  # unlike Path's, False for a name that is too long
@@ -63,8 +73,10 @@ def load_documents(
     elif _looks_like_path(dataset):
         raise UsageError(f"no such file or folder: {dataset}")
     else:
-        found = _first_characters(_hub_documents(dataset, text_column), max_stream_characters)
-    return _not_empty(_fitting(islice(found, max_documents), dataset), dataset)
+        records = enumerate(hub_records(dataset), start=1)
+        each = (_record_document(one, text_column, *[f"{dataset}:{number}"] * 2) for number, one in records)
+        found, most_characters = chain.from_iterable(each), max_stream_characters
+    return _checked(islice(found, max_documents), dataset, most_characters)
 
 
 def split_held_out(documents: Iterable[Document], fraction: float) -> tuple[list[Document], list[Document]]:
@@ -98,37 +110,19 @@ def _text_hash(text: str) -> str:
     return hashlib.sha256(normalised.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _not_empty(documents: Iterator[Document], dataset: str) -> Iterator[Document]:
-    is_empty = True
-    for document in documents:
-        is_empty = False
-        yield document
-    if is_empty:
-        raise UsageError(f"no text in {dataset}: every document is empty or there is none")
-
-
-def _first_characters(documents: Iterator[Document], limit: int | None) -> Iterator[Document]:
-    seen = 0
-    for document in documents:
-        yield document
-        seen += len(document.text)
-        if limit is not None and seen >= limit:
-            return
-
-
-def _fitting(documents: Iterator[Document], dataset: str) -> Iterator[Document]:
-    """Yield the documents; raise LegatoError once all together do not fit into memory."""
+def _checked(documents: Iterator[Document], dataset: str, most_characters: int | None) -> Iterator[Document]:
+    """Yield the documents up to so many characters. Raises UsageError where there are none, LegatoError once all
+    together do not fit into memory."""
     room, used = MAX_MEMORY_SHARE * psutil.virtual_memory().available, 0
     for document in documents:
         used += len(document.text)
         if used > room:
             raise LegatoError(f"{dataset} holds more text than fits into memory ({room / 2**30:.1f} GiB): give a part")
         yield document
-
-
-def _check_memory(needed: int, dataset: str) -> None:
-    if needed > MAX_MEMORY_SHARE * psutil.virtual_memory().available:
-        raise LegatoError(f"{dataset} has {needed / 2**30:.1f} GiB, more text than fits into memory: give a part")
+        if most_characters is not None and used >= most_characters:
+            return
+    if used == 0:
+        raise UsageError(f"no text in {dataset}: every document is empty or there is none")
 
 
 def _demo_documents() -> Iterator[Document]:
@@ -183,7 +177,9 @@ def _reader(path: Path) -> Callable[[Path, str, str], Iterator[Document]]:
 
 def _read_txt(path: Path, name: str, text_column: str) -> Iterator[Document]:
     try:
-        _check_memory(path.stat().st_size, str(path))
+        needed = path.stat().st_size
+        if needed > MAX_MEMORY_SHARE * psutil.virtual_memory().available:
+            raise LegatoError(f"{path} has {needed / 2**30:.1f} GiB, more text than fits into memory: give a part")
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
@@ -222,12 +218,10 @@ def _read_jsonl(path: Path, name: str, text_column: str) -> Iterator[Document]:
                     record = json.loads(line.decode("utf-8-sig"))
                 except UnicodeDecodeError as error:
                     raise UsageError(f"{path}:{number} is not UTF-8 text") from error
-                except json.JSONDecodeError as error:
-                    raise UsageError(f"{path}:{number} is not JSON: {error.msg}") from error
                 except RecursionError as error:
                     raise UsageError(f"{path}:{number} is not JSON of a corpus: it is nested too deeply") from error
-                except ValueError as error:  # a number of thousands of digits
-                    raise UsageError(f"{path}:{number} is not JSON of a corpus: {error}") from error
+                except ValueError as error:  # also a number of thousands of digits
+                    raise UsageError(f"{path}:{number} is not JSON: {error}") from error
                 yield from _record_document(record, text_column, f"{path}:{number}", f"{name}:{number}")
     except (EOFError, OSError, zlib.error) as error:  # a cut archive, no archive (BadGzipFile), a damaged one
         raise UsageError(f"cannot read {path}: {error}") from error
@@ -267,15 +261,9 @@ def _record_document(record: object, text_column: str, place: str, source: str) 
 
 
 def _no_column(text_column: str, place: str, names: list[str]) -> str:
-    shown = (
-        f"{', '.join(map(str, names[:LISTED_COLUMNS])) or 'nothing'}{', ...' if len(names) > LISTED_COLUMNS else ''}"
-    )
+    more = ["..."] if len(names) > LISTED_COLUMNS else []
+    shown = ", ".join([*map(str, names[:LISTED_COLUMNS]), *more]) or "nothing"
     return f"{place} has no {text_column!r} (it has: {shown}): name the text column"
-
-
-def _hub_documents(dataset: str, text_column: str) -> Iterator[Document]:
-    for number, record in enumerate(hub_records(dataset), start=1):
-        yield from _record_document(record, text_column, f"{dataset}:{number}", f"{dataset}:{number}")
 
 
 _READERS: dict[str, Callable[[Path, str, str], Iterator[Document]]] = {
@@ -294,3 +282,66 @@ def _looks_like_path(dataset: str) -> bool:
         or dataset.count("/") > 1
         or "\\" in dataset
     )
+
+
+def hub_records(dataset: str) -> Iterator[object]:
+    """Stream the records of the train split, in its order.
+
+    dataset: "name" or "name:configuration". Raises UsageError where there is no such data set, configuration or split,
+    LegatoError where the hub cannot be reached, at first or after the connection broke.
+    """
+    name, _, configuration = dataset.partition(":")
+    if importlib.util.find_spec("datasets") is None:
+        raise UsageError(f'no local file {dataset}; to read a hub data set: pip install "legato-sae[hub]"')
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    # Asked before `datasets`, which would try an unreachable hub six times over 23 s.
+    try:
+        HfApi().dataset_info(name, timeout=HUB_TIMEOUT_SECONDS)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UsageError(f"no local file and no hub data set {name!r} (private ones need `hf auth login`)") from error
+    except Exception as error:  # the HTTP library behind the hub client, and so its errors, differ by version
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise LegatoError(f"no local file {name!r}, and the hub cannot be asked for it: {reason}") from error
+    import datasets
+
+    def opened() -> "datasets.IterableDataset":
+        return datasets.load_dataset(name, configuration or None, split="train", streaming=True)
+
+    try:
+        yield from _resumed(opened, dataset)
+    except ValueError as error:  # a configuration to choose, a split that is missing
+        raise UsageError(f"hub data set {dataset}: {' '.join(str(error).split())}") from error
+
+
+def _resumed(opened: "Callable[[], datasets.IterableDataset]", dataset: str) -> Iterator[object]:
+    """Yield the records of a stream; where the connection breaks, open it again at the next record.
+
+    Raises LegatoError after the last of STREAM_RETRY_SECONDS without a record in between.
+    """
+    place: dict[str, object] | None = None
+    failures = 0
+    while True:
+        try:
+            stream = opened()
+            if place is not None:
+                stream.load_state_dict(place)
+            for record in stream:
+                place, failures = stream.state_dict(), 0
+                yield record
+            return
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            # Timeouts and broken connections, by the errors of the HTTP libraries of hub clients.
+            of_http = any(base.__module__.partition(".")[0] in _HTTP_LIBRARIES for base in type(error).__mro__)
+            if not of_http and (
+                not isinstance(error, OSError) or isinstance(error, FileNotFoundError | PermissionError)
+            ):
+                raise
+            if failures == len(STREAM_RETRY_SECONDS):
+                raise LegatoError(f"hub data set {dataset} stopped: {reason}") from error
+            seconds = STREAM_RETRY_SECONDS[failures]
+            log(f"hub data set {dataset} stopped ({reason}): going on there in {seconds:g} s")
+            time.sleep(seconds)
+            failures += 1

@@ -6,8 +6,7 @@ transformers takes about a minute to convert Gemma 3 270M; the folder it leaves 
 import io
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from pathlib import Path
 
 from legato.common.errors import LegatoError, UsageError, one_line
@@ -51,7 +50,8 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    with _quiet_conversion():
+    print("converting GGUF weights into the cache, once; this takes about a minute", file=sys.stderr, flush=True)
+    with redirect_stderr(io.StringIO()):  # in place of the progress bars that transformers draws for each step
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
@@ -61,11 +61,3 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
             raise UsageError(f"cannot read {gguf.name} as a GGUF model: {one_line(error)}") from error
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def _quiet_conversion() -> Iterator[None]:
-    """Print one line in place of the progress bars that transformers draws for each step."""
-    print("converting GGUF weights into the cache, once; this takes about a minute", file=sys.stderr, flush=True)
-    with redirect_stderr(io.StringIO()):
-        yield

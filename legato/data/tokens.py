@@ -48,12 +48,9 @@ class TokenSet:
     def __len__(self) -> int:
         return self.tokens_BL.shape[0]
 
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of the whole set."""
-        return self._fingerprint
-
     @cached_property
-    def _fingerprint(self) -> str:
+    def fingerprint(self) -> str:
+        """The SHA-256 of the whole set."""
         digest = hashlib.sha256(f"{tuple(self.tokens_BL.shape)} {self.bos}".encode())
         for tensor in (self.tokens_BL, self.mask_BL, self.doc_BL):
             digest.update(tensor.contiguous().numpy().tobytes())

@@ -1,8 +1,8 @@
 """The arms of an experiment: the SAEs to train. Only this module decides an arm's fields; they are saved and read."""
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from legato.common.errors import UsageError
@@ -51,7 +51,8 @@ def planned_arms(config: ExperimentConfig, d_in: int) -> list[PlannedArm]:
     Every arm is planned once per seed. d_in: width of the activations, for the published T-SAE objective. Raises
     UsageError where an arm without a k is to be swept.
     """
-    sweep, options = config.arms.sweep_k, _options(config, d_in)
+    given = {**vars(config.arms), "d_in": d_in, "k": config.training.k}
+    sweep, options = config.arms.sweep_k, Options(**{f.name: given[f.name] for f in dataclasses.fields(Options)})
     base = SAEConfig("baseline", BatchTopK(config.training.k), config.training.d_sae)
     bank = [_first(base, "baseline"), *(_at_k(base, k) for k in sweep)]
     for name in config.arms.temporal:
@@ -60,12 +61,17 @@ def planned_arms(config: ExperimentConfig, d_in: int) -> list[PlannedArm]:
     for window, coefficient in config.arms.grid_points:
         point = replace(options, window=window, coefficient=coefficient)
         bank.append(_first(_changed(base, "window_variance", point), "grid"))
-    first, *_ = config.training.seeds
-    return [
-        _with_seed(planned, seed, first, config.arms.term_warmup)
-        for seed in config.training.seeds
-        for planned in _once_each(bank)
-    ]
+    unique: dict[str, PlannedArm] = {}
+    for planned in bank:  # one that is named and a point of the grid is kept as both
+        known = unique.setdefault(planned.sae.name, planned)
+        if planned.arm.in_grid and not known.arm.in_grid:
+            unique[planned.sae.name] = replace(known, arm=replace(known.arm, in_grid=True))
+    seeds, found = config.training.seeds, []
+    for seed, planned in product(seeds, unique.values()):
+        name = seeded(planned.arm.group, seed, seeds[0])
+        sae = replace(planned.sae, name=name, seed=seed, term_warmup=config.arms.term_warmup)
+        found.append(PlannedArm(replace(planned.arm, name=name, seed=seed, recipe=recipe(sae)), sae))
+    return found
 
 
 def seeded(group: str, seed: int, first: int) -> str:
@@ -92,11 +98,6 @@ def recipe(sae: SAEConfig) -> dict[str, Any]:
     }
 
 
-def _options(config: ExperimentConfig, d_in: int) -> Options:
-    given = {**vars(config.arms), "d_in": d_in, "k": config.training.k}
-    return Options(**{field.name: given[field.name] for field in dataclasses.fields(Options)})
-
-
 def _changed(base: SAEConfig, name: str, options: Options) -> SAEConfig:
     """Apply a name of --temporal to the baseline; the name of a grid's arm has window and weight."""
     sae, known = base, recipes()
@@ -121,19 +122,3 @@ def _at_k(sae: SAEConfig, k: int) -> PlannedArm:
     return PlannedArm(
         Arm(name, name, sae.name, "sweep", sae.seed), replace(sae, name=name, architecture=replace(architecture, k=k))
     )
-
-
-def _once_each(bank: Iterable[PlannedArm]) -> list[PlannedArm]:
-    """Remove repeated arms: one that is named and a point of the grid is kept as both."""
-    unique: dict[str, PlannedArm] = {}
-    for planned in bank:
-        known = unique.setdefault(planned.sae.name, planned)
-        if planned.arm.in_grid and not known.arm.in_grid:
-            unique[planned.sae.name] = replace(known, arm=replace(known.arm, in_grid=True))
-    return list(unique.values())
-
-
-def _with_seed(planned: PlannedArm, seed: int, first: int, term_warmup: float) -> PlannedArm:
-    name = seeded(planned.arm.group, seed, first)
-    sae = replace(planned.sae, name=name, seed=seed, term_warmup=term_warmup)
-    return PlannedArm(replace(planned.arm, name=name, seed=seed, recipe=recipe(sae)), sae)

@@ -26,12 +26,10 @@ from legato.common.checksummed import DamagedError, file_hashes, read_sealed, ve
 from legato.common.command import Interrupted, Interrupts
 from legato.common.errors import UsageError
 from legato.sae.partition import Sharded
-from legato.training.bank import BankState
+from legato.training.bank import BankState, divided
 from legato.training.config import SAEConfig, TrainConfig
-from legato.training.passes import divided
 from legato.training.step import Workspace
-from legato.training.trainer import SAETrainer
-from legato.training.trainer_state import read_trainer_state, write_trainer_state
+from legato.training.trainer import SAETrainer, read_trainer_state, write_trainer_state
 
 KIND = "legato-checkpoint-2"
 DEFAULT_MINUTES = 5.0
@@ -52,14 +50,6 @@ class Progress:
     failed: dict[str, dict[str, Any]] = field(default_factory=dict)
     log_bytes: int = 0
     evaluated: bool = False
-
-
-@dataclass(frozen=True)
-class SavedBank:
-    """A bank as it was saved, and the length of log.jsonl at that time."""
-
-    bank: BankState
-    log_bytes: int
 
 
 class Checkpoint:
@@ -189,7 +179,7 @@ class Checkpoint:
 
     def read_bank(
         self, arms: Sequence[SAEConfig], config: TrainConfig, *, shard_latents: bool = False
-    ) -> SavedBank | None:
+    ) -> BankState | None:
         """The newest saved step that is whole, of a bank of any of these arms; None where there is none. Each rank
         gets its share of the members, however many ranks there were when it was saved.
 
@@ -208,13 +198,14 @@ class Checkpoint:
         workspace = Workspace()
         trainers = {}
         for name in names:
-            arm, numbers = by_name[name], content["members"][name]
+            arm = by_name[name]
             tensors = read_trainer_state(folder / name, partition, arm.d_sae)
-            trainers[name] = SAETrainer.restored(arm, config, workspace, tensors, numbers, partition)
+            trainers[name] = SAETrainer(arm, config, tensors["parameters.b_dec_D"].numel(), workspace, partition)
+            trainers[name].restore(tensors, content["members"][name])
         failed = [(trainers.pop(name), reason) for name, reason in content["failed"].items() if name in names]
         elsewhere = len(content["members"]) - len(content["failed"]) - len(trainers)
-        bank = BankState(list(trainers.values()), failed, content["step"], elsewhere, partition)
-        return SavedBank(bank, content["log_bytes"])
+        members_here = list(trainers.values())
+        return BankState(members_here, failed, content["step"], elsewhere, partition, content["log_bytes"])
 
     def _newest_step(self, arms: Collection[str]) -> Path | None:
         for folder in self._steps():
@@ -242,21 +233,20 @@ class Checkpoint:
 
     # Evaluation
 
-    def part(self, name: str, compute: Callable[[], Any]) -> Any:
+    def part(self, name: str, compute: Callable[[], Any], *, alone: bool = False) -> Any:
         """Return the result of `compute`, or of an earlier attempt: a tree of dicts, lists, numbers, strings, arrays.
 
-        All ranks compute it together, to one result, which the writer keeps.
+        All ranks compute it together, to one result, which the writer keeps. alone: one rank computes it, and keeps it.
         """
-        found = distributed.broadcast_from_rank0(lambda: self._kept(name))
+        found = self._kept(name) if alone else distributed.broadcast_from_rank0(lambda: self._kept(name))
         if found is not None:
             return found
-        computed = compute()
-        return self._keep(name, computed, write=distributed.is_rank0())
-
-    def own_part(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Like `part`, for one rank alone."""
-        found = self._kept(name)
-        return self._keep(name, compute()) if found is None else found
+        arrays: dict[str, np.ndarray] = {}
+        content = json.loads(json.dumps(_flat(compute(), arrays)))
+        if alone or distributed.is_rank0():
+            tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
+            write_checksummed(self._part_path(name), content, {name: tensors} if arrays else {}, kind=KIND)
+        return _tree(content, arrays)  # as it will be read, to the byte order of the arrays
 
     def _kept(self, name: str) -> Any:
         try:
@@ -267,14 +257,6 @@ class Checkpoint:
         except DamagedError as error:
             _warn(f"{error}: this part of the evaluation is done again")
             return None
-
-    def _keep(self, name: str, computed: Any, write: bool = True) -> Any:
-        arrays: dict[str, np.ndarray] = {}
-        content = json.loads(json.dumps(_flat(computed, arrays)))
-        if write:
-            tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
-            write_checksummed(self._part_path(name), content, {name: tensors} if arrays else {}, kind=KIND)
-        return _tree(content, arrays)  # as it will be read, to the byte order of the arrays
 
     def _part_path(self, name: str) -> Path:
         return self.folder / "evaluation" / f"{name}.json"

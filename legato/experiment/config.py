@@ -47,11 +47,6 @@ def _points(grid: str) -> list[tuple[int, float]]:
     return points
 
 
-def _grid(grid: str) -> str:
-    _points(grid)
-    return grid
-
-
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 SITE = "what is read there: resid_post, mlp_out, attn_out, resid_pre, resid_mid, attn_z, or the path of a module"
 DType = Annotated[str, one_of("auto", "bfloat16", "float32")]
@@ -137,7 +132,7 @@ class ArmsConfig:
     release: float = option(
         0.4, "legato, hysteresis: a latent that is on stays on above this share of its threshold", gt=0, le=1
     )
-    grid: Annotated[str, AfterValidator(_grid)] = option(
+    grid: Annotated[str, AfterValidator(lambda grid: _points(grid) and grid)] = option(
         "2,4,8,16,32x0.1,0.3,1", "ablation: windows x coefficients of window_variance"
     )
     ablation: bool = option(True, "train the grid: --no-ablation leaves it out")

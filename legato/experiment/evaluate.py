@@ -8,7 +8,6 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from legato.common import distributed
 from legato.common.errors import LegatoError
@@ -61,10 +60,9 @@ class Bank:
     trained: dict[str, TrainedArm]
     failures: dict[str, str]
 
-    def fail(self, failures: Mapping[str, str], run: RunDir, checkpoint: Checkpoint | None) -> None:
+    def fail(self, failures: Mapping[str, str], run: RunDir, checkpoint: Checkpoint) -> None:
         """Move SAEs that cannot be judged to the failed ones, on disk too; only report a control."""
-        if checkpoint is not None:
-            checkpoint.finish_evaluation(failures)
+        checkpoint.finish_evaluation(failures)
         for name, reason in failures.items():
             log(f"  dropped {reason}")
             self.failures[name] = reason
@@ -79,7 +77,7 @@ def evaluate_arms(
     activations: Activations,
     model: LanguageModel,
     run: RunDir,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: Checkpoint,
     controls: Callable[[], Mapping[str, tuple[Arm, Control]]] = dict,
 ) -> None:
     """Judge every SAE on the held-out side in one pass and save the numbers; an SAE that cannot be judged fails.
@@ -88,29 +86,28 @@ def evaluate_arms(
     controls: rows that were not trained, by name. Parts that an earlier attempt finished come from the checkpoint;
     nothing is done if all are finished.
     """
-    if checkpoint is not None and checkpoint.progress.evaluated:
+    if checkpoint.progress.evaluated:
         return
-    part, own_part = (checkpoint.part, checkpoint.own_part) if checkpoint is not None else (_now, _now)
     log(f"evaluation: {activations.held_out.n_valid:,} held-out tokens")
     untrained = controls()
     arms = {name: trained.arm for name, trained in bank.trained.items()}
     arms |= {name: arm for name, (arm, _) in untrained.items()}
     judged: dict[str, EvaluableSAE] = {name: trained.sae for name, trained in bank.trained.items()}
     judged |= {name: control.judged for name, (_, control) in untrained.items()}
-    found = part("judged", lambda: _judged(judged, activations, model, config.ce_rows))
+    found = checkpoint.part("judged", lambda: _judged(judged, activations, model, config.ce_rows))
     results, failures = found["results"], found["failures"]
     if not results:
         bank.fail(failures, run, checkpoint)
         raise LegatoError(f"no SAE could be judged: {next(iter(failures.values()))}")
     # What follows is for the arms that the comparison is about.
     compared = {name: judged[name] for name in results if arms[name].role != "grid"}
-    for name, shuffled in part("shuffled", lambda: _shuffled(compared, activations)).items():
+    for name, shuffled in checkpoint.part("shuffled", lambda: _shuffled(compared, activations)).items():
         results[name]["consistency"]["position_shuffled"] = shuffled
-    for name, offset in part("offset", lambda: _offsets(compared, activations, model)).items():
+    for name, offset in checkpoint.part("offset", lambda: _offsets(compared, activations, model)).items():
         results[name]["offset"] = offset["section"]
         results[name]["features"]["offset_jaccard"] = offset["jaccard_F"]
     firing = {name: results[name]["features"]["density"] > 0 for name in sorted(compared.keys() & bank.trained.keys())}
-    for name, section in _redundancies(firing, bank, activations, model, run, own_part).items():
+    for name, section in _redundancies(firing, bank, activations, model, run, checkpoint).items():
         results[name]["redundancy"] = section
     if not distributed.is_rank0():
         return
@@ -120,7 +117,17 @@ def evaluate_arms(
     metrics = {}
     for name, result in results.items():
         if "saebench" in result["core"] and name in bank.trained:
-            _write_core_file(run, name, result, model, activations)
+            write_core_file(
+                run.eval_results,
+                run.release,
+                name,
+                result,
+                model_name=model.name,
+                llm_dtype=str(model.dtype).removeprefix("torch."),
+                dataset=activations.provenance["dataset"],
+                context_size=activations.provenance["context_length"],
+                sae_cfg_dict=json.loads((run.sae(name) / "cfg.json").read_text()),
+            )
         result["core"].pop("saebench", None)
         write_features(run.features / f"{name}.parquet", result.pop("features"))
         run.write_arrays(name, result.pop("arrays"))
@@ -159,34 +166,32 @@ def _redundancies(
     activations: Activations,
     model: LanguageModel,
     run: RunDir,
-    part: Callable[[str, Callable[[], Any]], Any],
+    checkpoint: Checkpoint,
 ) -> dict[str, dict[str, Any]]:
-    """Make the section `redundancy` of each SAE, on one rank. firing: latents that fire, [F] by name."""
+    """Make the section `redundancy` of each SAE, on one rank, and write its tables and the files for the report's
+    feature browser, from the same codes. firing: latents that fire, [F] by name."""
     vocabulary_V = torch.unique(activations.train.first_tokens(VOCABULARY_ROWS))
     arms = [bank.trained[name].arm for name in firing]
     others = {name: OtherSAE(bank.trained[name].sae.W_dec, fires_F) for name, fires_F in firing.items()}
-    sections = {}
-    for name in _own(others):
-        partners = {partner: others[partner] for partner in _partners(bank.trained[name].arm, arms)}
-        make = partial(_redundancy, name, bank.trained[name].sae, partners, activations, vocabulary_V, model, run)
-        sections[name] = part(f"redundancy_{name}", make)
-    return distributed.gather_dicts(sections)
 
+    def decode(ids: Sequence[int]) -> list[str]:
+        return [str(model.tokenizer.decode([number])) for number in ids]
 
-def _write_core_file(
-    run: RunDir, name: str, result: dict[str, Any], model: LanguageModel, activations: Activations
-) -> None:
-    write_core_file(
-        run.eval_results,
-        run.release,
-        name,
-        result,
-        model_name=model.name,
-        llm_dtype=str(model.dtype).removeprefix("torch."),
-        dataset=activations.provenance["dataset"],
-        context_size=activations.provenance["context_length"],
-        sae_cfg_dict=json.loads((run.sae(name) / "cfg.json").read_text()),
-    )
+    def section(name: str) -> dict[str, Any]:
+        sae, partners = bank.trained[name].sae, _partners(bank.trained[name].arm, arms)
+        kept = CodeBuffer.of(coded(sae, activations.held_out.batches(CONTROL_ROWS, seed=None)), REDUNDANCY_ROWS)
+        redundant = redundancy(kept, sae.W_dec, decode=decode)
+        write_redundancy(run.redundancy, name, redundant)
+        text, order = shown(kept)
+        if distributed.is_rank0() and not run.shown_text.is_file():
+            write_text(run.shown_text, text, decode)
+        logits = top_and_bottom_logits(model, sae.W_dec, vocabulary_V, decode)
+        matched = {partner: others[partner] for partner in partners}
+        write_strips(run.strips / f"{name}.parquet", order, text, sae.W_dec, others=matched, logits=logits)
+        return redundant.metrics
+
+    own = {name: checkpoint.part(f"redundancy_{name}", partial(section, name), alone=True) for name in _own(others)}
+    return distributed.gather_dicts(own)
 
 
 def _own(members: Mapping[str, T]) -> dict[str, T]:
@@ -198,11 +203,6 @@ def _divided(members: Mapping[str, T]) -> tuple[dict[str, T], bool]:
     """Return the members that this rank judges, and True if all ranks judge them together."""
     together = len(members) < distributed.world_size()
     return dict(members) if together else _own(members), together
-
-
-def _now(name: str, compute: Callable[[], Any]) -> Any:
-    """Compute directly, in place of `Checkpoint.part`, where no checkpoint is kept."""
-    return compute()
 
 
 def _shuffled(compared: Mapping[str, EvaluableSAE], activations: Activations) -> dict[str, dict[str, float]]:
@@ -224,50 +224,10 @@ def _shuffled(compared: Mapping[str, EvaluableSAE], activations: Activations) ->
     return distributed.gather_dicts(shuffled)
 
 
-def _redundancy(
-    name: str,
-    sae: SparseAutoencoder,
-    partners: Mapping[str, OtherSAE],
-    activations: Activations,
-    vocabulary_V: Tensor,
-    model: LanguageModel,
-    run: RunDir,
-) -> dict[str, Any]:
-    """Return the section of metrics.json; write its tables, and the passages from the same codes."""
-    codes = coded(sae, activations.held_out.batches(CONTROL_ROWS, seed=None))
-    kept = CodeBuffer.of(codes, REDUNDANCY_ROWS)
-    redundant = redundancy(kept, sae.W_dec, decode=partial(_token_strings, model))
-    write_redundancy(run.redundancy, name, redundant)
-    _save_passages(name, kept, sae.W_dec, partners, vocabulary_V, model, run)
-    return redundant.metrics
-
-
-def _token_strings(model: LanguageModel, ids: Sequence[int]) -> list[str]:
-    return [str(model.tokenizer.decode([number])) for number in ids]
-
-
 def _partners(arm: Arm, arms: Iterable[Arm]) -> list[str]:
     """List the arms of its seed to match an arm's latents with: the baseline, or for the baseline all others."""
     others = [other for other in arms if other.seed == arm.seed and other.name != arm.name]
     return sorted(other.name for other in others if "baseline" in (arm.role, other.role))
-
-
-def _save_passages(
-    name: str,
-    kept: CodeBuffer,
-    W_dec: Tensor,
-    others: Mapping[str, OtherSAE],
-    vocabulary_V: Tensor,
-    model: LanguageModel,
-    run: RunDir,
-) -> None:
-    """Write the files of an arm for the report's feature browser."""
-    decode = partial(_token_strings, model)
-    text, order = shown(kept)
-    if distributed.is_rank0() and not run.shown_text.is_file():
-        write_text(run.shown_text, text, decode)
-    logits = top_and_bottom_logits(model, W_dec, vocabulary_V, decode)
-    write_strips(run.strips / f"{name}.parquet", order, text, W_dec, others=others, logits=logits)
 
 
 def _offsets(
@@ -296,9 +256,8 @@ def _add_specialisation(results: Mapping[Arm, dict[str, Any]], model: LanguageMo
     """Add the kinds of latents of the trained arms, in clusters that they share."""
     if not results:
         return
-    from legato.evaluation.specialisation.kinds import (
-        specialise,
-    )  # scikit-learn takes a second that --help need not wait
+    # scikit-learn takes a second that --help need not wait
+    from legato.evaluation.specialisation.kinds import specialise
 
     recipes: dict[str, list[str]] = {}
     for arm in results:

@@ -37,7 +37,6 @@ from legato.results.run_dir import RunDir
 from legato.results.saved_run import SavedRun
 from legato.sae.autoencoder import SparseAutoencoder
 from legato.sae.formats.safetensors_file import sha256_of
-from legato.sae.provenance import Provenance, origin_of
 
 
 @dataclass(frozen=True)
@@ -48,16 +47,6 @@ class Stated:
     k: float | None = None
     seed: int | None = None
     swept: bool = False
-
-    @classmethod
-    def by(cls, objective: Mapping[str, Any]) -> "Stated":
-        """Take the facts from the objective of an SAE of Legato's."""
-        k = objective.get("k")
-        return cls(objective["method"], k, swept=objective["role"] == "sweep")
-
-    def with_seed(self, seed: Any) -> "Stated":
-        """With this seed where none is stated."""
-        return self if self.seed is not None else dataclasses.replace(self, seed=int(seed or 0))
 
 
 @dataclass(frozen=True)
@@ -87,9 +76,7 @@ class EvaluateConfig:
             },
             "model": dataclasses.asdict(self.model),
             "data": {
-                "dataset": self.data.dataset,
-                "text_column": self.data.text_column,
-                "context_length": self.data.context_length,
+                **{name: getattr(self.data, name) for name in ("dataset", "text_column", "context_length")},
                 "held_out": self.held_out,
             },
             "evaluation": {"eval_rows": self.evaluation.eval_rows, "ce_rows": self.evaluation.ce_rows},
@@ -106,12 +93,8 @@ def evaluate_saved(config: EvaluateConfig, saes: Mapping[str, SparseAutoencoder]
     run = distributed.broadcast_from_rank0(lambda: RunDir.claim(out, config))
     run.settle_machine(config.model.dtype)
     model = load_model(config.model, config.data.context_length, splice=bool(config.evaluation.ce_rows))
-
-    def fitting_rows() -> TokenSet:
-        check_width(saes, model, config.model)
-        return read_rows(config, model)
-
-    activations = harvest_rows(config, model, distributed.broadcast_from_rank0(fitting_rows))
+    tokens = distributed.broadcast_from_rank0(lambda: read_rows(config, saes, model))
+    activations = harvest_rows(config, model, tokens)
     with distributed.held_by_rank0(run.locked(config)):
         checkpoint = Checkpoint(run.checkpoint, minutes=DEFAULT_MINUTES, interrupts=Interrupts())
         checkpoint.start(activations.key, lambda: run.begin(config, activations.provenance))
@@ -148,19 +131,17 @@ def _bank(config: EvaluateConfig, saes: Mapping[str, SparseAutoencoder], run: Ru
     return bank
 
 
-def check_width(saes: Mapping[str, SparseAutoencoder], model: LanguageModel, place: ModelConfig) -> None:
-    assert place.layer is not None
-    width = model.site(place.layer, place.site).width
+def read_rows(config: EvaluateConfig, saes: Mapping[str, SparseAutoencoder], model: LanguageModel) -> TokenSet:
+    """The rows to judge on: of all documents, or of those that a run with the same share held out. UsageError where an
+    SAE does not fit the model."""
+    assert config.model.layer is not None
+    width = model.site(config.model.layer, config.model.site).width
     for name, sae in saes.items():
         if sae.d_in != width:
             raise UsageError(
                 f"{name} takes activations of width {sae.d_in}, those of {model.name} have {width}: "
                 "name the model that it was trained on with --model"
             )
-
-
-def read_rows(config: EvaluateConfig, model: LanguageModel) -> TokenSet:
-    """The rows to judge on: of all documents, or of those that a run with the same share held out."""
     data, evaluation = config.data, config.evaluation
     wanted = evaluation.eval_rows * data.context_length
     characters = int(CHARACTERS_PER_TOKEN * wanted / (config.held_out or 1))
@@ -195,8 +176,11 @@ def judged_arms(config: EvaluateConfig, saes: Mapping[str, SparseAutoencoder]) -
     """
     objectives = {name: dict(sae.details.get("objective") or {}) for name, sae in saes.items()}
     older = older_identities({name: {"training": {"recipe": found}} for name, found in objectives.items()})
-    said = {name: config.stated.get(name) or Stated.by({**older[name], **found}) for name, found in objectives.items()}
-    said = {name: one.with_seed(objectives[name].get("seed")) for name, one in said.items()}
+    said = {}
+    for name, found in objectives.items():
+        own = {**older[name], **found}
+        one = config.stated.get(name) or Stated(own["method"], own.get("k"), swept=own["role"] == "sweep")
+        said[name] = dataclasses.replace(one, seed=int(found.get("seed") or 0)) if one.seed is None else one
     alike = Counter(said.values())
     said = {name: one if alike[one] == 1 else Stated(name, seed=one.seed) for name, one in said.items()}
     mains = {one.method for one in said.values() if not one.swept}
@@ -245,20 +229,24 @@ class Place:
         found = named(specifications)
         sources = {name: source for name, (source, _) in found.items()}
         saes = {name: SparseAutoencoder.load(source) for name, source in sources.items()}
-        origins = {name: origin_of(sae) for name, sae in saes.items()}
+        details = [sae.details for sae in saes.values()]
+
+        def first(key: str) -> Any:
+            return next((each[key] for each in details if each.get(key) is not None), None)
+
         if self.layer is None and self.site is not None:
             raise UsageError("--site needs the layer too: add --layer")
         layer, site = (self.layer, self.site or "resid_post")
         if layer is None:
-            layer, site = _agreed("layer", {name: origin.place() for name, origin in origins.items()})
-        model = self.model or _agreed("model", {name: origin.model for name, origin in origins.items()})
-        dataset = self.dataset or _first(origins, "dataset") or "demo"
+            layer, site = _agreed("layer", {name: sae.place() for name, sae in saes.items()})
+        model = self.model or _agreed("model", {name: sae.details.get("model") for name, sae in saes.items()})
+        dataset = self.dataset or first("dataset") or "demo"
         held_out = self.held_out
-        if held_out is None and any(origin.by_legato and origin.dataset == dataset for origin in origins.values()):
-            held_out = _first(origins, "held_out") or DataConfig().held_out
+        if held_out is None and any("objective" in each and each.get("dataset") == dataset for each in details):
+            held_out = first("held_out") or DataConfig().held_out
         if held_out is not None and not 0 < held_out < 1:
             raise UsageError(f"--held_out {held_out} is no share of the text: use one between 0 and 1")
-        context_length = self.context_length or _first(origins, "context_length") or DataConfig().context_length
+        context_length = self.context_length or int(first("context_length") or DataConfig().context_length)
         config = EvaluateConfig(
             sources,
             ModelConfig(model, layer, site, self.dtype),
@@ -355,7 +343,3 @@ def _agreed(what: str, said: Mapping[str, Any]) -> Any:
 
 def _shown(value: Any) -> str:
     return f"layer {value[0]} ({value[1]})" if isinstance(value, tuple) else str(value)
-
-
-def _first(origins: Mapping[str, Provenance], key: str) -> Any:
-    return next((value for origin in origins.values() if (value := getattr(origin, key)) is not None), None)

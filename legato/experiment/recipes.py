@@ -5,31 +5,11 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
-from legato.sae.architectures import (
-    Architecture,
-    Gated,
-    Hysteresis,
-    HysteresisTopK,
-    JumpReLU,
-    Persistent,
-    ReLU,
-    TopK,
-    WindowTopK,
-    all_architectures,
-)
-from legato.training.losses import (
-    Contrastive,
-    FusedLasso,
-    PositionPenalty,
-    Slowness,
-    TemporalLoss,
-    TsaeContrastive,
-    WindowGroupLasso,
-    WindowVariance,
-    losses,
-)
+from legato.sae import architectures as kinds
+from legato.training import losses as terms
 
-LEGATO_TERM = Slowness(window=4, coefficient=0.05)  # beside hysteresis on TopK: docs/findings.md has the reasons
+# Beside hysteresis on TopK: docs/findings.md has the reasons.
+LEGATO_TERM = terms.Slowness(window=4, coefficient=0.05)
 MATRYOSHKA = ((0.2, 0.2), (1.0, 0.8))  # share of the latents, weight: the groups of temporal-saes
 
 
@@ -63,55 +43,56 @@ class Recipe:
     fields: Callable[[Options], dict[str, Any]]
 
 
-def _architecture(make: Callable[[Options], Architecture]) -> Recipe:
+def _architecture(make: Callable[[Options], kinds.Architecture]) -> Recipe:
     return Recipe("architecture", lambda o: {"architecture": make(o)})
 
 
-def _term(make: Callable[[Options], TemporalLoss]) -> Recipe:
+def _term(make: Callable[[Options], terms.TemporalLoss]) -> Recipe:
     return Recipe("term", lambda o: {"terms": (make(o),)})
 
 
-def _published_tsae(d_in: int) -> TsaeContrastive:
-    """Make the published T-SAE term, its weights converted to our units.
+def _published_tsae(options: Options) -> dict[str, Any]:
+    """Make the objective of the published T-SAE, its weights converted to our units.
 
     temporal-saes adds .1 * InfoNCE at temperature 1 to the mean over its two groups of w_g times the squared error. On
     activations of unit mean square (its normalize_activations; on raw ones of norm 6e3 the term would vanish beside the
     error) that is, on ours of mean square D beside sum_g w_g ||e_g||^2 / D, temperature D and weight .2.
     """
-    return TsaeContrastive(coefficient=0.2, temperature=float(d_in))
+    term = terms.TsaeContrastive(coefficient=0.2, temperature=float(options.d_in))
+    return {"groups": MATRYOSHKA, "terms": (term,)}
 
 
 RECIPES: dict[str, Recipe] = {
     "legato": Recipe(
-        "architecture", lambda o: {"architecture": HysteresisTopK(o.k, release=o.release), "terms": (LEGATO_TERM,)}
+        "architecture",
+        lambda o: {"architecture": kinds.HysteresisTopK(o.k, release=o.release), "terms": (LEGATO_TERM,)},
     ),
-    "hysteresis": _architecture(lambda o: Hysteresis(o.k, release=o.release)),
-    "hysteresis_topk": _architecture(lambda o: HysteresisTopK(o.k, release=o.release)),
-    "window_topk": _architecture(lambda o: WindowTopK(o.k, window=o.window)),
-    "persistent": _architecture(lambda o: Persistent(o.k)),
-    "topk": _architecture(lambda o: TopK(o.k)),
-    "jumprelu": _architecture(lambda o: JumpReLU(o.k)),
-    "gated": _architecture(lambda o: Gated(k=o.k)),
-    "relu": _architecture(lambda o: ReLU(o.l1)),
+    "hysteresis": _architecture(lambda o: kinds.Hysteresis(o.k, release=o.release)),
+    "hysteresis_topk": _architecture(lambda o: kinds.HysteresisTopK(o.k, release=o.release)),
+    "window_topk": _architecture(lambda o: kinds.WindowTopK(o.k, window=o.window)),
+    "persistent": _architecture(lambda o: kinds.Persistent(o.k)),
+    "topk": _architecture(lambda o: kinds.TopK(o.k)),
+    "jumprelu": _architecture(lambda o: kinds.JumpReLU(o.k)),
+    "gated": _architecture(lambda o: kinds.Gated(k=o.k)),
+    "relu": _architecture(lambda o: kinds.ReLU(o.l1)),
     "window_group_lasso": Recipe(
-        "architecture", lambda o: {"architecture": ReLU(0.0), "terms": (WindowGroupLasso(o.window, o.l1 / o.d_in),)}
+        "architecture",
+        lambda o: {"architecture": kinds.ReLU(0.0), "terms": (terms.WindowGroupLasso(o.window, o.l1 / o.d_in),)},
     ),
     "matryoshka": Recipe("groups", lambda o: {"groups": MATRYOSHKA}),
-    "tsae": Recipe("groups", lambda o: {"groups": MATRYOSHKA, "terms": (_published_tsae(o.d_in),)}),
+    "tsae": Recipe("groups", _published_tsae),
     "contrastive": _term(
-        lambda o: Contrastive(o.weight(0.02), lags=o.lags, temperature=o.temperature, slow_fraction=o.slow_fraction)
+        lambda o: terms.Contrastive(
+            o.weight(0.02), lags=o.lags, temperature=o.temperature, slow_fraction=o.slow_fraction
+        )
     ),
-    "window_variance": _term(lambda o: WindowVariance(o.window, o.weight(0.3), slow_fraction=o.slow_fraction)),
-    "slowness": _term(lambda o: Slowness(o.window, o.weight(0.1), slow_fraction=o.slow_fraction)),
-    "fused_lasso": _term(lambda o: FusedLasso(o.weight(0.1), slow_fraction=o.slow_fraction)),
-    "position_penalty": _term(lambda o: PositionPenalty(o.weight(0.1), slow_fraction=o.slow_fraction)),
+    "window_variance": _term(lambda o: terms.WindowVariance(o.window, o.weight(0.3), slow_fraction=o.slow_fraction)),
+    "slowness": _term(lambda o: terms.Slowness(o.window, o.weight(0.1), slow_fraction=o.slow_fraction)),
+    "fused_lasso": _term(lambda o: terms.FusedLasso(o.weight(0.1), slow_fraction=o.slow_fraction)),
+    "position_penalty": _term(lambda o: terms.PositionPenalty(o.weight(0.1), slow_fraction=o.slow_fraction)),
     "shuffled": Recipe("control", lambda o: {"shuffle_positions": True}),
     "frozen_decoder": Recipe("control", lambda o: {"freeze_decoder": True}),
 }
-
-
-# Registered architectures that have another name above, or are the baseline's own.
-_KNOWN = ("standard", "batchtopk")
 
 
 def recipes() -> dict[str, Recipe]:
@@ -120,10 +101,10 @@ def recipes() -> dict[str, Recipe]:
     Such a one gets those of the options that its fields are named after.
     """
     found = dict(RECIPES)
-    for name, architecture in all_architectures().items():
-        if name not in _KNOWN:
+    for name, architecture in kinds.all_architectures().items():
+        if name not in ("standard", "batchtopk"):  # they have another name above, or are the baseline's own
             found.setdefault(name, _architecture(partial(_made, architecture)))
-    for name, loss in losses().items():
+    for name, loss in terms.losses().items():
         found.setdefault(name, _term(partial(_made, loss)))
     return found
 

@@ -21,7 +21,7 @@ from legato.experiment.train import train_arms
 from legato.report.build import build_outputs
 from legato.results.integrity import write_checksums
 from legato.results.run_dir import RunDir
-from legato.training.passes import check_shards
+from legato.training.bank import check_shards
 
 
 @distributed.process_group()

@@ -6,34 +6,30 @@ With --wandb training steps also go to Weights & Biases: one run with the curves
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from legato.common import distributed
 from legato.common.errors import LegatoError, UsageError
 
 
-class Tracker(Protocol):
-    """A receiver of the records of log.jsonl."""
-
-    def __call__(self, record: Mapping[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class RunLog:
-    """Append one record per logged step to log.jsonl, to TensorBoard where it is installed, and pass it to `also`.
+    """The log of all ranks, kept by the writer: `flush` adds the records of all ranks, in the order of the steps, then
+    of `arms`, to log.jsonl, to TensorBoard where it is installed, and passes them to `also`. All ranks must call flush
+    and sync together.
 
     steps_done: steps before this attempt; TensorBoard then forgets its records of later ones.
     """
 
-    def __init__(self, log: Path, tensorboard: Path, *, steps_done: int = 0, also: Tracker | None = None) -> None:
+    def __init__(
+        self, log: Path, tensorboard: Path, arms: Sequence[str], steps_done: int, also: "WandbLog | None"
+    ) -> None:
         self._steps_done = steps_done
-        self._stack = ExitStack()
-        self._file = self._stack.enter_context(log.open("a", buffering=1))
+        self._place = {name: place for place, name in enumerate(arms)}
+        self._records: list[Mapping[str, Any]] = []
+        self._file = log.open("a", buffering=1) if distributed.is_rank0() else None
         self._writers: dict[str, Any] = {}
         self._tensorboard = tensorboard if find_spec("tensorboard") else None
         self._also = also
@@ -42,32 +38,37 @@ class RunLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for writer in self._writers.values():
-            writer.close()
-        if self._also is not None:
-            self._also.close()
-        self._stack.close()
+        for open_one in (*self._writers.values(), self._also, self._file):
+            if open_one is not None:
+                open_one.close()
+
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        self._records.append(record)
+
+    def flush(self) -> None:
+        ranks = distributed.gather(self._records)
+        self._records = []
+        if self._file is not None:
+            records = [record for rank in ranks for record in rank]
+            for record in sorted(records, key=lambda one: (one["step"], self._place[one["arm"]])):
+                self._file.write(json.dumps(record) + "\n")
+                if self._also is not None:
+                    self._also(record)
+                if self._tensorboard is not None:
+                    for name, value in _numbers(record).items():
+                        if name != "step":
+                            self._writer(record["arm"]).add_scalar(name, value, record["step"])
 
     def sync(self) -> int:
-        """Write all records to the disk; return the length of log.jsonl."""
+        """Write all records to the disk; return the length of log.jsonl, on the writer."""
+        self.flush()
+        if self._file is None:
+            return 0
         for writer in self._writers.values():
             writer.flush()
         self._file.flush()
         os.fsync(self._file.fileno())
         return self._file.tell()
-
-    def __call__(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        if self._also is not None:
-            self._also(record)
-        if self._tensorboard is not None:
-            writer = self._writer(record["arm"])
-            for name, value in record.items():
-                if name == "loss_terms":
-                    for term, share in value.items():
-                        writer.add_scalar(f"loss/{term}", share, record["step"])
-                elif isinstance(value, (int, float)) and name != "step":
-                    writer.add_scalar(name, value, record["step"])
 
     def _writer(self, arm: str) -> Any:
         if arm not in self._writers:
@@ -79,38 +80,10 @@ class RunLog:
         return self._writers[arm]
 
 
-class SharedLog:
-    """Log of all ranks, kept by the writer: `flush` adds the records of all ranks, in the order of the steps, then of
-    `arms`. All ranks must call flush and sync together."""
-
-    def __init__(self, log: Callable[[], RunLog], arms: Sequence[str]) -> None:
-        """Open the log by calling `log`, on the writer only."""
-        self._log = log() if distributed.is_rank0() else None
-        self._place = {name: place for place, name in enumerate(arms)}
-        self._records: list[Mapping[str, Any]] = []
-
-    def __enter__(self) -> "SharedLog":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._log is not None:
-            self._log.__exit__(*exception)
-
-    def __call__(self, record: Mapping[str, Any]) -> None:
-        self._records.append(record)
-
-    def flush(self) -> None:
-        ranks = distributed.gather(self._records)
-        self._records = []
-        if self._log is not None:
-            records = [record for rank in ranks for record in rank]
-            for record in sorted(records, key=lambda one: (one["step"], self._place[one["arm"]])):
-                self._log(record)
-
-    def sync(self) -> int:
-        """Write all records to the disk; return the length of log.jsonl, on the writer."""
-        self.flush()
-        return 0 if self._log is None else self._log.sync()
+def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    """The curves of a record: its numbers, and its loss terms as loss/<term>."""
+    terms = {f"loss/{term}": share for term, share in record.get("loss_terms", {}).items()}
+    return {**{name: value for name, value in record.items() if isinstance(value, int | float)}, **terms}
 
 
 FOLDER = "wandb"  # of its client
@@ -152,9 +125,7 @@ class WandbLog:
         if arm not in self._arms:  # every arm has steps of its own: several passes start from 0
             self._run.define_metric(f"{arm}/*", step_metric=f"{arm}/step")
             self._arms.add(arm)
-        terms = {f"loss/{term}": share for term, share in record.get("loss_terms", {}).items()}
-        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
-        self._run.log({f"{arm}/{name}": value for name, value in {**numbers, **terms}.items()})
+        self._run.log({f"{arm}/{name}": value for name, value in _numbers(record).items()})
 
     def close(self) -> None:
         self._run.finish()

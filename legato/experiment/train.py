@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -15,16 +16,15 @@ from legato.common.hardware import fast_matmul_dtype
 from legato.common.progress import log, progress_bar
 from legato.data.activations import Normaliser
 from legato.experiment.arms import PlannedArm
-from legato.experiment.checkpoint import Checkpoint, Progress, SavedBank, cut
+from legato.experiment.checkpoint import Checkpoint, Progress, cut
 from legato.experiment.config import ExperimentConfig
 from legato.experiment.evaluate import CALIBRATION_BATCHES, Bank, TrainedArm
 from legato.experiment.inputs import Activations
-from legato.experiment.run_log import RunLog, SharedLog, WandbLog
+from legato.experiment.run_log import RunLog, WandbLog
 from legato.results.run_dir import RunDir, environment
 from legato.sae.autoencoder import SparseAutoencoder
-from legato.training.bank import BankResult, BankState, NoMemberLeftError, train_on
+from legato.training.bank import BankState, NoMemberLeftError, divided, planned, train_on
 from legato.training.config import SAEConfig, TrainConfig
-from legato.training.passes import divided, planned
 from legato.training.step import TrainBatch
 from legato.training.trainer import SAETrainer
 
@@ -57,10 +57,16 @@ def train_arms(
     if missing:
         stage = _Stage.of(wanted, config, activations)
         saved = checkpoint.read_bank(missing, stage.train_config, shard_latents=shard_latents)
-        going_on = distributed.gather_dicts(dict.fromkeys(saved.bank.in_training, None)) if saved else {}
+        going_on = (
+            distributed.gather_dicts(dict.fromkeys((one.arm.name for one in saved.trainers), None)) if saved else {}
+        )
         if distributed.is_rank0():
-            _cut_logs(run, missing, going_on, saved.log_bytes if saved else checkpoint.progress.log_bytes)
-        for state in _passes(missing, saved, stage, config, shard_latents):
+            cut(run.log, saved.log_bytes if saved else checkpoint.progress.log_bytes)
+            anew = [arm.name for arm in missing if arm.name not in going_on]
+            run.forget_log(anew)  # removes something only where a trained SAE was damaged
+            for name in anew:
+                shutil.rmtree(run.tensorboard / name, ignore_errors=True)
+        for state in _passes(missing, saved, stage, shard_latents):
             tracker = WandbLog(wandb, run.root) if wandb and distributed.is_rank0() else None
             trained |= _train_pass(state, stage, run, checkpoint, tracker)
     failures = {name: failure["reason"] for name, failure in checkpoint.progress.failed.items()}
@@ -117,25 +123,12 @@ def _opened(run: RunDir, planned: PlannedArm, record: Mapping[str, Any]) -> Trai
     return TrainedArm(planned.arm, SparseAutoencoder.load(run.sae(planned.arm.name)), record["training"])
 
 
-def _cut_logs(run: RunDir, missing: Sequence[SAEConfig], going_on: Collection[str], log_bytes: int) -> None:
-    """Remove from the logs the arms that are trained again."""
-    cut(run.log, log_bytes)
-    anew = [arm.name for arm in missing if arm.name not in going_on]
-    run.forget_log(anew)  # removes something only where a trained SAE was damaged
-    for name in anew:
-        shutil.rmtree(run.tensorboard / name, ignore_errors=True)
-
-
 def _passes(
-    missing: Sequence[SAEConfig],
-    saved: SavedBank | None,
-    stage: _Stage,
-    config: ExperimentConfig,
-    shard_latents: bool,
+    missing: Sequence[SAEConfig], saved: BankState | None, stage: _Stage, shard_latents: bool
 ) -> Iterator[BankState]:
     """Yield the banks to train, this rank's part of each: the saved one first."""
-    source, training = stage.activations.train, config.training
-    started = distributed.gather_dicts(dict.fromkeys(saved.bank.names, None)) if saved else {}
+    source, training = stage.activations.train, stage.config.training
+    started = distributed.gather_dicts(dict.fromkeys(saved.names, None)) if saved else {}
     new = [arm for arm in missing if arm.name not in started]
     passes = distributed.broadcast_from_rank0(
         lambda: planned(new, source.d_in, training.batch_rows * source.context_length, shard_latents)
@@ -145,8 +138,8 @@ def _passes(
         f"{stage.train_config.steps} steps of {stage.tokens_per_step:,.0f} tokens"
     )
     if saved:
-        log(f"going on with {len(started)} of them after step {saved.bank.step}")
-        yield saved.bank
+        log(f"going on with {len(started)} of them after step {saved.step}")
+        yield saved
     for members, sharded in passes:
         own, partition = divided(members, sharded=sharded)
         yield BankState.new(
@@ -163,10 +156,9 @@ def _train_pass(
         training.batch_rows, seed=min(training.seeds), epochs=None, drop_last=True, start_batch=state.step
     )
     interrupts = checkpoint.interrupts
-    order = list(stage.planned)
     with (
         interrupts.held_back(),
-        SharedLog(lambda: RunLog(run.log, run.tensorboard, steps_done=state.step, also=tracker), order) as run_log,
+        RunLog(run.log, run.tensorboard, list(stage.planned), state.step, tracker) as run_log,
         progress_bar("train", steps) as progress,
     ):
 
@@ -176,8 +168,8 @@ def _train_pass(
                 run_log.flush()
             checkpoint.after_step(bank, run_log.sync)
 
-        try:
-            result = train_on(
+        with suppress(NoMemberLeftError):  # of this pass; the others may succeed
+            train_on(
                 state,
                 batches,
                 stage.normaliser,
@@ -185,11 +177,9 @@ def _train_pass(
                 log=run_log if state.is_kept_here else lambda record: None,
                 after_step=after_step,
             )
-        except NoMemberLeftError as error:  # of this pass; the others may succeed
-            result = BankResult([], error.failed)
-        saved = {trainer.arm.name: _save(trainer, stage, run) for trainer in result.finished}
+        saved = {trainer.arm.name: _save(trainer, stage, run) for trainer in state.finished}
         own = {name: arm for name, arm in saved.items() if arm is not None}
-        for trainer, reason in result.failed:
+        for trainer, reason in state.failed:
             parameters = trainer.whole_parameters()
             if state.is_kept_here:
                 run.write_failure(trainer.arm.name, dict(parameters.items()), trainer.steps_done, reason)
@@ -199,7 +189,10 @@ def _train_pass(
                     name: {"training": arm.training, "files": Manifest.of(run.sae(name)).sha256}
                     for name, arm in own.items()
                 },
-                "failed": {trainer.arm.name: _failure(trainer.steps_done, reason) for trainer, reason in result.failed},
+                "failed": {
+                    trainer.arm.name: {"steps": trainer.steps_done, "reason": reason}
+                    for trainer, reason in state.failed
+                },
             }
         )
         for failure in ranks["failed"].values():
@@ -214,16 +207,14 @@ def _train_pass(
     return own | {name: _opened(run, stage.planned[name], record) for name, record in others.items()}
 
 
-def _failure(steps: int, reason: str) -> dict[str, Any]:
-    return {"steps": steps, "reason": reason}
-
-
 def _save(trainer: SAETrainer, stage: _Stage, run: RunDir) -> TrainedArm | None:
     """Save the finished SAE and open it again, since the saved one is judged. Of ranks that trained it together only
     the first does; the others return None."""
     finished = trainer.finish_on_first(stage.normaliser, stage.calibration)
     if finished is None:
         return None
+    if not math.isfinite(trainer.final_loss):
+        raise LegatoError(f"{trainer.arm.name}: the final loss is {trainer.final_loss}: training failed")
     arm = stage.planned[trainer.arm.name].arm
     training = {**dataclasses.asdict(stage.train_config), "batch_rows": stage.config.training.batch_rows}
     details: Mapping[str, Any] = {
@@ -234,18 +225,13 @@ def _save(trainer: SAETrainer, stage: _Stage, run: RunDir) -> TrainedArm | None:
         "environment": environment(),
     }
     path = dataclasses.replace(finished, details=details).save(run.sae(arm.name))
-    return TrainedArm(arm, SparseAutoencoder.load(path), _training_metrics(trainer, stage.activations.n_valid))
-
-
-def _training_metrics(trainer: SAETrainer, n_valid: int) -> dict[str, Any]:
-    if not math.isfinite(trainer.final_loss):
-        raise LegatoError(f"{trainer.arm.name}: the final loss is {trainer.final_loss}: training failed")
-    return {
+    metrics = {
         "training_steps": trainer.steps_done,
         "steps_skipped": trainer.guard.skipped,
         "final_loss": trainer.final_loss,
         "tokens": trainer.tokens_seen,
-        "epochs": trainer.tokens_seen / n_valid,
+        "epochs": trainer.tokens_seen / stage.activations.n_valid,
         "wall_seconds": trainer.seconds,
         "dead_at_end": int(trainer.dead_F.sum()),
     }
+    return TrainedArm(arm, SparseAutoencoder.load(path), metrics)

@@ -5,7 +5,6 @@ codes.py        Sparse codes: the active (token, latent, value) triples of a bat
 groups.py       Nested groups of latents, by their share of the dictionary.
 partition.py    One SAE trained by several ranks: what each of them computes and holds.
 protocol.py     The protocol of SAEs that can be evaluated.
-provenance.py   Provenance of a saved SAE, as it says itself.
 segments.py     Segments of a batch: tokens that may be compared with each other.
 architectures/  What turns pre-activations into codes: one class per architecture.
 formats/        Saved SAEs of other tools and of Legato, read and written.

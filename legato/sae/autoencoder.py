@@ -15,11 +15,12 @@ from legato.common.errors import LegatoError, UsageError
 from legato.common.hardware import fixed_matmul
 from legato.data.activations import ActivationBatch, Normaliser
 from legato.sae.architectures import Architecture, architecture_named
-from legato.sae.architectures.preactivations import Columns, Encoder
+from legato.sae.architectures.preactivations import Encoder
 from legato.sae.codes import SparseCodes
 from legato.sae.formats import safetensors_file, sparsify
 from legato.sae.formats.detect import read_sae
 from legato.sae.formats.dictionary_learning import write_dictionary_learning
+from legato.sae.formats.hook_names import layer_and_site
 from legato.sae.formats.hub_download import local_copy
 from legato.sae.formats.saelens import write_saelens_folder
 from legato.sae.formats.weights import SAEWeights, checked_details, without_input_bias
@@ -35,6 +36,11 @@ class SparseAutoencoder:
     architecture: what the activation is, with its thresholds and numbers: see sae/architectures. One with state goes
         along the sequence, token after token. Of Gated b_enc is the magnitude's bias.
     details: what made it (objective, model, layer, normaliser, versions); saved as legato.json.
+
+    >>> from legato.sae.architectures import TopK
+    >>> sae = SparseAutoencoder(torch.eye(2), torch.zeros(2), torch.eye(2), torch.ones(2), TopK(1))
+    >>> sae.encode(torch.tensor([3.0, 1.0])).tolist(), sae(torch.tensor([3.0, 1.0])).tolist()
+    ([3.0, 0.0], [4.0, 1.0])
     """
 
     W_enc: Tensor
@@ -101,15 +107,12 @@ class SparseAutoencoder:
             if self.device.type == "cpu":
                 token_P, latent_P, value_P = self.architecture.encode_sparse(encoder, *block)
             else:
-                token_P, latent_P, value_P = self._dense_pairs(*(tensor.to(self.device) for tensor in block))
+                codes_NF = self.encode(*(tensor.to(self.device) for tensor in block)).flatten(0, 1)
+                token_P, latent_P = (codes_NF > 0).nonzero(as_tuple=True)
+                value_P = codes_NF[token_P, latent_P]
             parts.append((token_P + start * L, latent_P, value_P * norm_F[latent_P]))
         tokens, latents, values = (torch.cat(column) for column in zip(*parts, strict=True))
         return SparseCodes(tokens, latents, values, (B, L, self.d_sae))
-
-    def _dense_pairs(self, acts_BLD: Tensor, mask_BL: Tensor, doc_BL: Tensor) -> Columns:
-        codes_NF = self.encode(acts_BLD, mask_BL, doc_BL).flatten(0, 1)
-        token_P, latent_P = (codes_NF > 0).nonzero(as_tuple=True)
-        return token_P, latent_P, codes_NF[token_P, latent_P]
 
     def decode_sparse(self, codes: SparseCodes) -> Tensor:
         """Reconstruction [B, L, D] of sparse codes; positions without any code decode to b_dec."""
@@ -200,6 +203,14 @@ class SparseAutoencoder:
             kind.of(stored.numbers, weights),
             details=checked_details(stored.details, what=str(path)),
         )
+
+    def place(self) -> tuple[int, str] | None:
+        """(layer, site) that it reads, None where its details do not say; UsageError for a hook that Legato cannot
+        read."""
+        if (layer := self.details.get("layer")) is not None:
+            return layer, self.details.get("site") or "resid_post"
+        hook_name = self.details.get("module_path")  # in the words of the tool that saved it
+        return None if hook_name is None else layer_and_site(hook_name)
 
     def _check(self, acts: Tensor) -> None:
         if acts.shape[-1] != self.d_in:

@@ -17,6 +17,9 @@ class SparseCodes:
     latent_P: int64, latent index.
     value_P: float, code rescaled by its decoder norm; always > 0.
     shape: (B, L, F).
+
+    >>> SparseCodes.from_dense(torch.tensor([[[0.0, 2.0], [1.0, 0.0]]])).latent_P
+    tensor([1, 0])
     """
 
     token_P: Tensor

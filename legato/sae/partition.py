@@ -2,7 +2,7 @@
 
 Every rank sees the whole batch and makes the same choice of active pairs. Of the rest there are two divisions:
 
-`Replicated`: every rank holds all weights. The tokens are divided for what is done per token (the encoder's matmul,
+`Partition`: every rank holds all weights. The tokens are divided for what is done per token (the encoder's matmul,
 exact values, the decoder), the latents for what is done per latent (gradients, the optimiser). Each pair, token and
 latent is so computed by one rank in the order in which one process would, and nothing that is exchanged is a partial
 sum: the bits are those of one process.
@@ -14,37 +14,47 @@ are summed over the ranks, so the last bits depend on how many there are.
 Shape legend: N flat tokens, D width, F latents, H those whose weights a rank holds, P pairs in token order, G groups.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from legato.common import distributed
 from legato.common.errors import UsageError
 from legato.common.hardware import rows_a_block
 from legato.sae.kernels import gradients
-from legato.sae.kernels.pairs import Groups, Pairs
-
-Array = NDArray[Any]
+from legato.sae.kernels.pairs import Array, Groups, Pairs
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Partition:
-    """The part of an SAE that rank `rank` of `size` computes and holds. One rank alone, as here, has everything."""
+    """The part of an SAE that rank `rank` of `size` computes, where every rank holds all weights: to the last bit as by
+    one. One rank alone has everything."""
 
     rank: int = 0
     size: int = 1
 
+    def _part(self, count: int) -> slice:
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def _gather(self, own: Array) -> Array:
+        """The ranks' arrays one after the other along the first axis, on every rank."""
+        if self.size == 1:
+            return own
+        own = np.ascontiguousarray(own)
+        blobs = distributed.gather_bytes(torch.from_numpy(own.reshape(-1).view(np.uint8)))
+        return np.concatenate([blob.numpy().view(own.dtype) for blob in blobs]).reshape(-1, *own.shape[1:])
+
     def tokens(self, n_tokens: int) -> slice:
         """The tokens whose pre-activations are computed here."""
-        return slice(0, n_tokens)
+        block = rows_a_block(n_tokens)  # see fixed_matmul: only between its blocks may a product be cut
+        blocks = self._part(-(-n_tokens // block))
+        return slice(min(n_tokens, blocks.start * block), min(n_tokens, blocks.stop * block))
 
     def local(self, n_latents: int) -> slice:
         """The latents whose weights are here."""
@@ -52,28 +62,41 @@ class Partition:
 
     def latents(self, n_latents: int) -> slice:
         """Return the latents whose gradients and updates are computed here."""
-        return slice(0, n_latents)
+        return self._part(n_latents)
 
     def rows(self, n_latents: int) -> slice:
         """`latents`, counted from the first one held."""
         own, first = self.latents(n_latents), self.local(n_latents).start
         return slice(own.start - first, own.stop - first)
 
-    def pairs(self, *columns: Array) -> tuple[Array, ...]:
+    def pairs(self, *columns: Array) -> Any:
         """Columns (the first: token_P) of the pairs of all ranks in token order, latents ascending inside a token, from
         those of this one."""
-        return columns
+        return tuple(self._gather(column) for column in columns)
+
+    def owner(self, token_P: Array, latent_P: Array, shape: tuple[int, int]) -> Array:
+        """The rank that has the data of each pair. shape: (N, F)."""
+        block = rows_a_block(shape[0])
+        return ((token_P.astype(np.int64) // block + 1) * self.size - 1) // -(-shape[0] // block)
 
     def of_pairs(
         self, compute: Callable[[Array, Array], Array], token_P: Array, latent_P: Array, shape: tuple[int, int]
     ) -> Array:
         """`compute(token_P, latent_P)` for a function of each pair alone, done where the pair's data are; it gets
         latents counted from the first one held. shape: (N, F)."""
-        return compute(token_P, latent_P)
+        if self.size == 1:
+            return compute(token_P, latent_P)
+        owner_P = self.owner(token_P, latent_P, shape).astype(np.int16)
+        own = owner_P == self.rank
+        first = latent_P.dtype.type(self.local(shape[1]).start)
+        by_rank = self._gather(compute(token_P[own], latent_P[own] - first))
+        result = np.empty_like(by_rank)
+        result[np.argsort(owner_P, kind="stable")] = by_rank
+        return result
 
     def of_tokens(self, own: Array) -> Array:
         """Gather values of all tokens along the first axis from each rank's values of its `tokens`."""
-        return own
+        return self._gather(own)
 
     def of_latents(self, own: Array) -> Array:
         """Gather values of all latents along the first axis from each rank's values of those it holds."""
@@ -88,15 +111,23 @@ class Partition:
         self, pairs: Pairs, groups: Groups, W_dec_HD: Array, b_dec_D: Array, x_ND: Array, valid_N: Array
     ) -> tuple[Array, Array]:
         """(pull_GND, squared_GN): see gradients.decode."""
-        return gradients.decode(pairs, groups, W_dec_HD, b_dec_D, x_ND, valid_N)
+        part = self.tokens(len(x_ND))
+        ptr_N = pairs.ptr_N[part.start : part.stop + 1]
+        own = slice(ptr_N[0], ptr_N[-1])
+        pairs = Pairs(ptr_N - ptr_N[0], pairs.token_P[own], pairs.latent_P[own], pairs.value_P[own])
+        pull_GND, squared_GN = gradients.decode(pairs, groups, W_dec_HD, b_dec_D, x_ND[part], valid_N[part])
+        pull_NGD, squared_NG = self._gather(pull_GND.swapaxes(0, 1)), self._gather(squared_GN.T)
+        return np.ascontiguousarray(pull_NGD.swapaxes(0, 1)), np.ascontiguousarray(squared_NG.T)
 
     def total(self, own_R: Array) -> float:
         """The sum over all latents, from what each rank has about those it updates: added up in one order, so that the
         bits do not depend on how they are divided."""
-        return float(own_R.sum())
+        return float(self._gather(own_R).sum())
 
     def unite_rows(self, tensor_H: Tensor) -> None:
         """Fill in the rows of held latents that other ranks have updated."""
+        if self.size > 1:
+            tensor_H.copy_(torch.from_numpy(self._gather(tensor_H[self._part(len(tensor_H))].numpy())))
 
     def whole(self, tensor_H: Tensor) -> Tensor:
         """On the first rank: with the rows of all latents."""
@@ -106,66 +137,7 @@ class Partition:
 SINGLE = Partition()
 
 
-class _Several(Partition, ABC):
-    @abstractmethod
-    def owner(self, token_P: Array, latent_P: Array, shape: tuple[int, int]) -> Array:
-        """The rank that has the data of each pair."""
-
-    def of_pairs(
-        self, compute: Callable[[Array, Array], Array], token_P: Array, latent_P: Array, shape: tuple[int, int]
-    ) -> Array:
-        owner_P = self.owner(token_P, latent_P, shape).astype(np.int16)
-        own = owner_P == self.rank
-        first = latent_P.dtype.type(self.local(shape[1]).start)
-        by_rank = gather_concat(compute(token_P[own], latent_P[own] - first))
-        result = np.empty_like(by_rank)
-        result[np.argsort(owner_P, kind="stable")] = by_rank
-        return result
-
-    def total(self, own_R: Array) -> float:
-        return float(gather_concat(own_R).sum())
-
-
-class Replicated(_Several):
-    """All weights on every rank, to the last bit as by one."""
-
-    def _part(self, count: int) -> slice:
-        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
-
-    def tokens(self, n_tokens: int) -> slice:
-        block = rows_a_block(n_tokens)  # see fixed_matmul: only between its blocks may a product be cut
-        blocks = self._part(-(-n_tokens // block))
-        return slice(min(n_tokens, blocks.start * block), min(n_tokens, blocks.stop * block))
-
-    def latents(self, n_latents: int) -> slice:
-        return self._part(n_latents)
-
-    def of_tokens(self, own: Array) -> Array:
-        return gather_concat(own)
-
-    def pairs(self, *columns: Array) -> tuple[Array, ...]:
-        return tuple(gather_concat(column) for column in columns)
-
-    def owner(self, token_P: Array, latent_P: Array, shape: tuple[int, int]) -> Array:
-        block = rows_a_block(shape[0])
-        return ((token_P.astype(np.int64) // block + 1) * self.size - 1) // -(-shape[0] // block)
-
-    def decode(
-        self, pairs: Pairs, groups: Groups, W_dec_HD: Array, b_dec_D: Array, x_ND: Array, valid_N: Array
-    ) -> tuple[Array, Array]:
-        part = self.tokens(len(x_ND))
-        ptr_N = pairs.ptr_N[part.start : part.stop + 1]
-        own = slice(ptr_N[0], ptr_N[-1])
-        pairs = Pairs(ptr_N - ptr_N[0], pairs.token_P[own], pairs.latent_P[own], pairs.value_P[own])
-        pull_GND, squared_GN = gradients.decode(pairs, groups, W_dec_HD, b_dec_D, x_ND[part], valid_N[part])
-        pull_NGD, squared_NG = gather_concat(pull_GND.swapaxes(0, 1)), gather_concat(squared_GN.T)
-        return np.ascontiguousarray(pull_NGD.swapaxes(0, 1)), np.ascontiguousarray(squared_NG.T)
-
-    def unite_rows(self, tensor_H: Tensor) -> None:
-        tensor_H.copy_(torch.from_numpy(gather_concat(tensor_H[self._part(len(tensor_H))].numpy())))
-
-
-class Sharded(_Several):
+class Sharded(Partition):
     """A block of latents on every rank, ceil(F / size) on each but the last, as torch.distributed.tensor's Shard(0)
     divides them."""
 
@@ -178,21 +150,27 @@ class Sharded(_Several):
     def latents(self, n_latents: int) -> slice:
         return self.local(n_latents)
 
-    def pairs(self, *columns: Array) -> tuple[Array, ...]:
-        by_rank = [gather_concat(column) for column in columns]
+    def tokens(self, n_tokens: int) -> slice:
+        return slice(0, n_tokens)
+
+    def pairs(self, *columns: Array) -> Any:
+        by_rank = [self._gather(column) for column in columns]
         order = np.argsort(by_rank[0], kind="stable")
         return tuple(column[order] for column in by_rank)
 
     def owner(self, token_P: Array, latent_P: Array, shape: tuple[int, int]) -> Array:
         return latent_P // block_of(shape[1], self.size)
 
+    def of_tokens(self, own: Array) -> Array:
+        return own
+
     def of_latents(self, own: Array) -> Array:
-        return gather_concat(own)
+        return self._gather(own)
 
     def row_floors(self, floors: Callable[[int], Array], k: int) -> Array:
         """If one rank alone has k values above its floor, there are k above it; and if every rank has k / size
         above the lowest of their floors. The second is the tighter one but where the ranks' latents differ much."""
-        both_RN = gather_concat(np.stack([floors(k), floors(-(-k // self.size))])).reshape(self.size, 2, -1)
+        both_RN = self._gather(np.stack([floors(k), floors(-(-k // self.size))])).reshape(self.size, 2, -1)
         return np.maximum(both_RN[:, 0].max(0), both_RN[:, 1].min(0))
 
     def decode(
@@ -219,6 +197,9 @@ class Sharded(_Several):
         pull_GND = np.ascontiguousarray(np.cumsum(weighted_GND[::-1], axis=0)[::-1])
         return pull_GND, np.square(residual_GND).sum(-1)
 
+    def unite_rows(self, tensor_H: Tensor) -> None:
+        """Every row is here already."""
+
     def whole(self, tensor_H: Tensor) -> Tensor:
         return distributed.rows_on_rank0(tensor_H)
 
@@ -226,10 +207,3 @@ class Sharded(_Several):
 def block_of(n_latents: int, size: int) -> int:
     """The latents that a rank holds of an SAE divided over `size` ranks, but for the last one, which may hold fewer."""
     return -(-n_latents // size)
-
-
-def gather_concat(own: Array) -> Array:
-    """The ranks' arrays one after the other along the first axis, on every rank."""
-    own = np.ascontiguousarray(own)
-    blobs = distributed.gather_bytes(torch.from_numpy(own.reshape(-1).view(np.uint8)))
-    return np.concatenate([blob.numpy().view(own.dtype) for blob in blobs]).reshape(-1, *own.shape[1:])

@@ -17,7 +17,10 @@ class Segments:
     """The runs of consecutive valid tokens of one document inside one row; windows and lags never leave a run.
 
     start_N, end_N: int32, the run [start, end) of flat tokens that token n lies in; start = end = -1 on invalid tokens.
-    doc_N: int32, document number. valid_N: bool.
+    doc_N: int32, document number. valid_N: bool. length: L.
+
+    >>> Segments.of(torch.tensor([[True, True, False, True]]), torch.tensor([[7, 8, 8, 8]])).start_N.tolist()
+    [0, 1, -1, 3]
     """
 
     start_N: NDArray[Any]
@@ -31,10 +34,7 @@ class Segments:
         B, L = mask_BL.shape
         valid_N = mask_BL.reshape(-1).numpy()
         doc_N = doc_BL.reshape(-1).numpy().astype(np.int32)
-        index = np.arange(B * L)
-        opens = valid_N & (
-            (index % L == 0) | ~np.roll(valid_N, 1) | (doc_N != np.roll(doc_N, 1))
-        )  # first token of a run
+        opens = (mask_BL & runs(mask_BL.unsqueeze(-1), mask_BL, doc_BL)[1]).reshape(-1).numpy()
         run_N = np.cumsum(opens) - 1
         first = np.flatnonzero(opens)
         count = np.bincount(run_N[valid_N], minlength=len(first)) if len(first) else np.zeros(0, np.int64)

@@ -1,13 +1,12 @@
 """Training a bank of SAEs on the same activation batches.
 
-bank.py           The one training loop: a bank of SAEs that learn from the same activation batches.
-config.py         Configuration of one SAE of a bank, and of the bank's training.
-passes.py         Passes and ranks of a bank of SAEs, so that it fits into memory.
-step.py           One exact forward and backward pass of an SAE on a batch.
-trainer.py        One SAE of a bank in training: its weights, optimiser, learning rate and guard.
-trainer_state.py  The tensors of one SAE in training, on the disk: a folder that one rank writes, or several in blocks
-                  of latents, and that any number of ranks opens.
-losses/           Temporal consistency terms: what makes a latent hold across the tokens of a sequence.
+bank.py     The one training loop: a bank of SAEs that learn from the same activation batches, in passes and ranks that
+            fit into memory.
+config.py   Configuration of one SAE of a bank, and of the bank's training.
+step.py     One exact forward and backward pass of an SAE on a batch.
+trainer.py  One SAE of a bank in training: its weights, optimiser, learning rate, guard, and its tensors on the
+            disk.
+losses/     Temporal consistency terms: what makes a latent hold across the tokens of a sequence.
 """
 
 from legato.training.bank import train_bank

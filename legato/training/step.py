@@ -7,11 +7,9 @@ active pairs by token / by latent, M dead latents, G nested groups.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from legato.common.errors import LegatoError
@@ -20,13 +18,11 @@ from legato.data.activations import ActivationBatch, Normaliser
 from legato.sae.architectures import Preactivations
 from legato.sae.architectures.forward import Decoding
 from legato.sae.kernels import pairs as kernels
-from legato.sae.kernels.pairs import PairsByLatent
+from legato.sae.kernels.pairs import Array, PairsByLatent
 from legato.sae.partition import SINGLE, Partition
 from legato.sae.segments import Segments
 from legato.training.config import SAEConfig, TrainConfig
 from legato.training.losses import TemporalLoss
-
-Array = NDArray[Any]
 
 # Initial weights are drawn this many rows at a time, in which a rank keeps its own. A multiple of 16, the numbers that
 # torch draws at once: the bits are those of a single draw.
@@ -201,7 +197,8 @@ def forward_backward(
         value = term.sparse(order, batch.layout, step)
         loss_terms[term.name] = loss_terms.get(term.name, 0.0) + coefficient * value.value
         slope_Q += slope_Q.dtype.type(coefficient) * value.gradient_Q
-    gradients = _gradient_buffers(parameters, workspace, F, x_ND.dtype)
+    buffers = {name: workspace.get(f"g{name}", tensor.shape, x_ND.dtype) for name, tensor in parameters.items()}
+    gradients = Parameters.of(buffers)
     seeded_F = np.zeros(F, np.bool_)
     if dead_F is not None and bool(dead_F.any()):
         residual_ND = torch.from_numpy(pull_GND[-1]) / groups.weights_G[-1]
@@ -238,17 +235,6 @@ def forward_backward(
         order=order,
         state=forward.state,
         fvu=float(mean_squared_G[-1]) / batch.mean_power,
-    )
-
-
-def _gradient_buffers(parameters: Parameters, workspace: Workspace, F: int, dtype: torch.dtype) -> Parameters:
-    H, D = parameters.W_enc_FD.shape
-    return Parameters(
-        workspace.get("gW_enc", (H, D), dtype),
-        workspace.get("gb_enc", (H,), dtype),
-        workspace.get("gW_dec", (H, D), dtype),
-        workspace.get("gb_dec", (D,), dtype),
-        {name: workspace.get(f"g{name}", (F,), dtype) for name in parameters.own},
     )
 
 

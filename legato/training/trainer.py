@@ -1,18 +1,24 @@
-"""One SAE of a bank in training: its weights, optimiser, learning rate and guard.
+"""One SAE of a bank in training: its weights, optimiser, learning rate, guard, and its tensors on the disk.
 
-Steps that an SAE must not take, and when to give it up.
+On the disk they are a folder that one rank writes, or several in blocks of latents, and that any number of ranks opens.
+The format is the safetensors one of torch.distributed.checkpoint: a block carries its place in the whole in its file's
+header. Nothing is unpickled: the index of that package's own format is a pickle, and neither written nor read.
 """
 
 import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from legato.common import distributed
+from legato.common.checksummed import write_tensors
 from legato.common.errors import LegatoError
 from legato.common.hardware import fast_matmul_dtype
 from legato.data.activations import Normaliser
@@ -20,7 +26,7 @@ from legato.sae.architectures import Preactivations
 from legato.sae.autoencoder import SparseAutoencoder
 from legato.sae.kernels import gradients
 from legato.sae.kernels.pairs import PairsByLatent
-from legato.sae.partition import SINGLE, Partition
+from legato.sae.partition import SINGLE, Partition, Sharded
 from legato.training.config import SAEConfig, TrainConfig
 from legato.training.losses import collapse, group_diagnostics
 from legato.training.step import PER_LATENT, Parameters, StepResult, TrainBatch, Workspace, forward_backward
@@ -73,14 +79,8 @@ class DivergenceGuard:
             )
 
 
-# Attributes by their names in a checkpoint.
-_NUMBERS = {
-    "steps_done": "steps_done",
-    "tokens_seen": "tokens_seen",
-    "seconds": "seconds",
-    "memory": "state",
-    "final_loss": "final_loss",
-}
+_PARTS = ("parameters", "first_moment", "second_moment")
+_NUMBERS = ("steps_done", "tokens_seen", "seconds", "final_loss")
 
 
 class SAETrainer:
@@ -111,36 +111,25 @@ class SAETrainer:
         self._at_start: dict[str, float] = {}
         self._workspace = workspace
 
-    @classmethod
-    def restored(
-        cls,
-        arm: SAEConfig,
-        config: TrainConfig,
-        workspace: Workspace,
-        tensors: Mapping[str, Tensor],
-        numbers: Mapping[str, Any],
-        partition: Partition = SINGLE,
-    ) -> "SAETrainer":
-        """The trainer whose `tensors()` and `numbers()` these are: what it does next is the same to the last bit."""
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Take up the state of the trainer whose `tensors()` and `numbers()` these are: what it does next is the same
+        to the last bit."""
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
             parts.setdefault(part, {})[rest] = tensor
-        trainer = cls(arm, config, parts["parameters"]["b_dec_D"].numel(), workspace, partition)
-        trainer.parameters = Parameters.of(parts["parameters"])
-        trainer.first_moment = Parameters.of(parts["first_moment"])
-        trainer.second_moment = Parameters.of(parts["second_moment"])
-        trainer.low_W_enc_HD.copy_(trainer.parameters.W_enc_FD)
-        trainer.silent_tokens_F = tensors["silent_tokens_F"]
-        for name, attribute in _NUMBERS.items():
-            setattr(trainer, attribute, numbers[name])
-        trainer.guard = DivergenceGuard(**numbers["guard"])
-        trainer._at_start = dict(numbers["at_start"])
-        return trainer
+        for part in _PARTS:
+            setattr(self, part, Parameters.of(parts[part]))
+        self.low_W_enc_HD.copy_(self.parameters.W_enc_FD)
+        self.silent_tokens_F = tensors["silent_tokens_F"]
+        for name in _NUMBERS:
+            setattr(self, name, numbers[name])
+        self.state, self.guard = numbers["memory"], DivergenceGuard(**numbers["guard"])
+        self._at_start = dict(numbers["at_start"])
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of its state, not copied."""
-        parts = {"parameters": self.parameters, "first_moment": self.first_moment, "second_moment": self.second_moment}
+        parts = {part: getattr(self, part) for part in _PARTS}
         for moment in (self.first_moment, self.second_moment):
             for name in PER_LATENT:
                 self.partition.unite_rows(getattr(moment, name))
@@ -149,8 +138,8 @@ class SAETrainer:
 
     def numbers(self) -> dict[str, Any]:
         """All else of its state, json-able."""
-        plain = {name: getattr(self, attribute) for name, attribute in _NUMBERS.items()}
-        return {**plain, "guard": asdict(self.guard), "at_start": self._at_start}
+        plain = {name: getattr(self, name) for name in _NUMBERS}
+        return {**plain, "memory": self.state, "guard": asdict(self.guard), "at_start": self._at_start}
 
     @property
     def dead_F(self) -> Tensor:
@@ -163,8 +152,11 @@ class SAETrainer:
         """
         started = time.perf_counter()
         config, step = self.config, self.steps_done + self.guard.skipped
-        if self.steps_done == 0:
-            self._add_own_parameters(batch)
+        if self.steps_done == 0 and self.arm.architecture.own_parameters:
+            own = self.arm.architecture.initial(self._preactivations(batch))
+            self.parameters = replace(self.parameters, own=own)
+            self.first_moment = self.parameters.map(torch.zeros_like)
+            self.second_moment = self.parameters.map(torch.zeros_like)
         dead_F = self.dead_F
         result = forward_backward(
             self.parameters,
@@ -273,9 +265,67 @@ class SAETrainer:
         out_NH = torch.empty(len(batch.low_ND), len(self.low_W_enc_HD), dtype=self.dtype)
         return self.parameters.preactivations(self.low_W_enc_HD, batch, out_NH, self.partition)
 
-    def _add_own_parameters(self, batch: TrainBatch) -> None:
-        if self.arm.architecture.own_parameters:
-            own = self.arm.architecture.initial(self._preactivations(batch))
-            self.parameters = replace(self.parameters, own=own)
-            self.first_moment = self.parameters.map(torch.zeros_like)
-            self.second_moment = self.parameters.map(torch.zeros_like)
+
+def write_trainer_state(
+    folder: Path, tensors: Mapping[str, Tensor], partition: Partition, n_latents: int
+) -> list[Path]:
+    """Write what `SAETrainer.tensors` gives; the files that this rank wrote.
+
+    All ranks that have a share call it. Raises OSError and SafetensorError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(partition, Sharded):
+        return _write_blocks(folder, tensors, partition, n_latents)
+    if partition.rank > 0:
+        return []
+    return [write_tensors(folder / "whole.safetensors", tensors)]
+
+
+def _write_blocks(folder: Path, tensors: Mapping[str, Tensor], partition: Sharded, n_latents: int) -> list[Path]:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    blocks = {name: _block(tensor, n_latents) if _divided(name) else tensor for name, tensor in tensors.items()}
+    files = {name: number for number, name in enumerate(blocks, start=1)}  # a file each: one at a time is in memory
+    writer = HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
+    try:
+        with distributed.rank_errors():
+            dcp.save(blocks, storage_writer=writer)
+    except dcp.CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
+    return sorted(folder.glob(f"shard-{partition.rank + 1:05d}-*.safetensors"))
+
+
+def read_trainer_state(folder: Path, partition: Partition, n_latents: int) -> dict[str, Tensor]:
+    """Read what `write_trainer_state` was given, or this rank's share of it; the files are known to be sound."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    reader, held = HuggingFaceStorageReader(str(folder)), partition.local(n_latents)
+    tensors: dict[str, Tensor] = {}
+    into: dict[str, Tensor] = {}
+    for name, stored in sorted(reader.read_metadata().state_dict_metadata.items()):
+        assert isinstance(stored, TensorStorageMetadata), name
+        in_blocks = isinstance(partition, Sharded) and _divided(name)
+        size = (held.stop - held.start, *stored.size[1:]) if in_blocks else stored.size
+        tensors[name] = torch.empty(size, dtype=stored.properties.dtype)
+        into[name] = _block(tensors[name], n_latents) if in_blocks else tensors[name]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # every rank reads for itself
+        dcp.load(into, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def _divided(name: str) -> bool:
+    """Tell if a tensor named as in `SAETrainer.tensors` is divided over the ranks."""
+    return name.rpartition(".")[2] in PER_LATENT
+
+
+def _block(rows: Tensor, n_latents: int) -> Tensor:
+    """A tensor with a row per latent, of which each rank has its own."""
+    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+
+    whole = torch.empty(n_latents, *rows.shape[1:], device="meta")
+    mesh = init_device_mesh("cpu", (distributed.world_size(),))
+    return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())

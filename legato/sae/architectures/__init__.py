@@ -1,6 +1,5 @@
 """Architectures turn pre-activations into codes: one class each, in a file of its own.
 
-autograd.py         The forward pass of an architecture that has only a dense form.
 base.py             The base of every architecture: one class for its training, its dense and sparse codes, and its
                     part of a file.
 batchtopk.py        BatchTopK: one budget for all tokens of a batch.

@@ -7,18 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from legato.sae.kernels import gradients as pair_kernels
 from legato.sae.kernels import pairs as kernels
-from legato.sae.kernels.pairs import Groups, Pairs, PairsByLatent
+from legato.sae.kernels.pairs import Array, Groups, Pairs, PairsByLatent
 from legato.sae.partition import SINGLE, Partition
 from legato.sae.segments import Segments
-
-Array = NDArray[Any]
 
 # Weight of `opening`: small beside the other gradients even where all latents are dead; Adam makes steps of it anyway.
 OPENING = 1e-4

@@ -14,7 +14,6 @@ from torch import Tensor
 from legato.sae.architectures.base import Architecture, masked, tensor
 from legato.sae.architectures.forward import OPENING, Decoding, Forward, opening
 from legato.sae.architectures.preactivations import Columns, Encoder, Preactivations, budget_threshold, columns
-from legato.sae.kernels import gradients as pair_kernels
 from legato.sae.kernels import pairs as kernels
 from legato.sae.kernels.pairs import Array, Pairs
 
@@ -114,11 +113,9 @@ class _Gates(Forward):
 
         by_product_J = gate_J.copy()
         by_product_J[self.active_J] += code_P * self.gain_F[latent_P]
-        d.gradients["b_gate_F"][:] = pair_kernels.sum_by_latent(gates.latent_P, gate_J, F)
-        d.gradients["r_mag_F"][:] = pair_kernels.sum_by_latent(
-            latent_P, code_P * (self.pairs.value_P - self.b_enc_F[latent_P]), F
-        )
-        squared = d.apart(gates._replace(value_P=by_product_J), pair_kernels.sum_by_latent(latent_P, code_P, F))
+        d.gradients["b_gate_F"][:] = np.bincount(gates.latent_P, gate_J, F)
+        d.gradients["r_mag_F"][:] = np.bincount(latent_P, code_P * (self.pairs.value_P - self.b_enc_F[latent_P]), F)
+        squared = d.apart(gates._replace(value_P=by_product_J), np.bincount(latent_P, code_P, F))
         errors_G = squared_GN.sum(1, dtype=np.float64)
         d.gradients["b_gate_F"][d.seeded_F] -= OPENING
         terms = {

@@ -62,10 +62,8 @@ class Hysteresis(Selecting):
                 break
             floor = 0.7 * floor if floor > 1e-6 else 0.0
         if len(approximate_P) > count:
-            near = (
-                APPROXIMATE_SHARE * np.partition(approximate_P, len(approximate_P) - count)[len(approximate_P) - count]
-            )
-            token_P, latent_P = token_P[approximate_P >= near], latent_P[approximate_P >= near]
+            near_P = approximate_P >= APPROXIMATE_SHARE * np.partition(approximate_P, -count)[-count]
+            token_P, latent_P = token_P[near_P], latent_P[near_P]
         value_P = pre.exact(token_P, latent_P)
         critical_P = pre.critical(token_P, latent_P, value_P, release)
         # All pairs at the cut: a held stretch shares the critical threshold of the token that set it.

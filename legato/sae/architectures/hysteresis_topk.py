@@ -12,14 +12,7 @@ from torch import Tensor
 
 from legato.sae.architectures.base import BUDGET, SHARE, Number, Selecting
 from legato.sae.architectures.hysteresis import check_release, release_at
-from legato.sae.architectures.preactivations import (
-    CANDIDATE_SHARE,
-    Columns,
-    Encoder,
-    Preactivations,
-    columns,
-    held_top_pairs,
-)
+from legato.sae.architectures.preactivations import Columns, Encoder, Preactivations, held_top_columns, held_top_pairs
 from legato.sae.architectures.topk import TopK
 from legato.sae.kernels.pairs import Pairs
 from legato.sae.segments import runs
@@ -46,8 +39,7 @@ class HysteresisTopK(Selecting):
         check_release(self.release)
 
     def select(self, pre: Preactivations, state: float, progress: float) -> tuple[Pairs, float]:
-        release = release_at(self.release, self.anneal, progress)
-        return held_top_pairs(pre, self.k, release), 0.0
+        return held_top_pairs(pre, self.k, release_at(self.release, self.anneal, progress)), 0.0
 
     def inference(self, calibration: Sequence[Preactivations]) -> "HysteresisTopK":
         return HysteresisTopK(self.k, self.release)
@@ -56,8 +48,7 @@ class HysteresisTopK(Selecting):
         return pre * held_top(pre, self.k, self.release, mask, doc)
 
     def encode_sparse(self, encoder: Encoder, acts_BLD: Tensor, mask_BL: Tensor, doc_BL: Tensor) -> Columns:
-        pre = encoder.centred(acts_BLD, mask_BL, doc_BL)
-        return columns(*held_top_pairs(pre, self.k, self.release, CANDIDATE_SHARE)[1:])
+        return held_top_columns(encoder.centred(acts_BLD, mask_BL, doc_BL), self.k, self.release)
 
     def stateless(self, pre_NF: Tensor, count: int) -> TopK:
         return TopK(self.k)

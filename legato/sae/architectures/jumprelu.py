@@ -14,7 +14,6 @@ from torch import Tensor
 from legato.sae.architectures.base import Architecture, tensor
 from legato.sae.architectures.forward import OPENING, Decoding, Forward, opening
 from legato.sae.architectures.preactivations import Columns, Encoder, Preactivations, budget_threshold, columns
-from legato.sae.kernels import gradients as pair_kernels
 from legato.sae.kernels import pairs as kernels
 from legato.sae.kernels.pairs import Array
 
@@ -86,7 +85,7 @@ class _Jumped(Forward):
         # d code / d threshold = -threshold / bandwidth and d active / d threshold = -1 / bandwidth inside the band.
         of_code_J = decoding.code_gradient(self.token_J, self.latent_J) * self.threshold_F[self.latent_J]
         of_active = 2 * strength * excess / (k * decoding.n_valid)
-        total_F = pair_kernels.sum_by_latent(self.latent_J, of_code_J + of_active, len(self.threshold_F))
+        total_F = np.bincount(self.latent_J, of_code_J + of_active, len(self.threshold_F))
         decoding.gradients["log_threshold_F"][:] = -self.threshold_F / self.architecture.bandwidth * total_F
         dead_F = decoding.seeded_F
         decoding.gradients["log_threshold_F"][dead_F] += OPENING * self.threshold_F[dead_F]

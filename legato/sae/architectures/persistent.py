@@ -15,7 +15,6 @@ from legato.sae.architectures.base import INNER_SHARE, Architecture, Number, ten
 from legato.sae.architectures.batchtopk import batch_top
 from legato.sae.architectures.forward import Decoding, Forward
 from legato.sae.architectures.preactivations import Columns, Encoder, Preactivations, budget_threshold, columns
-from legato.sae.kernels import gradients as pair_kernels
 from legato.sae.kernels import pairs as kernels
 from legato.sae.kernels.leak import Carried, leak_backward, leak_forward
 from legato.sae.kernels.pairs import Array, Pairs, PairsByLatent
@@ -103,7 +102,7 @@ class _Leaky(Forward):
         decoding.gradients["leak_logit_F"][:] = by_leak_F * self.leak_F * (1 - self.leak_F)
         by_selected_P = np.empty_like(by_selected_Q)
         by_selected_P[self.selected_order.source_Q] = by_selected_Q
-        bias_F = pair_kernels.sum_by_latent(self.selected.latent_P, by_selected_P, F)
+        bias_F = np.bincount(self.selected.latent_P, by_selected_P, F)
         return {}, decoding.apart(self.selected._replace(value_P=by_selected_P), bias_F)
 
 

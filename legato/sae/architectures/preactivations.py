@@ -6,25 +6,23 @@ precision, and the choice is made on those.
 Shape legend: N flat tokens, S sampled tokens, D width, F latents, H those whose weights are here, P pairs by token.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from legato.common.hardware import fast_matmul_dtype, fixed_matmul
 from legato.sae.kernels import held_top
 from legato.sae.kernels import pairs as kernels
-from legato.sae.kernels.pairs import Pairs
+from legato.sae.kernels.pairs import Array, Pairs
 from legato.sae.partition import SINGLE, Partition
 from legato.sae.segments import Segments
 
-Array = NDArray[Any]
 Columns = tuple[Tensor, Tensor, Tensor]  # token_P, latent_P (int64) and code_P of active pairs, in token order
 
 # Candidates are taken above this share of the last batch's threshold: wide enough that neither its drift between two
@@ -63,13 +61,12 @@ class Preactivations(NamedTuple):
 
     def scan(self, floor_N: Array, expected: int) -> tuple[Array, Array, Array]:
         """(token_P, latent_P, exact value_P) of the pairs whose pre_NH lies above the floor (in `ordered` units)."""
-        return self._with_exact(*self._own_pairs(kernels.scan, self.ordered, floor_N[self._tokens], expected))
+        return self._with_exact(*self._own_pairs(self.ordered, floor_N[self._tokens], expected))
 
     def candidates(self, floor_N: Array, expected: int) -> tuple[Array, Array]:
         """(token_P, latent_P) of the pairs whose pre_NH lies above the floor (in `ordered` units)."""
-        token_P, latent_P = self._own_pairs(kernels.scan, self.ordered, floor_N[self._tokens], expected)
-        token_P, latent_P = self.partition.pairs(token_P, latent_P + latent_P.dtype.type(self._held.start))
-        return token_P, latent_P
+        token_P, latent_P = self._own_pairs(self.ordered, floor_N[self._tokens], expected)
+        return self.partition.pairs(token_P, latent_P + latent_P.dtype.type(self._held.start))
 
     def above(self, threshold_F: Array, expected: int) -> tuple[Array, Array, Array]:
         """(token_P, latent_P, exact value_P) of the pairs with a value above the latent's threshold (F)."""
@@ -87,9 +84,7 @@ class Preactivations(NamedTuple):
         if pre_NH.dtype == torch.bfloat16 and bool((floor_F < 0).any()):
             pre_NH = pre_NH.float()  # the bits of bfloat16 have the order of positive numbers only
         floor_H = torch.from_numpy(floor_F[self._held]).to(pre_NH.dtype)
-        bits_H = floor_H.view(torch.int16) if floor_H.dtype == torch.bfloat16 else floor_H
-        ordered_NH = self._replace(pre_NH=pre_NH).ordered
-        return self._with_exact(*self._own_pairs(kernels.scan_above, ordered_NH, bits_H.numpy(), expected))
+        return self._with_exact(*self._own_pairs(_ordered(pre_NH), _ordered(floor_H), expected, by_latent=True))
 
     def near(self, threshold_F: Array, release: float = 1.0) -> tuple[Array, Array, Array]:
         """(token_P, latent_P, exact value_P) of the candidates for release times the latent's threshold (F) > 0."""
@@ -116,19 +111,17 @@ class Preactivations(NamedTuple):
         return self.partition.local(len(self.b_enc_F))
 
     def _own_pairs(
-        self, scan: Callable[..., tuple[Array, Array]], ordered_NH: Array, floor: Array, expected: int
+        self, ordered_NH: Array, floor: Array, expected: int, by_latent: bool = False
     ) -> tuple[Array, Array]:
-        part = self._tokens
-        token_P, latent_P = scan(ordered_NH[part], self.layout.valid_N[part], floor, expected // self.partition.size)
+        part, expected = self._tokens, expected // self.partition.size
+        valid_N = self.layout.valid_N[part]
+        token_P, latent_P = kernels.scan(ordered_NH[part], valid_N, floor, expected, by_latent=by_latent)
         return token_P + token_P.dtype.type(part.start), latent_P
 
     def _with_exact(self, token_P: Array, latent_P: Array) -> tuple[Array, Array, Array]:
         """The pairs of all ranks, with their values, from this one's."""
         value_P = self._exact(token_P, latent_P)
-        token_P, latent_P, value_P = self.partition.pairs(
-            token_P, latent_P + latent_P.dtype.type(self._held.start), value_P
-        )
-        return token_P, latent_P, value_P
+        return self.partition.pairs(token_P, latent_P + latent_P.dtype.type(self._held.start), value_P)
 
     def row_floors(self, k: int) -> Array:
         """See kernels.row_floors; zero for tokens whose pre-activations another rank has."""
@@ -144,9 +137,8 @@ class Preactivations(NamedTuple):
 
     @property
     def ordered(self) -> Array:
-        """pre_NH as an array numpy can compare: bfloat16 as its bits, whose order is that of positive numbers."""
-        bits = self.pre_NH.view(torch.int16) if self.pre_NH.dtype == torch.bfloat16 else self.pre_NH
-        return bits.numpy()
+        """pre_NH as an array that numpy can compare (see `_ordered`)."""
+        return _ordered(self.pre_NH)
 
     def approximate(self, token_P: Array, latent_P: Array) -> Array:
         """The matmul's own values of the given pairs, float32 or finer."""
@@ -169,8 +161,12 @@ class Preactivations(NamedTuple):
         return (share * torch.from_numpy(floor_N).view(torch.bfloat16)).view(torch.int16).numpy()
 
     def constant_floor(self, floor: float) -> Array:
-        value = torch.full((len(self.x_ND),), floor, dtype=self.pre_NH.dtype)
-        return (value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy()
+        return _ordered(torch.full((len(self.x_ND),), floor, dtype=self.pre_NH.dtype))
+
+
+def _ordered(values: Tensor) -> Array:
+    """An array that numpy can compare: bfloat16 as its bits, whose order is that of positive numbers."""
+    return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
 
 
 @dataclass(frozen=True)
@@ -232,9 +228,7 @@ def held_top_pairs(pre: Preactivations, k: int, release: float, share: float = A
     layout = pre.layout
 
     def top(value_P: Array, margin: float) -> Array:
-        return held_top.held_top(
-            layout.start_N, layout.end_N, token_P, latent_P, value_P, n_latents=F, k=k, release=release, margin=margin
-        )
+        return held_top.held_top(layout.start_N, layout.end_N, token_P, latent_P, value_P, F, k, release, margin)
 
     floor_N = pre.scaled_floor(pre.row_floors(k), share * release)
     token_P, latent_P = pre.candidates(floor_N, 6 * k * N)
@@ -242,6 +236,11 @@ def held_top_pairs(pre: Preactivations, k: int, release: float, share: float = A
     token_P, latent_P = token_P[near_P], latent_P[near_P]
     value_P = pre.exact(token_P, latent_P)
     return kernels.keep(N, token_P, latent_P, value_P, top(value_P, 1.0))
+
+
+def held_top_columns(pre: Preactivations, k: int, release: float) -> Columns:
+    """`held_top_pairs` of a finished SAE, whose activations have any scale."""
+    return columns(*held_top_pairs(pre, k, release, CANDIDATE_SHARE)[1:])
 
 
 def budget_threshold(batches: Sequence[Preactivations], k: float, release: float = 1.0) -> float:

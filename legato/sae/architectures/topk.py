@@ -8,14 +8,7 @@ import torch
 from torch import Tensor
 
 from legato.sae.architectures.base import BUDGET, Number, Selecting
-from legato.sae.architectures.preactivations import (
-    CANDIDATE_SHARE,
-    Columns,
-    Encoder,
-    Preactivations,
-    columns,
-    held_top_pairs,
-)
+from legato.sae.architectures.preactivations import Columns, Encoder, Preactivations, held_top_columns
 from legato.sae.kernels import pairs as kernels
 from legato.sae.kernels.pairs import Pairs
 
@@ -39,5 +32,4 @@ class TopK(Selecting):
         return torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
 
     def encode_sparse(self, encoder: Encoder, acts_BLD: Tensor, mask_BL: Tensor, doc_BL: Tensor) -> Columns:
-        pre = encoder.centred(acts_BLD, mask_BL, doc_BL)
-        return columns(*held_top_pairs(pre, self.k, 1.0, CANDIDATE_SHARE)[1:])
+        return held_top_columns(encoder.centred(acts_BLD, mask_BL, doc_BL), self.k, 1.0)

@@ -6,20 +6,17 @@ Shape legend: N flat tokens, F latents, P pairs in token order, G windows, C can
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from legato.sae.architectures.base import TOKENS, Number, Selecting, tensor
 from legato.sae.architectures.preactivations import Preactivations
 from legato.sae.kernels import pairs as kernels
-from legato.sae.kernels.pairs import Pairs
+from legato.sae.kernels.pairs import Array, Pairs
 from legato.sae.segments import Segments, runs
-
-Array = NDArray[Any]
 
 _SURPLUS = 1.1  # what the candidate cells hold over the budget, so that rounding cannot hide a cell that belongs to it
 

@@ -5,21 +5,22 @@ Deterministic like those of pairs.py: each latent or pair is owned by one thread
 Shape legend: N flat tokens, F latents, D model width, P pairs in token order, Q pairs in latent order, G nested groups.
 """
 
-from typing import Any
-
 import numba
 import numpy as np
 from numba import njit, prange
-from numpy.typing import NDArray
 
-from legato.sae.kernels.pairs import FAST, Groups, Pairs, PairsByLatent
-
-Array = NDArray[Any]
+from legato.sae.kernels.pairs import FAST, Array, Groups, Pairs, PairsByLatent
 
 
 @njit(parallel=True, cache=True, fastmath=FAST)
-def _code_gradients(pull_GND, ends_G, scale, W_dec_FD, token_P, latent_P, gradient_P):
+def code_gradients(
+    pull_GND: Array, groups: Groups, scale: float, W_dec_FD: Array, token_P: Array, latent_P: Array
+) -> Array:
+    """Derivative of scale/2 * (sum over groups of weight * ||residual||^2) by the codes of any pairs, active or not."""
     D = W_dec_FD.shape[1]
+    ends_G = groups.ends_G
+    factor = W_dec_FD.dtype.type(scale)
+    gradient_P = np.empty(token_P.shape[0], W_dec_FD.dtype)
     for p in prange(token_P.shape[0]):
         group = 0
         while ends_G[group] <= latent_P[p]:
@@ -29,7 +30,8 @@ def _code_gradients(pull_GND, ends_G, scale, W_dec_FD, token_P, latent_P, gradie
         dot = w_D[0] * r_D[0]
         for d in range(1, D):
             dot += w_D[d] * r_D[d]
-        gradient_P[p] = dot * scale
+        gradient_P[p] = dot * factor
+    return gradient_P
 
 
 @njit(parallel=True, cache=True, fastmath=FAST)
@@ -61,16 +63,6 @@ def _add_rows(source_GND, ends_G, ptr_F, token_Q, weight_Q, cuts_T, seeded_F, ta
             squared_F[f] = total
 
 
-def code_gradients(
-    pull_GND: Array, groups: Groups, scale: float, W_dec_FD: Array, token_P: Array, latent_P: Array
-) -> Array:
-    """Derivative of scale/2 * (sum over groups of weight * ||residual||^2) by the codes of any pairs, active or not."""
-    gradient_P = np.empty(token_P.shape[0], W_dec_FD.dtype)
-    number = W_dec_FD.dtype.type(scale)
-    _code_gradients(pull_GND, groups.ends_G, number, W_dec_FD, token_P, latent_P, gradient_P)
-    return gradient_P
-
-
 def add_rows(
     source_GND: Array,
     ends_G: Array,
@@ -85,27 +77,39 @@ def add_rows(
 
     Latents in seeded_F (bool) start from what out_FD holds for them. unit_FD: leave out the part along these rows.
     """
-    n_parts = 8 * numba.get_num_threads()
-    cuts_T = np.searchsorted(order.ptr_F, np.linspace(0, order.ptr_F[-1], n_parts + 1)[1:-1])
-    cuts_T = np.concatenate([[0], cuts_T, [order.ptr_F.shape[0] - 1]])
     squared_F = np.empty(out_FD.shape[0])
-    tangent = unit_FD is not None
     unit = out_FD if unit_FD is None else unit_FD
+    cuts_T, tangent = _shares(order), unit_FD is not None
     _add_rows(
         source_GND, ends_G, order.ptr_F, order.token_Q, weight_Q, cuts_T, seeded_F, tangent, unit, out_FD, squared_F
     )
     return squared_F
 
 
-def sum_by_latent(latent_P: Array, value_P: Array, n_latents: int) -> Array:
-    """Sums of the pairs' values by latent, in float64."""
-    return np.bincount(latent_P, weights=value_P, minlength=n_latents)
+def _shares(order: PairsByLatent) -> Array:
+    """Cut the latents into shares of about as many pairs: more than threads, as latents differ in how often they
+    fire."""
+    n_parts = 8 * numba.get_num_threads()
+    cuts = np.searchsorted(order.ptr_F, np.linspace(0, order.ptr_F[-1], n_parts + 1)[1:-1])
+    return np.concatenate([[0], cuts, [order.n_latents]])
 
 
 @njit(parallel=True, cache=True, fastmath=FAST)
-def _decode(ptr_N, latent_P, value_P, ends_G, weights_G, W_dec_FD, b_dec_D, x_ND, valid_N, pull_GND, squared_GN):
+def decode(
+    pairs: Pairs, groups: Groups, W_dec_FD: Array, b_dec_D: Array, x_ND: Array, valid_N: Array
+) -> tuple[Array, Array]:
+    """Compute the pull on the codes, and the squared error of every nested reconstruction, zero on invalid tokens.
+
+    Reconstruction g uses the latents below ends_G[g]. squared_GN: its ||xhat - x||^2. pull_GND: the sum of
+    weights_G * (xhat - x) over the reconstructions that a latent of group g is part of; with one group (weight 1) the
+    residual itself.
+    """
     N, D = x_ND.shape
+    ptr_N, _, latent_P, value_P = pairs
+    ends_G, weights_G = groups.ends_G, groups.weights_G.astype(x_ND.dtype)
     G = ends_G.shape[0]
+    pull_GND = np.empty((G, N, D), x_ND.dtype)
+    squared_GN = np.empty((G, N), x_ND.dtype)
     for n in prange(N):
         if not valid_N[n]:
             pull_GND[:, n] = 0
@@ -134,26 +138,15 @@ def _decode(ptr_N, latent_P, value_P, ends_G, weights_G, W_dec_FD, b_dec_D, x_ND
                 for g in range(G - 2, -1, -1):
                     pull += weights_G[g] * pull_GND[g, n, d]
                     pull_GND[g, n, d] = pull
+    return pull_GND, squared_GN
 
 
 @njit(parallel=True, cache=True, fastmath=FAST)
 def _gradients(
-    x_ND,
-    pull_GND,
-    ends_G,
-    scale,
-    W_dec_FD,
-    ptr_F,
-    token_Q,
-    value_Q,
-    extra_Q,
-    cuts_T,
-    seeded_F,
-    gW_enc_FD,
-    gW_dec_FD,
-    gb_enc_F,
-    squared_F,
+    x_ND, pull_GND, groups, scale, W_dec_FD, order, extra_Q, cuts_T, seeded_F, gW_enc_FD, gW_dec_FD, gb_enc_F, squared_F
 ):
+    ends_G = groups.ends_G
+    ptr_F, token_Q, value_Q, _ = order
     D = x_ND.shape[1]
     for part in prange(cuts_T.shape[0] - 1):
         for f in range(cuts_T[part], cuts_T[part + 1]):
@@ -193,7 +186,7 @@ def _gradients(
 
 
 @njit(parallel=True, cache=True, fastmath=FAST)
-def _adam(w_FD, m_FD, v_FD, g_FD, clip, lr, beta1, beta2, eps, correct1, correct2, unit_rows):
+def _adam(w_FD, m_FD, v_FD, g_FD, unit_rows, clip, lr, beta1, beta2, eps, correct1, correct2):
     F, D = w_FD.shape
     one = w_FD.dtype.type(1)
     for f in prange(F):
@@ -217,33 +210,6 @@ def _adam(w_FD, m_FD, v_FD, g_FD, clip, lr, beta1, beta2, eps, correct1, correct
                 w_D[d] *= inverse
 
 
-def decode(
-    pairs: Pairs, groups: Groups, W_dec_FD: Array, b_dec_D: Array, x_ND: Array, valid_N: Array
-) -> tuple[Array, Array]:
-    """Compute the pull on the codes, and the squared error of every nested reconstruction, zero on invalid tokens.
-
-    Reconstruction g uses the latents below ends_G[g]. squared_GN: its ||xhat - x||^2. pull_GND: the sum of
-    weights_G * (xhat - x) over the reconstructions that a latent of group g is part of; with one group (weight 1) the
-    residual itself.
-    """
-    pull_GND = np.empty((len(groups.ends_G), *x_ND.shape), x_ND.dtype)
-    squared_GN = np.empty(pull_GND.shape[:2], x_ND.dtype)
-    _decode(
-        pairs.ptr_N,
-        pairs.latent_P,
-        pairs.value_P,
-        groups.ends_G,
-        groups.weights_G.astype(x_ND.dtype),
-        W_dec_FD,
-        b_dec_D,
-        x_ND,
-        valid_N,
-        pull_GND,
-        squared_GN,
-    )
-    return pull_GND, squared_GN
-
-
 def gradients(
     x_ND: Array,
     pull_GND: Array,
@@ -265,27 +231,9 @@ def gradients(
     times x_n is the encoder's share, the decoder's is scale * code * pull_n. Inactive latents get zero. Latents in
     seeded_F (bool) start from what the arrays hold for them.
     """
-    n_parts = 8 * numba.get_num_threads()  # more parts than threads: latents differ much in how often they fire
-    cuts_T = np.searchsorted(order.ptr_F, np.linspace(0, order.ptr_F[-1], n_parts + 1)[1:-1])
-    cuts_T = np.concatenate([[0], cuts_T, [order.ptr_F.shape[0] - 1]])
-    squared_F = np.empty(W_dec_FD.shape[0])
-    _gradients(
-        x_ND,
-        pull_GND,
-        groups.ends_G,
-        x_ND.dtype.type(scale),
-        W_dec_FD,
-        order.ptr_F,
-        order.token_Q,
-        order.value_Q,
-        extra_Q,
-        cuts_T,
-        seeded_F,
-        gW_enc_FD,
-        gW_dec_FD,
-        gb_enc_F,
-        squared_F,
-    )
+    cuts_T, squared_F = _shares(order), np.empty(W_dec_FD.shape[0])
+    factor, out = x_ND.dtype.type(scale), (gW_enc_FD, gW_dec_FD, gb_enc_F, squared_F)
+    _gradients(x_ND, pull_GND, groups, factor, W_dec_FD, order, extra_Q, cuts_T, seeded_F, *out)
     return squared_F
 
 
@@ -294,18 +242,5 @@ def adam(
 ) -> None:
     """One Adam step in place (Kingma & Ba 2015; beta .9 .999, eps 1e-8) on clip * g; rows renormalised if unit_rows."""
     beta1, beta2 = 0.9, 0.999
-    number = w_FD.dtype.type
-    _adam(
-        w_FD,
-        m_FD,
-        v_FD,
-        g_FD,
-        number(clip),
-        number(lr),
-        number(beta1),
-        number(beta2),
-        number(1e-8),
-        number(1 / (1 - beta1**step)),
-        number(1 / (1 - beta2**step)),
-        unit_rows,
-    )
+    numbers = (clip, lr, beta1, beta2, 1e-8, 1 / (1 - beta1**step), 1 / (1 - beta2**step))
+    _adam(w_FD, m_FD, v_FD, g_FD, unit_rows, *map(w_FD.dtype.type, numbers))

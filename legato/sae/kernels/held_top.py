@@ -3,48 +3,14 @@
 Shape legend: N flat tokens, F latents, P pairs in token order, R runs.
 """
 
-from typing import Any
-
 import numpy as np
 from numba import njit, prange
-from numpy.typing import NDArray
 
-from legato.sae.kernels.pairs import PairsByLatent, _by_latent, kth_largest
-
-Array = NDArray[Any]
-
-
-def held_top(
-    start_N: Array,
-    end_N: Array,
-    token_P: Array,
-    latent_P: Array,
-    value_P: Array,
-    *,
-    n_latents: int,
-    k: int,
-    release: float,
-    margin: float = 1.0,
-) -> Array:
-    """Mask of each token's k best positive pairs; ties at the cut go to the pairs that come first.
-
-    A pair counts its value, and 1 / release times that where its latent was on at the token before, of the same run
-    [start_N, end_N). margin: with less than 1 for values that are not exact, also those pairs that may be among the k:
-    that count at least this share of the k-th, or would if their latent was on where it may have been.
-    """
-    tokens = np.arange(len(start_N))
-    ptr_N = np.searchsorted(token_P, np.arange(len(start_N) + 1))
-    first_R = np.flatnonzero(start_N == tokens)
-    keep_P = np.zeros(len(value_P), np.bool_)
-    number = value_P.dtype.type
-    _all_runs(
-        first_R, end_N[first_R], ptr_N, latent_P, value_P, n_latents, k, number(1 / release), number(margin), keep_P
-    )
-    return keep_P
+from legato.sae.kernels.pairs import Array, kth_largest, sort_by_latent
 
 
 @njit(cache=True)
-def _one_run(first, end, ptr_N, latent_P, value_P, n_latents, k, bonus, margin, keep_P):  # type: ignore[no-untyped-def]
+def _one_run(first, end, ptr_N, latent_P, value_P, n_latents, k, bonus, margin, keep_P):
     on_since = np.full(n_latents, -2, np.int64)  # the last token at which a latent was on
     kept_since = np.full(n_latents, -2, np.int64)  # the last one at which it may have been, for all we know
     for t in range(first, end):
@@ -78,25 +44,34 @@ def _one_run(first, end, ptr_N, latent_P, value_P, n_latents, k, bonus, margin, 
 
 
 @njit(parallel=True, cache=True)
-def _all_runs(first_R, end_R, ptr_N, latent_P, value_P, n_latents, k, bonus, margin, keep_P):  # type: ignore[no-untyped-def]
+def held_top(
+    start_N: Array,
+    end_N: Array,
+    token_P: Array,
+    latent_P: Array,
+    value_P: Array,
+    n_latents: int,
+    k: int,
+    release: float,
+    margin: float = 1.0,
+) -> Array:
+    """Mask of each token's k best positive pairs; ties at the cut go to the pairs that come first.
+
+    A pair counts its value, and 1 / release times that where its latent was on at the token before, of the same run
+    [start_N, end_N). margin: with less than 1 for values that are not exact, also those pairs that may be among the k:
+    that count at least this share of the k-th, or would if their latent was on where it may have been.
+    """
+    N = len(start_N)
+    ptr_N = np.searchsorted(token_P, np.arange(N + 1))
+    first_R = np.flatnonzero(start_N == np.arange(N))
+    bonus, share = value_P.dtype.type(1 / release), value_P.dtype.type(margin)
+    keep_P = np.zeros(len(value_P), np.bool_)
     for r in prange(first_R.shape[0]):
-        _one_run(first_R[r], end_R[r], ptr_N, latent_P, value_P, n_latents, k, bonus, margin, keep_P)
+        _one_run(first_R[r], end_N[first_R[r]], ptr_N, latent_P, value_P, n_latents, k, bonus, share, keep_P)
+    return keep_P
 
 
 @njit(parallel=True, cache=True)
-def _critical(ptr_F, token_Q, value_Q, source_Q, start_N, release, critical_P):
-    for f in prange(ptr_F.shape[0] - 1):
-        before = value_Q.dtype.type(0)
-        last = -2
-        for q in range(ptr_F[f], ptr_F[f + 1]):
-            t = token_Q[q]
-            follows = t == last + 1 and start_N[t] != t
-            value = value_Q[q]
-            before = max(value, min(before, value / release)) if follows else value
-            critical_P[source_Q[q]] = before
-            last = t
-
-
 def critical_thresholds(
     start_N: Array, token_P: Array, latent_P: Array, value_P: Array, n_latents: int, release: float
 ) -> Array:
@@ -106,8 +81,17 @@ def critical_thresholds(
     its first token), and value >= release * h. So c_t = max(v_t, min(c_{t-1}, v_t / release)), in one pass, and the
     pairs that are on at h are those with c >= h.
     """
-    order = PairsByLatent(*_by_latent(token_P, latent_P, value_P, n_latents))
+    ptr_F, token_Q, value_Q, source_Q = sort_by_latent(token_P, latent_P, value_P, n_latents)
+    release_in_type = value_P.dtype.type(release)
     critical_P = np.empty_like(value_P)
-    number = value_P.dtype.type
-    _critical(order.ptr_F, order.token_Q, order.value_Q, order.source_Q, start_N, number(release), critical_P)
+    for f in prange(n_latents):
+        before = value_Q.dtype.type(0)
+        last = -2
+        for q in range(ptr_F[f], ptr_F[f + 1]):
+            t = token_Q[q]
+            follows = t == last + 1 and start_N[t] != t
+            value = value_Q[q]
+            before = max(value, min(before, value / release_in_type)) if follows else value
+            critical_P[source_Q[q]] = before
+            last = t
     return critical_P

@@ -3,16 +3,13 @@
 Shape legend: B rows, L positions, N flat tokens, F latents, Q input pairs by latent, H pairs with a code by latent.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit, prange
-from numpy.typing import NDArray
 
-from legato.sae.kernels.pairs import Pairs, PairsByLatent, by_token
+from legato.sae.kernels.pairs import Array, Pairs, PairsByLatent, by_token
 from legato.sae.segments import Segments
-
-Array = NDArray[Any]
 
 
 class Carried(NamedTuple):
@@ -44,15 +41,6 @@ def leak_forward(order: PairsByLatent, leak_F: Array, tail: float, layout: Segme
     value_H, linked_H = np.empty(H, order.value_Q.dtype), np.empty(H, np.bool_)
     _leak_forward(*arrays, ptr_F[:-1], token_H, latent_H, value_H, input_H, linked_H, True)
     return Carried(ptr_F, token_H, latent_H, value_H, input_H, linked_H)
-
-
-def leak_backward(carried: Carried, gradient_H: Array, order: PairsByLatent, leak_F: Array) -> tuple[Array, Array]:
-    """Derivatives by the inputs (Q) and by the leaks (F), from those by the codes; where stretches end is taken as
-    given."""
-    gradient_Q = np.empty_like(order.value_Q)
-    by_leak_F = np.empty(len(leak_F))
-    _leak_backward(*carried, gradient_H, order.value_Q, leak_F, gradient_Q, by_leak_F)
-    return gradient_Q, by_leak_F
 
 
 @njit(parallel=True, cache=True)
@@ -88,11 +76,15 @@ def _leak_forward(
 
 
 @njit(parallel=True, cache=True)
-def _leak_backward(
-    ptr_F, token_H, latent_H, value_H, input_H, linked_H, gradient_H, value_Q, leak_F, gradient_Q, by_leak_F
-):
+def leak_backward(carried: Carried, gradient_H: Array, order: PairsByLatent, leak_F: Array) -> tuple[Array, Array]:
+    """Derivatives by the inputs (Q) and by the leaks (F), from those by the codes; where stretches end is taken as
+    given."""
+    ptr_F, _, _, value_H, input_H, linked_H = carried
+    value_Q = order.value_Q
+    gradient_Q = np.empty_like(value_Q)
+    by_leak_F = np.empty(len(leak_F))
     one = value_Q.dtype.type(1)
-    for f in prange(ptr_F.shape[0] - 1):
+    for f in prange(len(leak_F)):
         leak = leak_F[f]
         later = value_Q.dtype.type(0)
         by_leak = 0.0
@@ -106,3 +98,4 @@ def _leak_backward(
             by_leak += total * (before - entered)
             later = leak * total if linked_H[i] else value_Q.dtype.type(0)
         by_leak_F[f] = by_leak
+    return gradient_Q, by_leak_F

@@ -7,7 +7,6 @@ Shape legend: N flat tokens, F latents, D model width, P active pairs in token o
 in latent order (CSC: ptr over F), G nested groups.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numba
@@ -55,7 +54,8 @@ class PairsByLatent(NamedTuple):
 
 
 @njit(parallel=True, cache=True)
-def _scan(pre_NF, valid_N, floor_N, token, latent, count_T):
+def _scan(pre_NF, valid_N, floor, by_latent, token, latent, count_T):
+    """floor: of each latent, or of each token. count_T: the pairs that each part found, -1 where its room is full."""
     N, F = pre_NF.shape
     n_parts = count_T.shape[0]
     capacity = token.shape[0] // n_parts
@@ -71,11 +71,16 @@ def _scan(pre_NF, valid_N, floor_N, token, latent, count_T):
                 full = True
                 break
             row = pre_NF[n]
-            floor = floor_N[n]
             first = p
-            for f in range(F):  # branch-free compaction: about one cycle a latent
-                latent[p] = f
-                p += row[f] > floor
+            if by_latent:
+                for f in range(F):  # branch-free compaction: about one cycle a latent
+                    latent[p] = f
+                    p += row[f] > floor[f]
+            else:
+                floor_of_token = floor[n]
+                for f in range(F):
+                    latent[p] = f
+                    p += row[f] > floor_of_token
             for q in range(first, p):
                 token[q] = n
         count_T[part] = -1 if full else p - start
@@ -98,8 +103,13 @@ def kth_largest(values, k):
 
 
 @njit(parallel=True, cache=True)
-def _row_floors(pre_NF, valid_N, k, stride, zero, floor_N):
+def row_floors(pre_NF: Array, valid_N: Array, k: int) -> Array:
+    """A floor for each token, at or below its k-th largest pre-activation and never below zero (by sampling,
+    verified)."""
     N, F = pre_NF.shape
+    zero = pre_NF.dtype.type(0)
+    floor_N = np.zeros(N, pre_NF.dtype)
+    stride = min(8, max(1, F // 64))
     rank = min((2 * k) // stride + 4, F // stride - 1)
     for n in prange(N):
         if valid_N[n]:
@@ -108,11 +118,14 @@ def _row_floors(pre_NF, valid_N, k, stride, zero, floor_N):
             for f in range(F):
                 above += pre_NF[n, f] > guess
             floor_N[n] = guess if above >= k and guess > zero else zero
+    return floor_N
 
 
 @njit(parallel=True, cache=True, fastmath=FAST)
-def _exact_values(x_ND, W_enc_FD, b_enc_F, token_P, latent_P, value_P):
+def exact_values(x_ND: Array, W_enc_FD: Array, b_enc_F: Array, token_P: Array, latent_P: Array) -> Array:
+    """Pre-activations <x_n, W_enc_f> + b_f of the given pairs in the weights' own precision."""
     D = x_ND.shape[1]
+    value_P = np.empty(token_P.shape[0], x_ND.dtype)
     for p in prange(token_P.shape[0]):
         x_D = x_ND[token_P[p]]
         w_D = W_enc_FD[latent_P[p]]
@@ -120,16 +133,15 @@ def _exact_values(x_ND, W_enc_FD, b_enc_F, token_P, latent_P, value_P):
         for d in range(D):
             total += x_D[d] * w_D[d]
         value_P[p] = total
-
-
-def keep(N: int, token_P: Array, latent_P: Array, value_P: Array, keep_P: Array) -> Pairs:
-    """The kept pairs, still in token order."""
-    return Pairs(*_filter(N, token_P, latent_P, value_P, keep_P))
+    return value_P
 
 
 @njit(parallel=True, cache=True)
-def _keep_row_top(ptr_N, value_P, k, keep_P):
-    for n in prange(ptr_N.shape[0] - 1):
+def keep_row_top(N: int, token_P: Array, value_P: Array, k: int) -> Array:
+    """Mask of each token's k largest positive values; ties at the cut go to the lowest latents."""
+    ptr_N = np.searchsorted(token_P, np.arange(N + 1))
+    keep_P = np.empty(value_P.shape[0], np.bool_)
+    for n in prange(N):
         lo, hi = ptr_N[n], ptr_N[n + 1]
         values = value_P[lo:hi]
         if hi - lo <= k:
@@ -147,10 +159,12 @@ def _keep_row_top(ptr_N, value_P, k, keep_P):
                 keep = True
                 room -= 1
             keep_P[p] = keep and value_P[p] > 0
+    return keep_P
 
 
 @njit(cache=True)
-def _filter(N, token_P, latent_P, value_P, keep_P):
+def keep(N: int, token_P: Array, latent_P: Array, value_P: Array, keep_P: Array) -> Pairs:
+    """The kept pairs, still in token order."""
     kept = 0
     for p in range(keep_P.shape[0]):
         kept += keep_P[p]
@@ -168,11 +182,12 @@ def _filter(N, token_P, latent_P, value_P, keep_P):
             q += 1
     for n in range(N):
         ptr_N[n + 1] += ptr_N[n]
-    return ptr_N, token, latent, value
+    return Pairs(ptr_N, token, latent, value)
 
 
 @njit(cache=True)
-def _by_latent(token_P, latent_P, value_P, n_latents):
+def sort_by_latent(token_P: Array, latent_P: Array, value_P: Array, n_latents: int) -> PairsByLatent:
+    """Counting sort of the pairs by latent; tokens stay ascending inside a latent."""
     P = token_P.shape[0]
     ptr_F = np.zeros(n_latents + 1, np.int64)
     for p in range(P):
@@ -189,22 +204,16 @@ def _by_latent(token_P, latent_P, value_P, n_latents):
         token[q] = token_P[p]
         value[q] = value_P[p]
         source[q] = p
-    return ptr_F, token, value, source
+    return PairsByLatent(ptr_F, token, value, source)
 
 
-def scan(pre_NF: Array, valid_N: Array, floor_N: Array, expected: int) -> tuple[Array, Array]:
-    """Pairs (token_P, latent_P) with pre_NF > floor_N on valid tokens, in token order.
+def scan(pre_NF: Array, valid_N: Array, floor: Array, expected: int, *, by_latent: bool = False) -> tuple[Array, Array]:
+    """Pairs (token_P, latent_P) with pre_NF above the floor on valid tokens, in token order.
 
     pre_NF may be any ordered type: float32, float64, or the bits of bfloat16 as int16 (for positive numbers their order
-    is the numbers' order, and negative numbers stay below every positive one).
+    is the numbers' order, and negative numbers stay below every positive one). floor: of each token, or by_latent of
+    each latent, in the same type. expected: pairs to have room for at first; there is more until they all fit.
     """
-    return scan_with(_scan, pre_NF, valid_N, floor_N, expected)
-
-
-def scan_with(
-    kernel: Callable[..., None], pre_NF: Array, valid_N: Array, floor: Array, expected: int
-) -> tuple[Array, Array]:
-    """Run a scanning kernel with room for `expected` pairs, and with more until they all fit."""
     N, F = pre_NF.shape
     n_parts = numba.get_num_threads()
     capacity = expected // n_parts + F
@@ -212,27 +221,11 @@ def scan_with(
         token = np.empty(n_parts * capacity, np.int32)
         latent = np.empty(n_parts * capacity, np.int32)
         count_T = np.empty(n_parts, np.int64)
-        kernel(pre_NF, valid_N, floor, token, latent, count_T)
+        _scan(pre_NF, valid_N, floor, by_latent, token, latent, count_T)
         if (count_T >= 0).all():
             spans = [slice(t * capacity, t * capacity + count_T[t]) for t in range(n_parts)]
             return np.concatenate([token[s] for s in spans]), np.concatenate([latent[s] for s in spans])
         capacity = min(2 * capacity, ((N + n_parts - 1) // n_parts + 1) * F)
-
-
-def row_floors(pre_NF: Array, valid_N: Array, k: int) -> Array:
-    """A floor for each token, at or below its k-th largest pre-activation and never below zero (by sampling,
-    verified)."""
-    floor_N = np.zeros(pre_NF.shape[0], pre_NF.dtype)
-    stride = min(8, max(1, pre_NF.shape[1] // 64))
-    _row_floors(pre_NF, valid_N, k, stride, pre_NF.dtype.type(0), floor_N)
-    return floor_N
-
-
-def exact_values(x_ND: Array, W_enc_FD: Array, b_enc_F: Array, token_P: Array, latent_P: Array) -> Array:
-    """Pre-activations <x_n, W_enc_f> + b_f of the given pairs in the weights' own precision."""
-    value_P = np.empty(token_P.shape[0], x_ND.dtype)
-    _exact_values(x_ND, W_enc_FD, b_enc_F, token_P, latent_P, value_P)
-    return value_P
 
 
 def keep_batch_top(value_P: Array, count: int) -> Array:
@@ -246,56 +239,12 @@ def keep_batch_top(value_P: Array, count: int) -> Array:
     return keep_P & (value_P > 0)
 
 
-def keep_row_top(N: int, token_P: Array, value_P: Array, k: int) -> Array:
-    """Mask of each token's k largest positive values; ties at the cut go to the lowest latents."""
-    ptr_N = np.searchsorted(token_P, np.arange(N + 1))
-    keep_P = np.empty(value_P.shape[0], np.bool_)
-    _keep_row_top(ptr_N, value_P, k, keep_P)
-    return keep_P
-
-
 def by_latent(pairs: Pairs, n_latents: int) -> PairsByLatent:
-    """Counting sort of the pairs by latent; tokens stay ascending inside a latent."""
+    """`sort_by_latent` of pairs."""
     return sort_by_latent(pairs.token_P, pairs.latent_P, pairs.value_P, n_latents)
-
-
-def sort_by_latent(token_P: Array, latent_P: Array, value_P: Array, n_latents: int) -> PairsByLatent:
-    """`by_latent` of columns."""
-    return PairsByLatent(*_by_latent(token_P, latent_P, value_P, n_latents))
 
 
 def by_token(token_Q: Array, latent_Q: Array, value_Q: Array, N: int) -> Pairs:
     """Pairs in latent order as pairs in token order; latents stay ascending inside a token."""
-    ptr_N, latent_P, value_P, source_P = _by_latent(latent_Q, token_Q, value_Q, N)
+    ptr_N, latent_P, value_P, source_P = sort_by_latent(latent_Q, token_Q, value_Q, N)
     return Pairs(ptr_N, token_Q[source_P], latent_P, value_P)
-
-
-@njit(parallel=True, cache=True)
-def _scan_above(pre_NF, valid_N, floor_F, token, latent, count_T):
-    N, F = pre_NF.shape
-    n_parts = count_T.shape[0]
-    capacity = token.shape[0] // n_parts
-    rows = (N + n_parts - 1) // n_parts
-    for part in prange(n_parts):
-        start = part * capacity
-        p = start
-        full = False
-        for n in range(part * rows, min(N, (part + 1) * rows)):
-            if not valid_N[n]:
-                continue
-            if p > start + capacity - F:
-                full = True
-                break
-            row = pre_NF[n]
-            first = p
-            for f in range(F):
-                latent[p] = f
-                p += row[f] > floor_F[f]
-            for q in range(first, p):
-                token[q] = n
-        count_T[part] = -1 if full else p - start
-
-
-def scan_above(pre_NF: Array, valid_N: Array, floor_F: Array, expected: int) -> tuple[Array, Array]:
-    """Pairs (token_P, latent_P) with pre_NF > floor_F on valid tokens, in token order; types as for kernels.scan."""
-    return scan_with(_scan_above, pre_NF, valid_N, floor_F, expected)

@@ -29,7 +29,7 @@ from legato.training.losses.contrastive import Contrastive
 from legato.training.losses.fused_lasso import FusedLasso
 from legato.training.losses.position_penalty import PositionPenalty
 from legato.training.losses.slowness import Slowness
-from legato.training.losses.tsae import TsaeContrastive, tsae_objective
+from legato.training.losses.tsae import TsaeContrastive
 from legato.training.losses.window_group_lasso import WindowGroupLasso
 from legato.training.losses.window_variance import WindowVariance
 
@@ -47,7 +47,6 @@ __all__ = [
     "group_diagnostics",
     "leading_count",
     "losses",
-    "tsae_objective",
 ]
 
 for _module in pkgutil.iter_modules(__path__):

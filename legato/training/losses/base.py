@@ -5,18 +5,15 @@ Shape legend: B rows, L positions, F latents, Q active pairs sorted by latent.
 
 import inspect
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from legato.sae.groups import leading_count
-from legato.sae.kernels.pairs import PairsByLatent
+from legato.sae.kernels.pairs import Array, PairsByLatent
 from legato.sae.segments import Segments
-
-Array = NDArray[Any]
 
 # A latent varies in a batch if its variance exceeds this share of its mean square: far above float64 rounding.
 VARIES = 1e-9
@@ -33,7 +30,11 @@ _LOSSES: dict[str, type["TemporalLoss"]] = {}
 
 
 def losses() -> dict[str, type["TemporalLoss"]]:
-    """The temporal terms by name."""
+    """The temporal terms by name.
+
+    >>> losses()["slowness"](window=4, coefficient=0.1)
+    Slowness(window=4, coefficient=0.1, slow_fraction=1.0, name='slowness')
+    """
     return dict(_LOSSES)
 
 
@@ -43,21 +44,30 @@ class TemporalLoss(ABC):
 
     coefficient: multiplies it next to the reconstruction loss (an FVU, so about .1 to 1). window: tokens that are
     compared with each other, None where that is the whole row. slow_fraction: leading share of the latents that the
-    term looks at.
+    term looks at. least_window: the shortest that compares anything.
     """
 
     name: str
     coefficient: float
     window: Any
     slow_fraction: float
+    least_window: ClassVar[int] = 2
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        for attribute, default in (("window", None), ("slow_fraction", 1.0)):
-            if attribute not in {*vars(cls), *inspect.get_annotations(cls)}:  # a field may be without a default
-                setattr(cls, attribute, default)
-        if name := vars(cls).get("name"):
+        if name := vars(cls).get("name"):  # a term, and no base of several
             _LOSSES[name] = cls
+            for attribute, default in (("window", None), ("slow_fraction", 1.0)):
+                if attribute not in {*vars(cls), *inspect.get_annotations(cls)}:  # a field may be without a default
+                    setattr(cls, attribute, default)
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < self.least_window:
+            raise ValueError(f"window {self.window} compares nothing: use {self.least_window} or more")
+        if not 0 < self.slow_fraction <= 1:
+            raise ValueError(
+                f"slow_fraction {self.slow_fraction} is no share of the latents: use more than 0 and at most 1"
+            )
 
     @abstractmethod
     def loss(self, codes_BLF: Tensor, mask_BL: Tensor, doc_BL: Tensor) -> Tensor:
@@ -90,18 +100,18 @@ def leading_pairs(order: PairsByLatent, fraction: float) -> PairsByLatent:
     return PairsByLatent(ptr_F, *(pairs_Q[:n_pairs] for pairs_Q in order[1:]))
 
 
-def for_all_pairs(order: PairsByLatent, gradient_Q: Array) -> Array:
-    """A gradient by the leading latents' codes as one by all codes, in their dtype."""
-    all_Q = np.zeros_like(order.value_Q)
-    all_Q[: len(gradient_Q)] = gradient_Q
-    return all_Q
+class SparseLoss(TemporalLoss):
+    """A term that has a form of its own on the active pairs of the leading latents."""
+
+    def sparse(self, order: PairsByLatent, layout: Segments, step: int) -> TermValue:
+        value, slope_Q = self.on_pairs(leading_pairs(order, self.slow_fraction), layout, step)
+        gradient_Q = np.zeros_like(order.value_Q)
+        gradient_Q[: len(slope_Q)] = slope_Q
+        return TermValue(value, gradient_Q)
+
+    @abstractmethod
+    def on_pairs(self, slow: PairsByLatent, layout: Segments, step: int) -> tuple[float, Array]:
+        """The value and its derivative by the leading latents' codes; NOTHING where nothing can be compared."""
 
 
-def check_window(window: int, least: int = 2) -> None:
-    if window < least:
-        raise ValueError(f"window {window} compares nothing: use {least} or more")
-
-
-def check_fraction(slow_fraction: float) -> None:
-    if not 0 < slow_fraction <= 1:
-        raise ValueError(f"slow_fraction {slow_fraction} is no share of the latents: use more than 0 and at most 1")
+NOTHING = (0.0, np.zeros(0))

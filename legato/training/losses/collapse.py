@@ -21,6 +21,13 @@ def group_diagnostics(order: PairsByLatent, n_valid: int, slow_fraction: float, 
     group_latents, group_l0 (active per token), group_mass_share (of the sum of all codes; 0 where nothing fires),
     group_dead and group_dense (latents; dense: on more than a tenth of the tokens), group_norm and code_norm (root of
     the mean over tokens of the squared norm of the group's codes, of all codes).
+
+    Latent 0 fires with 1 on both tokens, latent 1 with 2 on one of them:
+
+    >>> from legato.sae.kernels.pairs import sort_by_latent
+    >>> order = sort_by_latent(np.array([0, 0, 1]), np.array([0, 1, 0]), np.array([1.0, 2.0, 1.0]), 2)
+    >>> group_diagnostics(order, n_valid=2, slow_fraction=0.5, dead_F=np.zeros(2, bool))["group_mass_share"]
+    0.5
     """
     slow = leading_pairs(order, slow_fraction)
     n_latents = leading_count(len(order.ptr_F) - 1, slow_fraction)
@@ -41,6 +48,10 @@ def collapse(start: Mapping[str, float], now: Mapping[str, float]) -> str | None
     """Say in one line what has collapsed between two `group_diagnostics` of a run, or None.
 
     The rule: the group's L0 below 20 % of its start, its share of the mass halved, or more than half of it dead.
+
+    >>> start = {"group_l0": 8.0, "group_mass_share": 0.25, "group_latents": 16, "group_dead": 0}
+    >>> collapse(start, {**start, "group_l0": 1.0})
+    'the penalised group collapsed: L0 fell from 8 to 1'
     """
     reasons = []
     if now["group_l0"] < 0.2 * start["group_l0"]:

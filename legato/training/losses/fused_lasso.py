@@ -8,18 +8,11 @@ from torch import Tensor
 
 from legato.sae.kernels.pairs import PairsByLatent
 from legato.sae.segments import Segments
-from legato.training.losses.base import (
-    TemporalLoss,
-    TermValue,
-    check_fraction,
-    for_all_pairs,
-    leading_codes,
-    leading_pairs,
-)
+from legato.training.losses.base import NOTHING, Array, SparseLoss, leading_codes
 
 
 @dataclass(frozen=True)
-class FusedLasso(TemporalLoss):
+class FusedLasso(SparseLoss):
     """Sum of |f_{t+1} - f_t| over adjacent tokens of a run and latents, divided by the sum of f over valid tokens and
     latents (Tibshirani et al. 2005, made scale-free). 2 for isolated firings inside a run, 0 for codes constant
     inside every run and where nothing fires."""
@@ -27,9 +20,6 @@ class FusedLasso(TemporalLoss):
     coefficient: float
     slow_fraction: float = 1.0
     name: str = "fused_lasso"
-
-    def __post_init__(self) -> None:
-        check_fraction(self.slow_fraction)
 
     @property
     def window(self) -> int:
@@ -43,21 +33,20 @@ class FusedLasso(TemporalLoss):
         pair_BL = mask_BL[:, 1:] & mask_BL[:, :-1] & (doc_BL[:, 1:] == doc_BL[:, :-1])
         return ((codes_BLF[:, 1:] - codes_BLF[:, :-1]).abs() * pair_BL.unsqueeze(-1)).sum() / total
 
-    def sparse(self, order: PairsByLatent, layout: Segments, step: int) -> TermValue:
-        slow = leading_pairs(order, self.slow_fraction)
+    def on_pairs(self, slow: PairsByLatent, layout: Segments, step: int) -> tuple[float, Array]:
         total = float(slow.value_Q.sum(dtype=np.float64))
         if total == 0:
-            return TermValue(0.0, np.zeros_like(order.value_Q))
-        variation_F = np.empty(len(slow.ptr_F) - 1)
-        slope_Q = np.empty(len(slow.token_Q))
-        _total_variation(slow.ptr_F, slow.token_Q, slow.value_Q, layout.start_N, layout.end_N, variation_F, slope_Q)
+            return NOTHING
+        variation_F, slope_Q = _total_variation(slow, layout.start_N, layout.end_N)
         value = float(variation_F.sum()) / total
-        return TermValue(value, for_all_pairs(order, (slope_Q - value) / total))
+        return value, (slope_Q - value) / total
 
 
 @njit(parallel=True, cache=True)
-def _total_variation(ptr_F, token_Q, value_Q, start_N, end_N, variation_F, slope_Q):
+def _total_variation(slow, start_N, end_N):
     """variation_F: sum of |f_{t+1} - f_t| over a latent's adjacent tokens; slope_Q: its derivative by the codes."""
+    ptr_F, token_Q, value_Q, _ = slow
+    variation_F, slope_Q = np.empty(len(ptr_F) - 1), np.empty(len(token_Q))
     for f in prange(ptr_F.shape[0] - 1):
         lo, hi = ptr_F[f], ptr_F[f + 1]
         variation = 0.0
@@ -77,3 +66,4 @@ def _total_variation(ptr_F, token_Q, value_Q, start_N, end_N, variation_F, slope
                 slope += np.sign(v - after)
             slope_Q[q] = slope
         variation_F[f] = variation
+    return variation_F, slope_Q

@@ -1,10 +1,11 @@
 """InfoNCE between matched tokens, dense and from the active pairs alone.
 
-Shape legend: F latents, N flat tokens, Q active pairs sorted by latent, A matched token pairs, E the active pairs of
-A tokens.
+Shape legend: B rows, L positions, F latents, N = B * L flat tokens, Q active pairs sorted by latent, A matched token
+pairs, E the active pairs of A tokens.
 """
 
-from typing import NamedTuple
+from abc import abstractmethod
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +13,54 @@ from numba import njit, prange
 from torch import Tensor
 
 from legato.sae.kernels.pairs import PairsByLatent
-from legato.training.losses.base import Array
+from legato.sae.segments import Segments
+from legato.training.losses.base import NOTHING, Array, SparseLoss, leading_codes
+
+
+class MatchedTokens(SparseLoss):
+    """InfoNCE between the codes of the tokens of drawn pairs. cosine: of codes over their norm, else as they are."""
+
+    temperature: float
+    cosine: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.temperature > 0:
+            raise ValueError(f"temperature {self.temperature} is not positive")
+
+    @abstractmethod
+    def draw(self, layout: Segments, step: int) -> tuple[Array, Array, Array]:
+        """Flat indices of both tokens of each pair (A), and a number: pairs of the same one are no negatives."""
+
+    def loss(self, codes_BLF: Tensor, mask_BL: Tensor, doc_BL: Tensor, step: int = 0) -> Tensor:
+        *sides, doc_A = self.draw(Segments.of(mask_BL, doc_BL), step)
+        codes_NF = leading_codes(codes_BLF, mask_BL, self.slow_fraction).flatten(0, 1)
+        first_AF, second_AF = (codes_NF[token_A] for token_A in sides)
+        if self.cosine:
+            first_AF, second_AF = _unit_rows(first_AF), _unit_rows(second_AF)
+        return info_nce(first_AF, second_AF, doc_A, self.temperature)
+
+    def on_pairs(self, slow: PairsByLatent, layout: Segments, step: int) -> tuple[float, Array]:
+        *tokens, doc_A = self.draw(layout, step)
+        if len(doc_A) == 0:
+            return NOTHING
+        sides = [ActiveRows.of(slow, token_A, len(layout.doc_N)) for token_A in tokens]
+        if self.cosine:
+            norms = [np.sqrt(np.bincount(s.row_E, s.value_E**2, minlength=len(doc_A)))[s.row_E] for s in sides]
+            sides = [s._replace(value_E=s.value_E / norm_E) for s, norm_E in zip(sides, norms, strict=True)]
+        value, *slopes = sparse_info_nce(sides[0], sides[1], doc_A, self.temperature)
+        slope_Q = np.zeros_like(slow.value_Q)
+        for number, (side, slope_E) in enumerate(zip(sides, slopes, strict=True)):
+            if self.cosine:
+                radial_A = np.bincount(side.row_E, side.value_E * slope_E, minlength=len(doc_A))
+                slope_E = (slope_E - radial_A[side.row_E] * side.value_E) / norms[number]
+            np.add.at(slope_Q, side.at_E, slope_E.astype(slope_Q.dtype))  # a token may be drawn more than once
+        return value, slope_Q
+
+
+def _unit_rows(codes_AF: Tensor) -> Tensor:
+    """Rows over their norm; the square is floored before the root, so that an empty row has gradient 0 and not NaN."""
+    return codes_AF / codes_AF.square().sum(-1, keepdim=True).clamp_min(1e-24).sqrt()
 
 
 def info_nce(first_AF: Tensor, second_AF: Tensor, doc_A: Array, temperature: float) -> Tensor:
@@ -42,8 +90,12 @@ class ActiveRows(NamedTuple):
     def of(cls, order: PairsByLatent, token_A: Array, n_tokens: int) -> "ActiveRows":
         by_token_A = np.argsort(token_A, kind="stable")  # a token may be drawn more than once
         ptr_N = np.searchsorted(token_A[by_token_A], np.arange(n_tokens + 1))
-        ptr_F, row_E, at_E = _active_rows(order.ptr_F, order.token_Q, ptr_N, by_token_A)
-        return cls(ptr_F, row_E, at_E, order.value_Q[at_E].astype(np.float64))
+        first_Q = ptr_N[order.token_Q]
+        count_Q = ptr_N[order.token_Q + 1] - first_Q
+        start_Q = np.concatenate([[0], np.cumsum(count_Q)])
+        at_E = np.repeat(np.arange(len(count_Q)), count_Q)
+        row_E = by_token_A[first_Q[at_E] + np.arange(len(at_E)) - start_Q[at_E]]
+        return cls(start_Q[order.ptr_F], row_E, at_E, order.value_Q[at_E].astype(np.float64))
 
 
 def sparse_info_nce(
@@ -63,27 +115,6 @@ def sparse_info_nce(
         _pull_back(rows.ptr_F, rows.row_E, others.ptr_F, others.row_E, others.value_E, g_AA, slope_E)
         slopes.append(slope_E)
     return float(entropy_A.mean()) / 2, slopes[0], slopes[1]
-
-
-@njit(cache=True)
-def _active_rows(ptr_F, token_Q, ptr_N, row_A):
-    """ptr_N, row_A: the rows that show token n are row_A[ptr_N[n]:ptr_N[n+1]]."""
-    n_entries = 0
-    for q in range(ptr_F[-1]):
-        n_entries += ptr_N[token_Q[q] + 1] - ptr_N[token_Q[q]]
-    ptr = np.empty(ptr_F.shape[0], np.int64)
-    row = np.empty(n_entries, np.int64)
-    at = np.empty(n_entries, np.int64)
-    e = 0
-    for f in range(ptr_F.shape[0] - 1):
-        ptr[f] = e
-        for q in range(ptr_F[f], ptr_F[f + 1]):
-            for a in range(ptr_N[token_Q[q]], ptr_N[token_Q[q] + 1]):
-                row[e] = row_A[a]
-                at[e] = q
-                e += 1
-    ptr[-1] = e
-    return ptr, row, at
 
 
 @njit(cache=True)

@@ -12,21 +12,13 @@ from torch import Tensor
 
 from legato.sae.kernels.pairs import PairsByLatent
 from legato.sae.segments import Segments
-from legato.training.losses.base import (
-    VARIES,
-    TemporalLoss,
-    TermValue,
-    check_fraction,
-    for_all_pairs,
-    leading_codes,
-    leading_pairs,
-)
+from legato.training.losses.base import NOTHING, VARIES, Array, SparseLoss, leading_codes
 
 _PARTS = 64  # of the latents, for threads to share; the result does not depend on it
 
 
 @dataclass(frozen=True)
-class PositionPenalty(TemporalLoss):
+class PositionPenalty(SparseLoss):
     """Mean over latents of the share of a latent's variance in the batch that its position in the row explains.
 
     Epsilon squared (Kelley 1935), as the metric `eta2` has it: (SSB - (G - 1) MSW) / SST for G positions, so 0 on
@@ -38,9 +30,6 @@ class PositionPenalty(TemporalLoss):
     coefficient: float
     slow_fraction: float = 1.0
     name: str = "position_penalty"
-
-    def __post_init__(self) -> None:
-        check_fraction(self.slow_fraction)
 
     def loss(self, codes_BLF: Tensor, mask_BL: Tensor, doc_BL: Tensor, step: int = 0) -> Tensor:
         codes_BLF = leading_codes(codes_BLF, mask_BL, self.slow_fraction)
@@ -57,20 +46,17 @@ class PositionPenalty(TemporalLoss):
             return codes_BLF.sum() * 0
         return _corrected((between_F[varies_F] / total_F[varies_F]).mean(), n, groups)
 
-    def sparse(self, order: PairsByLatent, layout: Segments, step: int) -> TermValue:
-        slow = leading_pairs(order, self.slow_fraction)
+    def on_pairs(self, slow: PairsByLatent, layout: Segments, step: int) -> tuple[float, Array]:
         count_L = layout.valid_N.reshape(-1, layout.length).sum(0)
         n, groups = int(count_L.sum()), int((count_L > 0).sum())
         if n <= groups:
-            return TermValue(0.0, np.zeros_like(order.value_Q))
-        share_F = np.empty(len(slow.ptr_F) - 1)
-        slope_Q = np.empty(len(slow.token_Q))
-        _between_positions(slow.ptr_F, slow.token_Q, slow.value_Q, count_L, n, _PARTS, share_F, slope_Q)
+            return NOTHING
+        share_F, slope_Q = _between_positions(slow, count_L, n, _PARTS)
         varies_F = share_F >= 0
         if not varies_F.any():
-            return TermValue(0.0, np.zeros_like(order.value_Q))
+            return NOTHING
         slope_Q *= (n - 1) / (n - groups) / varies_F.sum()
-        return TermValue(_corrected(float(share_F[varies_F].mean()), n, groups), for_all_pairs(order, slope_Q))
+        return _corrected(float(share_F[varies_F].mean()), n, groups), slope_Q
 
 
 def _corrected(eta2, n: int, groups: int):
@@ -79,8 +65,10 @@ def _corrected(eta2, n: int, groups: int):
 
 
 @njit(parallel=True, cache=True)
-def _between_positions(ptr_F, token_Q, value_Q, count_L, n, n_parts, share_F, slope_Q):
+def _between_positions(slow, count_L, n, n_parts):
     """share_F: SSB / SST of a latent, -1 where it does not vary; slope_Q: its derivative by the codes."""
+    ptr_F, token_Q, value_Q, _ = slow
+    share_F, slope_Q = np.empty(len(ptr_F) - 1), np.empty(len(token_Q))
     F = ptr_F.shape[0] - 1
     L = count_L.shape[0]
     for part in prange(n_parts):
@@ -107,3 +95,4 @@ def _between_positions(ptr_F, token_Q, value_Q, count_L, n, n_parts, share_F, sl
             for q in range(lo, hi):
                 sum_L[token_Q[q] % L] = 0.0
                 slope_Q[q] = 2 * (slope_Q[q] - mean - share * (value_Q[q] - mean)) / sst if varies else 0.0
+    return share_F, slope_Q

@@ -12,20 +12,11 @@ from torch import Tensor
 
 from legato.sae.kernels.pairs import PairsByLatent
 from legato.sae.segments import Segments
-from legato.training.losses.base import (
-    VARIES,
-    TemporalLoss,
-    TermValue,
-    check_fraction,
-    check_window,
-    for_all_pairs,
-    leading_codes,
-    leading_pairs,
-)
+from legato.training.losses.base import NOTHING, VARIES, Array, SparseLoss, leading_codes
 
 
 @dataclass(frozen=True)
-class Slowness(TemporalLoss):
+class Slowness(SparseLoss):
     """Mean over latents of E(f_{t+lag} - f_t)^2 / (2 Var f), lags 1 .. window - 1: slow feature analysis (Wiskott &
     Sejnowski 2002). About 1 for codes without order, 0 for codes constant inside every run. Scale-free.
 
@@ -39,10 +30,6 @@ class Slowness(TemporalLoss):
     coefficient: float
     slow_fraction: float = 1.0
     name: str = "slowness"
-
-    def __post_init__(self) -> None:
-        check_window(self.window)
-        check_fraction(self.slow_fraction)
 
     def loss(self, codes_BLF: Tensor, mask_BL: Tensor, doc_BL: Tensor, step: int = 0) -> Tensor:
         codes_BLF = leading_codes(codes_BLF, mask_BL, self.slow_fraction)
@@ -62,40 +49,28 @@ class Slowness(TemporalLoss):
             return codes_BLF.sum() * 0
         return (squared_F[varies_F] / (2 * n_pairs * variance_F[varies_F])).mean()
 
-    def sparse(self, order: PairsByLatent, layout: Segments, step: int) -> TermValue:
-        slow = leading_pairs(order, self.slow_fraction)
+    def on_pairs(self, slow: PairsByLatent, layout: Segments, step: int) -> tuple[float, Array]:
         before_N = (np.arange(len(layout.start_N)) - layout.start_N)[layout.valid_N]
         n_pairs = int(np.minimum(before_N, self.window - 1).sum())
         if n_pairs == 0:
-            return TermValue(0.0, np.zeros_like(order.value_Q))
-        ratio_F = np.empty(len(slow.ptr_F) - 1)
-        slope_Q = np.empty(len(slow.token_Q))
-        _slowness(
-            slow.ptr_F,
-            slow.token_Q,
-            slow.value_Q,
-            layout.start_N,
-            layout.end_N,
-            self.window,
-            len(before_N),
-            n_pairs,
-            ratio_F,
-            slope_Q,
-        )
+            return NOTHING
+        ratio_F, slope_Q = _slowness(slow, layout.start_N, layout.end_N, self.window, len(before_N), n_pairs)
         varies_F = ratio_F >= 0
         if not varies_F.any():
-            return TermValue(0.0, np.zeros_like(order.value_Q))
+            return NOTHING
         slope_Q /= varies_F.sum()
-        return TermValue(float(ratio_F[varies_F].mean()), for_all_pairs(order, slope_Q))
+        return float(ratio_F[varies_F].mean()), slope_Q
 
 
 @njit(parallel=True, cache=True)
-def _slowness(ptr_F, token_Q, value_Q, start_N, end_N, window, n_valid, n_pairs, ratio_F, slope_Q):
+def _slowness(slow, start_N, end_N, window, n_valid, n_pairs):
     """ratio_F: a latent's E(difference^2) / (2 Var), -1 where it does not vary; slope_Q: its derivative by the codes.
 
     Sum over pairs of (f_t - f_s)^2 = sum_t f_t (degree_t f_t - near_t): degree_t = partners of t, whether they fire
     or not, near_t = the sum of their codes, a running sum with two pointers from either side.
     """
+    ptr_F, token_Q, value_Q, _ = slow
+    ratio_F, slope_Q = np.empty(len(ptr_F) - 1), np.empty(len(token_Q))
     for f in prange(ptr_F.shape[0] - 1):
         lo, hi = ptr_F[f], ptr_F[f + 1]
         run = -1
@@ -139,3 +114,4 @@ def _slowness(ptr_F, token_Q, value_Q, start_N, end_N, window, n_valid, n_pairs,
         for q in range(lo, hi):
             pull = 2 * (value_Q[q] - mean) / n_valid
             slope_Q[q] = slope_Q[q] / (n_pairs * variance) - ratio / variance * pull
+    return ratio_F, slope_Q

@@ -4,28 +4,23 @@ Source: AI4LIFE-GROUP/temporal-saes, trainers/temporal_sequence_top_k.py at 8dae
 Bhalla et al. 2025 (arXiv 2511.05541). Where the paper has a cosine, a temperature and negatives from other documents,
 the code has none.
 
-Shape legend: B rows, L positions, D width, F latents, N = B * L flat tokens, Q active pairs sorted by latent, A token
-pairs.
+Shape legend: D width, F latents, A token pairs.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from legato.sae.kernels.pairs import PairsByLatent
 from legato.sae.segments import Segments
-from legato.training.losses.base import Array, TemporalLoss, TermValue, check_fraction, leading_codes, leading_pairs
-from legato.training.losses.info_nce import ActiveRows, info_nce, sparse_info_nce
+from legato.training.losses.base import Array
+from legato.training.losses.info_nce import MatchedTokens
 
 
 @dataclass(frozen=True)
-class TsaeContrastive(TemporalLoss):
-    """The contrastive part of `tsae_objective`: symmetric InfoNCE on the raw inner products of the first group's
-    codes, between a token and one drawn evenly from the tokens before it in its run; every other drawn pair is a
-    negative, of the same document or not.
+class TsaeContrastive(MatchedTokens):
+    """The contrastive part of the published objective (tests/published_tsae.py has all of it): symmetric InfoNCE on the
+    raw inner products of the first group's codes, between a token and one drawn evenly from the tokens before it in
+    its run; every other drawn pair is a negative, of the same document or not.
 
     Not scale-free: multiplying the codes by c is the same as dividing the temperature by c^2. The published code runs
     on raw activations x and sums its squared error over D. On x' = s (x - mean), beside a reconstruction loss per
@@ -40,91 +35,10 @@ class TsaeContrastive(TemporalLoss):
     seed: int = 0
     name: str = "tsae"
 
-    def __post_init__(self) -> None:
-        check_fraction(self.slow_fraction)
-        if not self.temperature > 0:
-            raise ValueError(f"temperature {self.temperature} is not positive")
-
-    def loss(self, codes_BLF: Tensor, mask_BL: Tensor, doc_BL: Tensor, step: int = 0) -> Tensor:
-        now_A, before_A = self._pairs(Segments.of(mask_BL, doc_BL), step)
-        codes_NF = leading_codes(codes_BLF, mask_BL, self.slow_fraction).flatten(0, 1)
-        return info_nce(codes_NF[now_A], codes_NF[before_A], np.arange(len(now_A)), self.temperature)
-
-    def sparse(self, order: PairsByLatent, layout: Segments, step: int) -> TermValue:
-        now_A, before_A = self._pairs(layout, step)
-        gradient_Q = np.zeros_like(order.value_Q)
-        if len(now_A) == 0:
-            return TermValue(0.0, gradient_Q)
-        slow = leading_pairs(order, self.slow_fraction)
-        sides = [ActiveRows.of(slow, token_A, len(layout.doc_N)) for token_A in (now_A, before_A)]
-        value, *slopes = sparse_info_nce(sides[0], sides[1], np.arange(len(now_A)), self.temperature)
-        for side, slope_E in zip(sides, slopes, strict=True):
-            np.add.at(gradient_Q, side.at_E, slope_E.astype(gradient_Q.dtype))
-        return TermValue(value, gradient_Q)
-
-    def _pairs(self, layout: Segments, step: int) -> tuple[Array, Array]:
-        """Flat indices of the drawn tokens and of an earlier token of the same run for each."""
+    def draw(self, layout: Segments, step: int) -> tuple[Array, Array, Array]:
+        """Drawn tokens, an earlier token of the same run for each, and the numbers of the pairs."""
         index = np.arange(len(layout.start_N))
         candidates = np.flatnonzero(layout.valid_N & (index > layout.start_N))
         rng = np.random.default_rng((self.seed, step))
         now_A = np.sort(rng.choice(candidates, min(self.anchors, len(candidates)), replace=False))
-        return now_A, rng.integers(layout.start_N[now_A], now_A)
-
-
-def tsae_objective(
-    pair_A2D: Tensor,
-    W_enc_FD: Tensor,
-    b_enc_F: Tensor,
-    W_dec_FD: Tensor,
-    b_dec_D: Tensor,
-    *,
-    k: int,
-    group_fractions: Sequence[float] = (0.2, 0.8),
-    group_weights: Sequence[float] = (0.2, 0.8),
-    temporal_alpha: float = 0.1,
-    auxiliary_alpha: float = 1 / 32,
-    dead_F: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """The published loss as named terms, each already times its coefficient; their sum is minimised.
-
-    pair_A2D: raw activations of A tokens and, at [:, 1], of an earlier token of each one's context. dead_F: bool,
-    latents that did not fire for 10 million tokens. A definition to check other code against: dense, differentiable,
-    no state.
-
-    - codes: relu((x - b_dec) W_enc + b_enc), BatchTopK over the A tokens and, apart, over their A partners;
-    - reconstruction: mean over groups g (not sum) of w_g mean_a ||x_a - xhat_a,g||^2, xhat_g from groups 0 .. g;
-    - contrastive: alpha times symmetric InfoNCE on the raw inner products of group 0;
-    - auxiliary: alpha times ||residual - zhat||^2 over the residual's variance, the residual constant, zhat from each
-      token's min(D / 2, dead) largest dead latents without bias; 0 where that is NaN.
-    """
-    sizes = [int(fraction * len(b_enc_F)) for fraction in group_fractions[:-1]]
-    sizes.append(len(b_enc_F) - sum(sizes))
-    x_AD, before_AD = pair_A2D[:, 0], pair_A2D[:, 1]
-    pre_AF, before_pre_AF = (((x - b_dec_D) @ W_enc_FD.T + b_enc_F).relu() for x in (x_AD, before_AD))
-    groups = _batch_top_k(pre_AF, k).split(sizes, dim=1)
-    before_AG = _batch_top_k(before_pre_AF, k)[:, : sizes[0]]
-
-    xhat_AD = b_dec_D.expand_as(x_AD)
-    errors = []
-    for codes_AG, W_dec_GD, weight in zip(groups, W_dec_FD.split(sizes), group_weights, strict=True):
-        xhat_AD = xhat_AD + codes_AG @ W_dec_GD
-        errors.append(weight * (x_AD - xhat_AD).square().sum(-1).mean())
-    contrastive = info_nce(groups[0], before_AG, np.arange(len(x_AD)), 1.0)
-    auxiliary = torch.zeros(())
-    if dead_F is not None and bool(dead_F.any()):
-        residual_AD = (x_AD - xhat_AD).detach()
-        top = pre_AF[:, dead_F].topk(min(x_AD.shape[1] // 2, int(dead_F.sum())), dim=-1)
-        zhat_AD = torch.einsum("ak,akd->ad", top.values, W_dec_FD[dead_F][top.indices])
-        power = (residual_AD - residual_AD.mean(0)).square().sum(-1).mean()
-        auxiliary = ((residual_AD - zhat_AD).square().sum(-1).mean() / power).nan_to_num(0.0)
-    return {
-        "reconstruction": torch.stack(errors).mean(),
-        "contrastive": temporal_alpha * contrastive,
-        "auxiliary": auxiliary_alpha * auxiliary,
-    }
-
-
-def _batch_top_k(pre_AF: Tensor, k: int) -> Tensor:
-    """The k * A largest entries, the others 0."""
-    top = pre_AF.flatten().topk(k * len(pre_AF))
-    return torch.zeros_like(pre_AF.flatten()).scatter(0, top.indices, top.values).view_as(pre_AF)
+        return now_A, rng.integers(layout.start_N[now_A], now_A), np.arange(len(now_A))

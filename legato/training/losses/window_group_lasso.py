@@ -1,6 +1,7 @@
 """Group lasso over windows: a latent's whole window is on or off."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -9,19 +10,11 @@ from torch import Tensor
 
 from legato.sae.kernels.pairs import PairsByLatent
 from legato.sae.segments import Segments
-from legato.training.losses.base import (
-    TemporalLoss,
-    TermValue,
-    check_fraction,
-    check_window,
-    for_all_pairs,
-    leading_codes,
-    leading_pairs,
-)
+from legato.training.losses.base import Array, SparseLoss, leading_codes
 
 
 @dataclass(frozen=True)
-class WindowGroupLasso(TemporalLoss):
+class WindowGroupLasso(SparseLoss):
     """A sparsity penalty that pays per (latent, window) instead of per (latent, token); it stands in place of L1:
     1/W * mean over valid tokens of the sum over windows and latents of sqrt(sum_{t in window} f_{t,i}^2).
 
@@ -35,10 +28,7 @@ class WindowGroupLasso(TemporalLoss):
     coefficient: float
     slow_fraction: float = 1.0
     name: str = "window_group_lasso"
-
-    def __post_init__(self) -> None:
-        check_window(self.window, least=1)
-        check_fraction(self.slow_fraction)
+    least_window: ClassVar[int] = 1
 
     def loss(self, codes_BLF: Tensor, mask_BL: Tensor, doc_BL: Tensor, step: int = 0) -> Tensor:
         codes_BLF = leading_codes(codes_BLF, mask_BL, self.slow_fraction)
@@ -53,23 +43,22 @@ class WindowGroupLasso(TemporalLoss):
             total = total + square_UF[square_UF > 0].sqrt().sum()
         return total / (self.window * max(1, int(mask_BL.sum())))
 
-    def sparse(self, order: PairsByLatent, layout: Segments, step: int) -> TermValue:
-        slow = leading_pairs(order, self.slow_fraction)
-        norms_F = np.empty(len(slow.ptr_F) - 1)
-        slope_Q = np.empty(len(slow.token_Q))
-        _window_norms(slow.ptr_F, slow.token_Q, slow.value_Q, layout.start_N, self.window, norms_F, slope_Q)
+    def on_pairs(self, slow: PairsByLatent, layout: Segments, step: int) -> tuple[float, Array]:
+        norms_F, slope_Q = _window_norms(slow, layout.start_N, self.window)
         share = 1 / (self.window * max(1, int(layout.valid_N.sum())))
-        return TermValue(share * float(norms_F.sum()), for_all_pairs(order, share * slope_Q))
+        return share * float(norms_F.sum()), share * slope_Q
 
 
 @njit(parallel=True, cache=True)
-def _window_norms(ptr_F, token_Q, value_Q, start_N, window, norms_F, slope_Q):
+def _window_norms(slow, start_N, window):
     """norms_F: sum over windows u of sqrt(S_u), S_u = sum of f_t^2 over the run's tokens t in [u, u + W);
     slope_Q: its derivative f_t * sum_{u: t in window} 1 / sqrt(S_u). O(Q), whatever the window.
 
     As u slides, S_u changes only where a token enters (u = t - W + 1) or leaves (u = t + 1). `inverse` sums 1 /
     sqrt(S_u) so far; a token's share is what it grew by between the token's entering and leaving.
     """
+    ptr_F, token_Q, value_Q, _ = slow
+    norms_F, slope_Q = np.empty(len(ptr_F) - 1), np.empty(len(token_Q))
     for f in prange(ptr_F.shape[0] - 1):
         norms = 0.0
         first = ptr_F[f]
@@ -107,3 +96,4 @@ def _window_norms(ptr_F, token_Q, value_Q, start_N, window, norms_F, slope_Q):
                         square = 0.0
             first = end
         norms_F[f] = norms
+    return norms_F, slope_Q

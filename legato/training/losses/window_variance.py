@@ -11,19 +11,11 @@ from torch import Tensor
 
 from legato.sae.kernels.pairs import PairsByLatent
 from legato.sae.segments import Segments
-from legato.training.losses.base import (
-    TemporalLoss,
-    TermValue,
-    check_fraction,
-    check_window,
-    for_all_pairs,
-    leading_codes,
-    leading_pairs,
-)
+from legato.training.losses.base import NOTHING, Array, SparseLoss, leading_codes
 
 
 @dataclass(frozen=True)
-class WindowVariance(TemporalLoss):
+class WindowVariance(SparseLoss):
     """Variance inside sliding windows relative to power: 1 - sum_w sum_i (mean_w f_i)^2 / sum_w sum_i mean_w f_i^2.
 
     Equals sum over windows (length `window`, stride 1) and latents of Var_window(f_i), divided by the same sum of
@@ -37,16 +29,13 @@ class WindowVariance(TemporalLoss):
     slow_fraction: float = 1.0
     name: str = "window_variance"
 
-    def __post_init__(self) -> None:
-        check_window(self.window)
-        check_fraction(self.slow_fraction)
-
     def loss(self, codes_BLF: Tensor, mask_BL: Tensor, doc_BL: Tensor, step: int = 0) -> Tensor:
         codes_BLF = leading_codes(codes_BLF, mask_BL, self.slow_fraction)
         W = self.window
         if codes_BLF.shape[1] < W:
             return codes_BLF.sum() * 0
-        whole_BU = _whole_windows(mask_BL, doc_BL, W)
+        doc_BUW = doc_BL.unfold(1, W, 1)
+        whole_BU = mask_BL.unfold(1, W, 1).all(-1) & (doc_BUW == doc_BUW[..., :1]).all(-1)
         mean_BUF = codes_BLF.unfold(1, W, 1).mean(-1)
         power_BUF = codes_BLF.square().unfold(1, W, 1).mean(-1)
         numerator = (mean_BUF.square().sum(-1) * whole_BU).sum()
@@ -55,39 +44,29 @@ class WindowVariance(TemporalLoss):
             return codes_BLF.sum() * 0
         return 1 - numerator / denominator
 
-    def sparse(self, order: PairsByLatent, layout: Segments, step: int) -> TermValue:
-        slow = leading_pairs(order, self.slow_fraction)
-        shared_Q = np.empty(len(slow.token_Q))
-        covers_Q = np.empty(len(slow.token_Q))
-        _window_overlaps(
-            slow.ptr_F, slow.token_Q, slow.value_Q, layout.start_N, layout.end_N, self.window, shared_Q, covers_Q
-        )
+    def on_pairs(self, slow: PairsByLatent, layout: Segments, step: int) -> tuple[float, Array]:
+        shared_Q, covers_Q = _window_overlaps(slow, layout.start_N, layout.end_N, self.window)
         f_Q = slow.value_Q.astype(np.float64)
         covered_Q = f_Q * covers_Q
         # Not by `@`: its sums depend on the number of threads, and those of BLAS fight with numba's.
         numerator = float((f_Q * shared_Q).sum()) / self.window**2
         denominator = float((f_Q * covered_Q).sum()) / self.window
         if denominator == 0:
-            return TermValue(0.0, np.zeros_like(order.value_Q))
+            return NOTHING
         covered_Q *= 2 * numerator / (denominator**2 * self.window)
         shared_Q *= 2 / (self.window**2 * denominator)
-        return TermValue(1 - numerator / denominator, for_all_pairs(order, covered_Q - shared_Q))
-
-
-def _whole_windows(mask_BL: Tensor, doc_BL: Tensor, window: int) -> Tensor:
-    """whole_BU: window u = [u, u + window) lies wholly in valid tokens of one document."""
-    valid_BUW = mask_BL.unfold(1, window, 1)
-    doc_BUW = doc_BL.unfold(1, window, 1)
-    return valid_BUW.all(-1) & (doc_BUW == doc_BUW[..., :1]).all(-1)
+        return 1 - numerator / denominator, covered_Q - shared_Q
 
 
 @njit(parallel=True, cache=True)
-def _window_overlaps(ptr_F, token_Q, value_Q, start_N, end_N, window, shared_Q, covers_Q):
+def _window_overlaps(slow, start_N, end_N, window):
     """covers_Q: windows that contain the pair's token; shared_Q: sum over the latent's codes s of f_s times the
     number of windows that contain both tokens. Two running sums with two pointers: O(Q), whatever the window.
 
     In a run [a, b) the windows that contain s <= t start at u in [max(a, t-W+1), min(s, b-W)].
     """
+    ptr_F, token_Q, value_Q, _ = slow
+    shared_Q, covers_Q = np.empty(len(token_Q)), np.empty(len(token_Q))
     for f in prange(ptr_F.shape[0] - 1):
         lo, hi = ptr_F[f], ptr_F[f + 1]
         tail = lo
@@ -132,3 +111,4 @@ def _window_overlaps(ptr_F, token_Q, value_Q, start_N, end_N, window, shared_Q, 
             shared_Q[q] += (newest - a + 1) * plain - weighted
             plain += value_Q[q]
             weighted += value_Q[q] * (max(a, t - window + 1) - a)
+    return shared_Q, covers_Q
