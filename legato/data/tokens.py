@@ -118,7 +118,9 @@ def tokenise(
             is_text_BL[row, text:end] = True
             at = end
 
-    mask_BL = is_text_BL & ~np.isin(tokens_BL, sorted(_special_ids(tokenizer)))
+    # "Unknown" is text, unless it is BOS or EOS too, as in GPT-2.
+    special_ids = set(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - {bos, eos, pad})
+    mask_BL = is_text_BL & ~np.isin(tokens_BL, sorted(special_ids))
     order = np.random.default_rng(seed).permutation(n_rows)
     tokens, mask, doc_of = (torch.from_numpy(array[order]) for array in (tokens_BL, mask_BL, doc_BL))
     return TokenSet(tokens, mask, doc_of, bos=bool(opener))
@@ -162,9 +164,3 @@ def _best_fit(lengths: list[int], room: int, separator: int) -> list[list[int]]:
         rows[row].append(piece)
         rows_by_space[left].append(row)
     return rows
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the ids that are never text. "Unknown" is text, unless it is BOS or EOS too, as in GPT-2."""
-    marks = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    return set(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - marks)

@@ -10,8 +10,7 @@ presets.py         Presets of the experiment: by name, the options that differ f
 recipes.py         The recipes of --temporal by name: changes to the baseline.
 run.py             The whole experiment, one call per stage: `legato run`, and experiment.py.
 run_log.py         Logs of a running stage for people and trackers.
-train.py           Training stage of experiment.py: train the bank in one or several passes, save it, continue after a
-                   stop.
+train.py           Training stage of experiment.py: train the bank in passes, save it, continue after a stop.
 """
 
 from legato.experiment.config import ExperimentConfig

@@ -1,7 +1,6 @@
 """Architectures turn pre-activations into codes: one class each, in a file of its own.
 
-base.py             The base of every architecture: one class for its training, its dense and sparse codes, and its
-                    part of a file.
+base.py             The base of every architecture: its training, dense and sparse codes, and part of a file.
 batchtopk.py        BatchTopK: one budget for all tokens of a batch.
 forward.py          One forward pass of an SAE in training, and the way back.
 gated.py            Gated: one path decides whether a latent is active, another how much.

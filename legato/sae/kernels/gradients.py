@@ -35,8 +35,9 @@ def code_gradients(
 
 
 @njit(parallel=True, cache=True, fastmath=FAST)
-def _add_rows(source_GND, ends_G, ptr_F, token_Q, weight_Q, cuts_T, seeded_F, tangent, unit_FD, out_FD, squared_F):
+def _add_rows(source_GND, ends_G, order, weight_Q, cuts_T, seeded_F, tangent, unit_FD, out_FD, squared_F):
     D = out_FD.shape[1]
+    ptr_F, token_Q, _, _ = order
     for part in prange(cuts_T.shape[0] - 1):
         for f in range(cuts_T[part], cuts_T[part + 1]):
             group = 0
@@ -78,11 +79,8 @@ def add_rows(
     Latents in seeded_F (bool) start from what out_FD holds for them. unit_FD: leave out the part along these rows.
     """
     squared_F = np.empty(out_FD.shape[0])
-    unit = out_FD if unit_FD is None else unit_FD
-    cuts_T, tangent = _shares(order), unit_FD is not None
-    _add_rows(
-        source_GND, ends_G, order.ptr_F, order.token_Q, weight_Q, cuts_T, seeded_F, tangent, unit, out_FD, squared_F
-    )
+    unit, tangent = out_FD if unit_FD is None else unit_FD, unit_FD is not None
+    _add_rows(source_GND, ends_G, order, weight_Q, _shares(order), seeded_F, tangent, unit, out_FD, squared_F)
     return squared_F
 
 

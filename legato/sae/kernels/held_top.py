@@ -9,40 +9,6 @@ from numba import njit, prange
 from legato.sae.kernels.pairs import Array, kth_largest, sort_by_latent
 
 
-@njit(cache=True)
-def _one_run(first, end, ptr_N, latent_P, value_P, n_latents, k, bonus, margin, keep_P):
-    on_since = np.full(n_latents, -2, np.int64)  # the last token at which a latent was on
-    kept_since = np.full(n_latents, -2, np.int64)  # the last one at which it may have been, for all we know
-    for t in range(first, end):
-        lo, hi = ptr_N[t], ptr_N[t + 1]
-        score = value_P[lo:hi].copy()
-        for p in range(lo, hi):
-            if on_since[latent_P[p]] == t - 1:
-                score[p - lo] *= bonus
-        cut = score.dtype.type(0)
-        room = hi - lo
-        if hi - lo > k:
-            cut = kth_largest(score, k)
-            room = k
-            for p in range(lo, hi):
-                room -= score[p - lo] > cut
-        for p in range(lo, hi):
-            latent = latent_P[p]
-            on = score[p - lo] > cut
-            if score[p - lo] == cut and cut > 0 and room > 0:
-                on = True
-                room -= 1
-            keep = on
-            if margin < 1:
-                most = value_P[p] * bonus if kept_since[latent] == t - 1 else score[p - lo]
-                keep = on or most >= margin * cut
-            keep_P[p] = keep and value_P[p] > 0
-            if on:
-                on_since[latent] = t
-            if keep_P[p]:
-                kept_since[latent] = t
-
-
 @njit(parallel=True, cache=True)
 def held_top(
     start_N: Array,
@@ -67,7 +33,36 @@ def held_top(
     bonus, share = value_P.dtype.type(1 / release), value_P.dtype.type(margin)
     keep_P = np.zeros(len(value_P), np.bool_)
     for r in prange(first_R.shape[0]):
-        _one_run(first_R[r], end_N[first_R[r]], ptr_N, latent_P, value_P, n_latents, k, bonus, share, keep_P)
+        on_since = np.full(n_latents, -2, np.int64)  # the last token at which a latent was on
+        kept_since = np.full(n_latents, -2, np.int64)  # the last one at which it may have been, for all we know
+        for t in range(first_R[r], end_N[first_R[r]]):
+            lo, hi = ptr_N[t], ptr_N[t + 1]
+            score = value_P[lo:hi].copy()
+            for p in range(lo, hi):
+                if on_since[latent_P[p]] == t - 1:
+                    score[p - lo] *= bonus
+            cut = score.dtype.type(0)
+            room = hi - lo
+            if hi - lo > k:
+                cut = kth_largest(score, k)
+                room = k
+                for p in range(lo, hi):
+                    room -= score[p - lo] > cut
+            for p in range(lo, hi):
+                latent = latent_P[p]
+                on = score[p - lo] > cut
+                if score[p - lo] == cut and cut > 0 and room > 0:
+                    on = True
+                    room -= 1
+                keep = on
+                if share < 1:
+                    most = value_P[p] * bonus if kept_since[latent] == t - 1 else score[p - lo]
+                    keep = on or most >= share * cut
+                keep_P[p] = keep and value_P[p] > 0
+                if on:
+                    on_since[latent] = t
+                if keep_P[p]:
+                    kept_since[latent] = t
     return keep_P
 
 
