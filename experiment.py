@@ -5,7 +5,7 @@ The same as `legato run`. Its stages, one call each, are read top to bottom in l
 
 import sys
 
-from legato.experiment.run import main
+from legato.experiment.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

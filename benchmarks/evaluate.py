@@ -135,7 +135,7 @@ def ours(chosen: Namespace) -> Callable[[int], Numbers]:
     from legato.data.activations import ActivationStream
     from legato.data.language_model import LanguageModel
     from legato.data.tokens import TokenSet
-    from legato.evaluation.evaluate import evaluate
+    from legato.evaluation.one_pass import evaluate
     from legato.sae.autoencoder import SparseAutoencoder
 
     model = LanguageModel.load(chosen.model, dtype=chosen.dtype)

@@ -147,7 +147,7 @@ def memory_run(chosen: Namespace) -> Callable[[], Measurement]:
     from legato.data.activations import Normaliser
     from legato.data.harvest import harvest
     from legato.data.language_model import LanguageModel
-    from legato.evaluation.evaluate import evaluate
+    from legato.evaluation.one_pass import evaluate
     from legato.training.bank import train_bank
     from legato.training.config import TrainConfig
     from legato.training.step import TrainBatch

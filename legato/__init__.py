@@ -1,8 +1,5 @@
 """Legato: sparse autoencoders whose features hold across the tokens of a text, and the instrument that judges them."""
 
-from legato.common.errors import LegatoError, UsageError
-from legato.evaluation import metrics
-from legato.evaluation.evaluate import evaluate
-from legato.sae.autoencoder import SparseAutoencoder
+import lazy_loader
 
-__all__ = ["LegatoError", "SparseAutoencoder", "UsageError", "evaluate", "metrics"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,230 +1,49 @@
 """The command `legato`: what is done with finished runs and saved SAEs.  legato compare run_1
 
-A subcommand is a record of its options that can be run.
+A subcommand is a record of its options that can be run. Its module is imported when it is called for: `--help` is there
+at once.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Sequence
+from importlib import import_module
 
 import click
-from rich.console import Console
-from rich.table import Table
 
-from legato.common.command import Interrupts
-from legato.common.command_line import CONTEXT, DEBUG, Command, Task, call
-from legato.common.errors import UsageError
-from legato.common.progress import log
-from legato.common.record import one_of, option, record, words
-from legato.experiment import run as experiment
-from legato.experiment.config import DataConfig, DType, EvaluationConfig, ModelConfig
-from legato.experiment.evaluate_saved import SAID, Evaluate, EvaluateConfig, Place, harvest_rows, named, read_rows
-from legato.experiment.inputs import load_model
-from legato.interop.saebench_evals import EVALS, start
-from legato.report.build import build_outputs
-from legato.report.runs.page import write_comparison
-from legato.report.text.matched_tables import legend, tables
-from legato.results.integrity import blame_unverified_files, check_all, rebuilding
-from legato.results.matched.compare import match_methods
-from legato.results.run_dir import write_json
-from legato.results.saved_run import SavedRun
-from legato.sae.autoencoder import EXPORT_FORMATS, SparseAutoencoder, export
-from legato.synthetic.command import Synthetic
+from legato.common.command_line import CONTEXT, DEBUG, Command, call
 
-_SAE = "a saved SAE of any format that legato reads: a folder or file, or on the hub owner/name[/folder]"
+COMMANDS = {  # name: (module, its record or command, what it does, as its docstring says)
+    "check": ("report.commands", "Check", "Tell whether a run's files are as it wrote them."),
+    "compare": ("report.commands", "Compare", "Set methods side by side at the baseline's L0 and FVU."),
+    "evaluate": ("experiment.evaluate_saved", "Evaluate", "Judge saved SAEs on a model and a text."),
+    "export": ("experiment.exchange", "Export", "Write an SAE in another tool's format."),
+    "import": ("experiment.exchange", "Import", "Save another tool's SAE, or one of the hub, as Legato's."),
+    "report": ("report.commands", "Report", "Build a run's tables, figures, notes and report again."),
+    "run": ("experiment.command", "COMMAND", "Train SAEs on a model's activations, and judge them."),
+    "saebench": ("experiment.exchange", "SAEBench", "Run sae-bench itself on a saved SAE."),
+    "synthetic": ("synthetic.command", "Synthetic", "Train and judge SAEs where the truth is known."),
+}
 
 
-@record
-class Check(Task):
-    """Tell whether a run's files are as it wrote them."""
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
 
-    runs: tuple[Path, ...] = words("folders of finished runs", "RUN")
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute, _ = COMMANDS[cmd_name]
+        found = getattr(import_module(f"legato.{module}"), attribute)
+        return found if isinstance(found, click.Command) else Command.of(cmd_name, found)
 
-    def run(self, interrupts: Interrupts) -> None:
-        with blame_unverified_files(self.runs):
-            for path in self.runs:
-                log(f"{path}: {check_all(path)} files are as the run wrote them")
-
-
-@record
-class Compare(Task):
-    """Set methods side by side at the baseline's L0 and FVU."""
-
-    runs: tuple[Path, ...] = words("run folders made with the same settings", "RUN")
-    out: Path | None = option(None, "file for the numbers (default: matched.json in the run, none for several runs)")
-
-    def run(self, interrupts: Interrupts) -> None:
-        with blame_unverified_files(self.runs):
-            runs = [SavedRun.open(path) for path in self.runs]
-            matched = match_methods(runs)
-            if not matched["methods"]:
-                raise UsageError(f"{', '.join(matched['runs'])}: there is nothing to compare but the baseline")
-            console = Console()
-            for found in tables(matched):
-                table = Table(title=found.title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-                for number, heading in enumerate(found.headings):
-                    table.add_column(heading, justify="right" if number else "left", no_wrap=number > 0)
-                for row in found.rows:
-                    table.add_row(*row)
-                console.print(table)
-                console.print()
-            for sentence in legend(matched):
-                console.print(f"- {sentence}", highlight=False, markup=False)
-            out = self.out or (runs[0].path / "matched.json" if len(runs) == 1 else None)
-            if out is not None:
-                with _writing(out), rebuilding(out.parent, [out.name]):
-                    write_json(out, matched)
-                console.print(f"\nnumbers: {out}", highlight=False, markup=False)
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, _, text) in COMMANDS.items()])
 
 
-@record
-class Report(Task):
-    """Build a run's tables, figures, notes and report again."""
-
-    runs: tuple[Path, ...] = words("run folders with a metrics.json", "RUN")
-    out: Path = option(Path("figures"), "folder for comparison.html and its figures (several runs)")
-
-    def run(self, interrupts: Interrupts) -> None:
-        with blame_unverified_files(self.runs):
-            runs = {path: SavedRun.open(path) for path in self.runs}
-            for path, run in runs.items():
-                with _writing(path), rebuilding(path):
-                    print(build_outputs(run).report)
-            if len(runs) > 1:
-                names = [path.name for path in runs]
-                labels = {path.name if names.count(path.name) == 1 else str(path): run for path, run in runs.items()}
-                with _writing(self.out):
-                    for figure in write_comparison(labels, self.out).values():
-                        print(figure)
-
-
-@contextmanager
-def _writing(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(f"{target} cannot be written ({error.strerror}): choose another place") from error
-
-
-@record
-class SAEBench(Task):
-    """Run sae-bench itself on a saved SAE."""
-
-    sae: str = words("a saved SAE of any format that legato reads", "[NAME=]SAE")
-    eval: Annotated[str, one_of("core", *EVALS)] = option(
-        "core", f"core takes any model and text, the others their own: {', '.join(EVALS)}"
-    )
-    model: str | None = option(None, f"core: hub id, folder or 'demo'; others: TransformerLens' name {SAID}")
-    layer: int | None = option(None, f"decoder layer, from 0 {SAID}", ge=0)
-    dataset: str | None = option(None, "core: 'demo', a file, a folder or a hub id (default: the SAE's, or demo)")
-    text_column: str = option("text", "core: column that holds the text")
-    context_length: int = option(128, "core: tokens per context", ge=8)
-    rows: int = option(64, "core: contexts, in batches of 16", ge=2)
-    held_out: float | None = option(
-        None, "core: judge on the documents that this share holds out (default: all)", gt=0, lt=1
-    )
-    dtype: DType = option("float32", "core: dtype of the model")
-    out: Path = option(Path("eval_results"), "folder for sae-bench's file")
-
-    def run(self, interrupts: Interrupts) -> None:
-        if find_spec("sae_bench") is None:
-            raise UsageError(
-                "sae-bench is not installed here, and pins older versions of other packages: make an environment with "
-                "`pip install legato-sae sae-bench` and run this there"
-            )
-        from legato.interop.saebench_wrapper import LegatoSAE, run_core
-
-        ((name, (source, _)),) = named([self.sae]).items()
-        sae = SparseAutoencoder.load(source)
-        model_name, place = self.model or sae.details.get("model"), sae.place() if self.layer is None else None
-        layer, site = (self.layer, sae.details.get("site") or "resid_post") if place is None else place
-        if model_name is None or layer is None:
-            what = "model" if model_name is None else "layer"
-            raise UsageError(f"{name} does not say which {what} it reads: add --{what}")
-        if self.eval != "core":
-            if site != "resid_post":
-                raise UsageError(f"sae-bench's {self.eval} reads resid_post, {name} reads {site}")
-            start(self.eval, LegatoSAE(sae, model_name, layer), name, model_name, self.out)
-            log(f"results: {self.out}/")
-            return
-        dataset = self.dataset or sae.details.get("dataset") or "demo"
-        config = EvaluateConfig(
-            {name: source},
-            ModelConfig(model_name, layer, site, self.dtype),
-            DataConfig(dataset, self.text_column, self.context_length),
-            self.held_out,
-            EvaluationConfig(self.rows, controls=()),
-        )
-        model = load_model(config.model, config.data.context_length, splice=True)
-        tokens = read_rows(config, {name: sae}, model)
-        path = run_core(
-            sae, model, tokens, layer=layer, site=site, out=self.out, release="legato", name=name, dataset=dataset
-        )
-        log(f"results: {path}")
-
-
-@record
-class Import(Task):
-    """Save another tool's SAE, or one of the hub, as Legato's."""
-
-    sae: str = words(_SAE, "SAE")
-    out: Path = words("where to save it, as a SAELens folder", "FOLDER")
-
-    def run(self, interrupts: Interrupts) -> None:
-        sae = SparseAutoencoder.load(self.sae)
-        log(f"{_described(sae)}\nsaved: {sae.save(self.out)}")
-
-
-@record
-class Export(Place, Task):
-    """Write an SAE in another tool's format."""
-
-    sae: str = words(_SAE, "SAE")
-    to: Annotated[str, one_of(*EXPORT_FORMATS)] = option(
-        ..., f"the tool whose format to write: {', '.join(EXPORT_FORMATS)}"
-    )
-    out: Path = option(..., "the folder to write, or the file for safetensors")
-    stateless: bool = option(
-        False,
-        "write a topk or jumprelu approximation of an SAE with state along the sequence, with the same L0, and say by "
-        "how much it differs; the options of the model and the text say on which activations",
-    )
-
-    def run(self, interrupts: Interrupts) -> None:
-        sae = self._stateless() if self.stateless else SparseAutoencoder.load(self.sae)
-        path = export(sae, self.out, self.to)
-        log(f"{_described(sae)}\nsaved as {self.to}: {path}")
-
-    def _stateless(self) -> SparseAutoencoder:
-        saes, config = self.opened([self.sae])
-        (sae,) = saes.values()
-        model = load_model(config.model, config.data.context_length, splice=False)
-        activations = harvest_rows(config, model, read_rows(config, saes, model)).held_out
-        plain = sae.stateless(activations.read_rows(range(activations.n_rows)))
-        differs = plain.details["stateless"]
-        log(
-            f"without its state, on {differs['tokens']:,} tokens: FVU {differs['fvu']:.4f} "
-            f"({differs['fvu_with_state']:.4f} with it), L0 {differs['l0']:.1f} for both, "
-            f"{differs['same_pairs']:.0%} of the active pairs in common"
-        )
-        return plain
-
-
-def _described(sae: SparseAutoencoder) -> str:
-    known = {"source": "of", "model": "on", "layer": "layer", "module_path": "at"}
-    details = {**sae.details, "source": (sae.details.get("source") or {}).get("format")}
-    said = [f"{word} {details[key]}" for key, word in known.items() if details.get(key) is not None]
-    return ", ".join([f"{sae.architecture.name} SAE, width {sae.d_in}, {sae.d_sae:,} latents", *said])
-
-
-TASKS: tuple[type[Task], ...] = (Check, Compare, Evaluate, Export, Import, Report, SAEBench, Synthetic)
-COMMANDS = click.Group(
+_LEGATO = _Commands(
     "legato",
     help="Train SAEs that hold across tokens; judge, compare and report SAEs and runs.",
-    commands=[*(Command.of(task.__name__.lower(), task) for task in TASKS), experiment.COMMAND],
     params=[DEBUG],
     context_settings=CONTEXT,
     no_args_is_help=False,
@@ -232,7 +51,7 @@ COMMANDS = click.Group(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return call(COMMANDS, arguments, "legato")
+    return call(_LEGATO, arguments, "legato")
 
 
 if __name__ == "__main__":

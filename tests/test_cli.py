@@ -66,7 +66,8 @@ def test_report_builds_everything_of_a_run_again(run, capsys, tmp_path, monkeypa
     assert "At the baseline's sparsity and reconstruction" in (run / "notes.txt").read_text()
 
     labels: list[str] = []
-    monkeypatch.setattr("legato.cli.write_comparison", lambda runs, out: labels.extend(runs) or {"a": out / "a.png"})
+    written = lambda runs, out: labels.extend(runs) or {"a": out / "a.png"}  # noqa: E731
+    monkeypatch.setattr("legato.report.commands.write_comparison", written)
     other = write_synthetic_run(tmp_path / "b" / "run_1", named=("contrastive",))
     assert main(["report", str(run), str(other), "--out", "somewhere"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "somewhere/a.png"
@@ -91,7 +92,7 @@ def test_debug_shows_where_it_happened(tmp_path):
         main(["--debug", "compare", str(tmp_path)])
 
 
-@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS.commands)])
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
 def test_help(command, capsys):
     assert main([*command, "--help"]) == 0
     shown = capsys.readouterr().out

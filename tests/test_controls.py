@@ -14,7 +14,7 @@ from legato.evaluation.controls import (
     smoothed,
     with_hysteresis,
 )
-from legato.evaluation.evaluate import evaluate
+from legato.evaluation.one_pass import evaluate
 from legato.sae.architectures import Hysteresis, HysteresisTopK, JumpReLU, TopK
 from legato.sae.autoencoder import SparseAutoencoder
 from legato.sae.codes import SparseCodes

@@ -15,8 +15,8 @@ from legato.data.activations import ActivationBatch
 from legato.evaluation.core import splice
 from legato.evaluation.core.reconstruction import InputSums, ReconstructionSums, SpliceSums, TokenErrors, splice_metrics
 from legato.evaluation.core.splice import TokenLosses, splice_losses
-from legato.evaluation.evaluate import evaluate
 from legato.evaluation.latents.table import read_features, write_features
+from legato.evaluation.one_pass import evaluate
 from legato.evaluation.sae_sums import SAESums
 from legato.sae.architectures import TopK
 from legato.sae.autoencoder import SparseAutoencoder

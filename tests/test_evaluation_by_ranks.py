@@ -20,7 +20,7 @@ from legato.common import distributed
 from legato.common.errors import LegatoError
 from legato.data.activations import ActivationBatch
 from legato.data.language_model import LanguageModel
-from legato.evaluation.evaluate import evaluate
+from legato.evaluation.one_pass import evaluate
 from legato.report import build
 from legato.sae.architectures import Hysteresis, JumpReLU
 from legato.sae.autoencoder import SparseAutoencoder

@@ -12,9 +12,9 @@ from small_experiment import experiment_main, zero_parameters
 from legato.cli import main
 from legato.common.errors import UsageError
 from legato.data.language_model import LanguageModel
+from legato.experiment.command import Experiment
 from legato.experiment.config import ExperimentConfig
 from legato.experiment.inputs import read_text
-from legato.experiment.run import Experiment
 
 
 @pytest.mark.parametrize(

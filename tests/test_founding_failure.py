@@ -12,7 +12,7 @@ from small_experiment import zero_parameters
 from legato.common.errors import LegatoError
 from legato.common.hardware import fast_matmul_dtype
 from legato.data.activations import ActivationBatch
-from legato.evaluation.evaluate import evaluate
+from legato.evaluation.one_pass import evaluate
 from legato.results.run_dir import RunDir
 from legato.sae.architectures import BatchTopK, Hysteresis, ReLU, TopK
 from legato.sae.autoencoder import SparseAutoencoder

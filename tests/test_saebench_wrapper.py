@@ -48,7 +48,7 @@ def test_what_is_absent_is_named(monkeypatch, tmp_path):
 
 
 def test_without_sae_bench_the_command_says_what_to_do(monkeypatch, capsys):
-    monkeypatch.setattr("legato.cli.find_spec", lambda name: None)
+    monkeypatch.setattr("legato.experiment.exchange.find_spec", lambda name: None)
     assert main(["saebench", "anywhere"]) == 2
     assert "pip install legato-sae sae-bench" in capsys.readouterr().err
 

@@ -14,8 +14,7 @@ from types import FrameType
 
 from safetensors import SafetensorError
 
-from legato.common.distributed import SaidElsewhereError
-from legato.common.errors import LegatoError, UsageError
+from legato.common.errors import LegatoError, SaidElsewhereError, UsageError
 
 # Words of torch's allocators and the system for it, in a plain RuntimeError.
 _NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory")

@@ -11,7 +11,6 @@ from typing import ClassVar
 import click
 from pydantic.fields import FieldInfo
 
-from legato.common import distributed
 from legato.common.command import Interrupts, run_command
 from legato.common.errors import UsageError
 from legato.common.record import as_flag, fields_of
@@ -103,6 +102,8 @@ def call(command: click.Command, arguments: Sequence[str] | None, program: str) 
 
 
 def _refused(text: str) -> int:
-    if distributed.is_rank0():
+    from legato.common.distributed import is_rank0  # and with it torch
+
+    if is_rank0():
         print(f"error: {text}", file=sys.stderr)
     return 2

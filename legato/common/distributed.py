@@ -17,7 +17,7 @@ import numba
 import torch
 import torch.distributed as dist
 
-from legato.common.errors import LegatoError, UsageError
+from legato.common.errors import LegatoError, SaidElsewhereError, UsageError
 
 T = TypeVar("T")
 PATIENCE = "LEGATO_PATIENCE_SECONDS"  # how long ranks wait for each other
@@ -26,10 +26,6 @@ DEFAULT_PATIENCE_SECONDS = 3600.0
 
 class RankLostError(LegatoError):
     """Another rank was killed, failed or hangs."""
-
-
-class SaidElsewhereError(LegatoError):
-    """The writer has failed and printed the error: the others stop without a message."""
 
 
 def rank() -> int:

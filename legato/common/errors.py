@@ -17,3 +17,7 @@ def one_line(error: Exception) -> str:
     """Shorten the message of a library's error to a part of one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+class SaidElsewhereError(LegatoError):
+    """The writer has failed and printed the error: the others stop without a message."""

@@ -12,14 +12,16 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from legato.common.errors import UsageError
 from legato.data.sites import CENTRED, INPUT, SITES, Site, hidden_of, subtracts_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NORMALISED = re.compile(r"(ln[12])\.hook_normalized")  # in TransformerLens' words: before the norm's gain and bias
 TOLERANCE = 1e-5  # of the residual stream's norm, in float32
@@ -273,7 +275,7 @@ def _named(name: str, layer: int, trace: LayerTrace) -> Site:
     return found
 
 
-def find_layers(model: PreTrainedModel, n_layers: int, name: str) -> tuple[str, nn.ModuleList, nn.Module]:
+def find_layers(model: "PreTrainedModel", n_layers: int, name: str) -> tuple[str, nn.ModuleList, nn.Module]:
     """Find the path and list of the decoder layers, the shallowest of that many modules, and what takes the tokens."""
     text_decoder = model.get_decoder()  # not the encoder of images, which may have as many layers
     for root in (text_decoder, model):

@@ -5,6 +5,7 @@ Shape legend: B rows (contexts), L positions, D model width, N flat tokens, V vo
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +14,10 @@ from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from inspect import signature
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from legato.common.errors import LegatoError, UsageError, one_line
 from legato.common.hardware import fast_float32
@@ -27,10 +27,13 @@ from legato.data.find_site import LayerTrace, find_layers, find_site, trace_laye
 from legato.data.model_files import located, quiet_loading, usable_device, usable_dtype
 from legato.data.sites import Site, hidden_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 Positions = Literal["absolute", "relative", "fixed"]
 CHECK_TOKENS = 8
 # What configurations call the number that the logits are multiplied by, and the number that they are divided by.
-LOGIT_SCALES, LOGIT_DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)
+LOGIT_SCALES, LOGIT_DIVISOR = ("logit_scale", "lm_head_multiplier"), "logits_scaling"
 
 
 class LanguageModel:
@@ -41,7 +44,7 @@ class LanguageModel:
     bos_token_id: None where the tokenizer has none. special_token_ids: ids that are not text.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
@@ -54,10 +57,8 @@ class LanguageModel:
         self.special_token_ids: set[int] = set(tokenizer.all_special_ids)
         self._text_config = text_config
         self._logit_softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
-        self._logit_scale = 1.0
-        for names, power in ((LOGIT_SCALES, 1), (LOGIT_DIVISORS, -1)):
-            for scale in (getattr(text_config, scale_name, None) for scale_name in names):
-                self._logit_scale *= scale**power if scale else 1
+        scales = [getattr(text_config, key, None) or 1.0 for key in LOGIT_SCALES]
+        self._logit_scale = math.prod(scales) / (getattr(text_config, LOGIT_DIVISOR, None) or 1.0)
         self._layers_path, self._layers, self._decoder = find_layers(model, self.n_layers, name)
         self._sites: dict[tuple[int, str], Site] = {}
         self._checked_restarts: set[tuple[int, str]] = set()
@@ -75,6 +76,8 @@ class LanguageModel:
         torch_device = usable_device(device)
         torch_dtype = usable_dtype(dtype, torch_device)
         source, is_offline = located(model)
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # seconds, which a mistyped name need not cost
+
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": is_offline}
         with quiet_loading():
             try:
@@ -123,7 +126,7 @@ class LanguageModel:
                 raise UsageError(f"{self.name}: {error}") from None
             if value.shape[:-1] != tokens_BL.shape:
                 raise UsageError(
-                    f"{self.name}: {found} hands out {[*value.shape]}, not one vector a token: it cannot be read"
+                    f"{self.name}: {found} hands out {[*value.shape]}, not one vector a token, and is not read"
                 )
             self._sites[layer, site] = replace(found, width=value.shape[-1], dtype=value.dtype)
         return self._sites[layer, site]

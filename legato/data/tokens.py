@@ -7,14 +7,17 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from legato.common.errors import UsageError
 from legato.data.documents import Document
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PAD_DOCUMENT = -1
 _DOCUMENTS_PER_CALL = 64  # a fast tokenizer spreads a batch over its threads
@@ -59,7 +62,7 @@ class TokenSet:
 
 def tokenise(
     documents: Iterable[Document],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     *,
     context_length: int,
     max_tokens: int | None = None,
@@ -127,7 +130,7 @@ def tokenise(
 
 
 def _encoded(
-    documents: list[Document], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None, seed: int
+    documents: list[Document], tokenizer: "PreTrainedTokenizerBase", max_tokens: int | None, seed: int
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (index, token ids) of the documents in shuffled order, up to max_tokens, without empty ones."""
     order = np.random.default_rng(seed).permutation(len(documents)).tolist()

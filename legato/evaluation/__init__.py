@@ -1,7 +1,7 @@
 """The measuring instrument: judge any SAE in one pass over held-out activations.
 
 controls.py      Controls: trained SAEs whose codes are changed afterwards, without training.
-evaluate.py      Judge every SAE of a bank in one pass over held-out activations.
+one_pass.py      Judge every SAE of a bank in one pass over held-out activations.
 metrics.py       Metrics as pure functions on dense codes, by the same code that judges SAEs in `legato.evaluate`.
 sae_sums.py      All sums about one SAE, and the adding of a batch to them.
 consistency/     Section `consistency`: how long latents stay on, with intervals.
@@ -13,7 +13,6 @@ specialisation/  Section `specialisation`: kinds of latents.
 sums/            Sums that all sections share.
 """
 
-from legato.evaluation import metrics
-from legato.evaluation.evaluate import evaluate
+import lazy_loader
 
-__all__ = ["evaluate", "metrics"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -13,8 +13,6 @@ run_log.py         Logs of a running stage for people and trackers.
 train.py           Training stage of experiment.py: train the bank in passes, save it, continue after a stop.
 """
 
-from legato.experiment.config import ExperimentConfig
-from legato.experiment.evaluate import evaluate_arms
-from legato.experiment.train import train_arms
+import lazy_loader
 
-__all__ = ["ExperimentConfig", "evaluate_arms", "train_arms"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

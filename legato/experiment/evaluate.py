@@ -16,11 +16,11 @@ from legato.data.activations import position_shuffled
 from legato.data.language_model import LanguageModel
 from legato.data.tokens import TokenSet
 from legato.evaluation.controls import Control, post_hoc_control
-from legato.evaluation.evaluate import evaluate
 from legato.evaluation.latents.examples import shown, write_strips, write_text
 from legato.evaluation.latents.logits import top_and_bottom_logits
 from legato.evaluation.latents.neighbours import OtherSAE
 from legato.evaluation.latents.table import write_features
+from legato.evaluation.one_pass import evaluate
 from legato.evaluation.position.shift_test import SHIFTS, offset_test
 from legato.evaluation.redundancy.pairs import redundancy
 from legato.evaluation.redundancy.table import write_redundancy

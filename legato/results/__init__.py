@@ -13,7 +13,6 @@ tolerances.py      Tolerance within which two SAEs count as equal in cost, for a
 matched/           Methods at equal L0 and FVU.
 """
 
-from legato.results.run_dir import RunDir
-from legato.results.saved_run import SavedRun
+import lazy_loader
 
-__all__ = ["RunDir", "SavedRun"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -11,9 +11,6 @@ formats/        Saved SAEs of other tools and of Legato, read and written.
 kernels/        Everything in numba that encoding and training need.
 """
 
-from legato.sae.autoencoder import SparseAutoencoder
-from legato.sae.codes import SparseCodes
-from legato.sae.protocol import EvaluableSAE
-from legato.sae.segments import Segments
+import lazy_loader
 
-__all__ = ["EvaluableSAE", "Segments", "SparseAutoencoder", "SparseCodes"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -24,24 +24,6 @@ be compared with `.sources.planted(length)`. An SAE from elsewhere: `Judgement.o
 activation source like a store, so `train_bank` and `legato.evaluate` take it directly.
 """
 
-from legato.synthetic.bed import Bed, BedConfig
-from legato.synthetic.command import Synthetic
-from legato.synthetic.recovery import Match, code_correlation, decoder_cosine
-from legato.synthetic.sources import FAMILIES, Family, Sources
-from legato.synthetic.study import Judgement, StudyConfig, study, train_on
+import lazy_loader
 
-__all__ = [
-    "FAMILIES",
-    "Bed",
-    "BedConfig",
-    "Family",
-    "Judgement",
-    "Match",
-    "Sources",
-    "StudyConfig",
-    "Synthetic",
-    "code_correlation",
-    "decoder_cosine",
-    "study",
-    "train_on",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -7,7 +7,6 @@ trainer.py  One SAE of a bank in training: its weights, optimiser, learning rate
 losses/     Temporal consistency terms: what makes a latent hold across the tokens of a sequence.
 """
 
-from legato.training.bank import train_bank
-from legato.training.config import SAEConfig, TrainConfig
+import lazy_loader
 
-__all__ = ["SAEConfig", "TrainConfig", "train_bank"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
