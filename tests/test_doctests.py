@@ -28,7 +28,7 @@ def test_examples_print_what_they_say(name: str) -> None:
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_functions_have_an_example(name: str) -> None:
     module = import_module(name)
-    public = getattr(module, "__all__", [name.rpartition(".")[2]])
+    public = ["evaluate"] if name.endswith("one_pass") else module.__all__
     found = {each: getattr(module, each) for each in public}
     wanted = {each for each, thing in found.items() if not isinstance(thing, type)}
     if name == "legato.sae":

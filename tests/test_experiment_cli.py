@@ -33,7 +33,7 @@ from legato.experiment.inputs import read_text
         (["--temporal=slow"], "--temporal slow is unknown", "choose one of "),
         (["--grid=2,4"], "--grid 2,4 is not WINDOWSxCOEFFICIENTS", "such as 2,8,32x0.1,1"),
         (["--held_out=1"], "--held_out 1 must be less than", "1"),
-        (["--site=resid"], "--site resid is unknown", "choose one of resid_post"),
+        (["--site=resid"], "unknown site 'resid'", "give resid_post"),
         (["--layer=-1"], "--layer -1 must be greater than or equal to 0", ""),
         (["--layer=4"], "layer 4", "0 to 3"),
         (["--context_length=65"], "--context_length 65 is longer than", "(64)"),

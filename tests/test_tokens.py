@@ -1,5 +1,6 @@
 """Packing: every token once, boundaries marked, no leak between documents."""
 
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -9,13 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.decoders import ByteFallback
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from legato.common.errors import UsageError
 from legato.data.documents import Document, load_documents, split_held_out
-from legato.data.tokens import TokenSet, tokenise
+from legato.data.tokens import TokenSet, token_strings, tokenise
 
 WORDS = [f"w{number}" for number in range(50)]
 
@@ -166,3 +168,24 @@ def test_gpt2_tokenizer_on_real_text(gpt2_mini: Path, corpora: Path) -> None:
     assert (tokens.doc_BL == -1).float().mean() < 0.02, "packing wastes little"
     check(tokenise(held_out, tokenizer, context_length=128), held_out, tokenizer)
     assert not {document.text for document in train} & {document.text for document in held_out}
+
+
+def test_parts_of_characters_are_shown_as_bytes(gpt2_mini: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(gpt2_mini)
+    text = "The 语言 हिन्दी 🦜 caf\u00e9."
+    shown = token_strings(tokenizer, tokenizer(text).input_ids)
+    assert not [piece for piece in shown if "\ufffd" in piece]
+    assert "\\x" in "".join(shown)
+    parts = re.split(r"(\\x[0-9a-f]{2})", "".join(shown))
+    raw = [bytes([int(part[2:], 16)]) if part.startswith("\\x") else part.encode() for part in parts]
+    assert b"".join(raw).decode() == text
+
+
+def test_byte_fallback_tokens_are_shown_as_bytes() -> None:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(
+            BPE({"<unk>": 0, "<0xE8>": 1, "<0xAF>": 2, "a": 3}, [], unk_token="<unk>", byte_fallback=True)
+        )
+    )
+    tokenizer.backend_tokenizer.decoder = ByteFallback()
+    assert token_strings(tokenizer, [1, 2, 3]) == ["\\xe8", "\\xaf", "a"]

@@ -3,12 +3,9 @@
 Shape legend: B rows (contexts), L positions, D model width, N flat tokens, V vocabulary.
 """
 
-import hashlib
-import json
 import math
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -24,7 +21,7 @@ from legato.common.hardware import fast_float32
 from legato.data.fast_layers import MAX_CONTEXT as FUSED_MAX_CONTEXT
 from legato.data.fast_layers import FusedDecoder
 from legato.data.find_site import LayerTrace, find_layers, find_site, trace_layer
-from legato.data.model_files import located, quiet_loading, usable_device, usable_dtype
+from legato.data.model_files import located, quiet_loading, sha256_of_model, usable_device, usable_dtype
 from legato.data.sites import Site, hidden_of
 
 if TYPE_CHECKING:
@@ -131,6 +128,15 @@ class LanguageModel:
             self._sites[layer, site] = replace(found, width=value.shape[-1], dtype=value.dtype)
         return self._sites[layer, site]
 
+    @cached_property
+    def can_unembed(self) -> bool:
+        """Tell whether outputs of the last layer can be turned into logits here, as they are in the model itself."""
+        try:
+            self.check(self.n_layers - 1, "resid_post", splice=True)
+        except UsageError:
+            return False
+        return True
+
     def check(self, layer: int, site: str, *, splice: bool) -> None:
         """Try all that an experiment does at a place on a few tokens: read it, and with splice also put it back.
 
@@ -146,6 +152,10 @@ class LanguageModel:
     def fingerprint(self) -> str:
         """Return the SHA-256 over configuration and every weight: the same model gives the same activations."""
         return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return sha256_of_model(self.model)
 
     @torch.no_grad()
     @fast_float32()
@@ -209,23 +219,6 @@ class LanguageModel:
         return logits_NV
 
     @cached_property
-    def _fingerprint(self) -> str:
-        config = self.model.config.to_diff_dict()
-        for key in ("_name_or_path", "transformers_version"):
-            config.pop(key, None)
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-
-        def content(weight: Tensor) -> bytes:
-            raw: Any = weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-            return hashlib.sha256(raw).digest()
-
-        names, weights = zip(*self.model.named_parameters(), strict=True)
-        with ThreadPoolExecutor() as pool:
-            for name, weight, weight_digest in zip(names, weights, pool.map(content, weights), strict=True):
-                digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} ".encode() + weight_digest)
-        return digest.hexdigest()
-
-    @cached_property
     def _layers_return_tuple(self) -> bool:
         """True where a layer returns (hidden, ...), False where it returns hidden alone, as newer architectures do."""
         return isinstance(self._output_of(self._layers[0], torch.zeros(1, 1, dtype=torch.long)), tuple)
@@ -253,19 +246,19 @@ class LanguageModel:
 
     def _embedded(self, tokens_BL: Tensor) -> Tensor:
         """Compute hidden_BLD, the input of the first layer."""
-
-        def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _Reached(args[0] if args else kwargs["hidden_states"])
-
-        handle = self._layers[0].register_forward_pre_hook(stop, with_kwargs=True)
-        return self._run_until(handle, tokens_BL)
+        args, kwargs = self._input_of(self._layers[0], tokens_BL)
+        return args[0] if args else kwargs["hidden_states"]
 
     def _trace(self, layer: int, tokens_BL: Tensor) -> LayerTrace:
+        return trace_layer(self._layers[layer], *self._input_of(self._layers[layer], tokens_BL))
+
+    def _input_of(self, module: nn.Module, tokens_BL: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Compute the module's arguments on these tokens; it does not run."""
+
         def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             raise _Reached((args, kwargs))
 
-        handle = self._layers[layer].register_forward_pre_hook(stop, with_kwargs=True)
-        return trace_layer(self._layers[layer], *self._run_until(handle, tokens_BL))
+        return self._run_until(module.register_forward_pre_hook(stop, with_kwargs=True), tokens_BL)
 
     @torch.no_grad()
     def _read(self, at: Site, tokens_BL: Tensor) -> Tensor:

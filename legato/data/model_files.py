@@ -1,16 +1,24 @@
 """Find a language model by its name, and choose the device and dtype to load it."""
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from legato.common.errors import UsageError, one_line
 from legato.common.hardware import fast_matmul_dtype
 from legato.data.gguf import demo_model_folder, gguf_model_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 HUB_TIMEOUT_SECONDS = 5
 
@@ -122,3 +130,21 @@ def quiet_loading() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if was_enabled:
             transformers_logging.enable_progress_bar()
+
+
+def sha256_of_model(model: "PreTrainedModel") -> str:
+    """Compute the SHA-256 over configuration and every weight."""
+    config = model.config.to_diff_dict()
+    for key in ("_name_or_path", "transformers_version"):
+        config.pop(key, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+
+    def content(weight: Tensor) -> bytes:
+        raw: Any = weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        return hashlib.sha256(raw).digest()
+
+    names, weights = zip(*model.named_parameters(), strict=True)
+    with ThreadPoolExecutor() as pool:
+        for name, weight, weight_digest in zip(names, weights, pool.map(content, weights), strict=True):
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} ".encode() + weight_digest)
+    return digest.hexdigest()

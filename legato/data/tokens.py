@@ -4,7 +4,8 @@ Shape legend: B rows (contexts), L positions (the context length).
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -58,6 +59,26 @@ class TokenSet:
         for tensor in (self.tokens_BL, self.mask_BL, self.doc_BL):
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+def token_strings(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[str]:
+    """Return the text of each token by itself; a part of a character is shown as its bytes, such as \\xe4\\xb8."""
+    return [
+        text if "\ufffd" not in (text := str(tokenizer.decode([number]))) else _bytes_shown(tokenizer, number, text)
+        for number in ids
+    ]
+
+
+def _bytes_shown(tokenizer: "PreTrainedTokenizerBase", number: int, text: str) -> str:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    piece = str(tokenizer.convert_ids_to_tokens(number))
+    if fallback := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece):
+        return f"\\x{fallback[1].lower()}"
+    byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}  # of byte-level vocabularies
+    if not all(letter in byte_of for letter in piece):
+        return text
+    return bytes(byte_of[letter] for letter in piece).decode("utf-8", "backslashreplace")
 
 
 def tokenise(

@@ -1,7 +1,7 @@
 """Evaluation stage of experiment.py, and the bank of trained arms that it takes."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -14,7 +14,7 @@ from legato.common.errors import LegatoError
 from legato.common.progress import log, progress_bar
 from legato.data.activations import position_shuffled
 from legato.data.language_model import LanguageModel
-from legato.data.tokens import TokenSet
+from legato.data.tokens import TokenSet, token_strings
 from legato.evaluation.controls import Control, post_hoc_control
 from legato.evaluation.latents.examples import shown, write_strips, write_text
 from legato.evaluation.latents.logits import top_and_bottom_logits
@@ -174,8 +174,7 @@ def _redundancies(
     arms = [bank.trained[name].arm for name in firing]
     others = {name: OtherSAE(bank.trained[name].sae.W_dec, fires_F) for name, fires_F in firing.items()}
 
-    def decode(ids: Sequence[int]) -> list[str]:
-        return [str(model.tokenizer.decode([number])) for number in ids]
+    decode = partial(token_strings, model.tokenizer)
 
     def section(name: str) -> dict[str, Any]:
         sae, partners = bank.trained[name].sae, _partners(bank.trained[name].arm, arms)
@@ -185,7 +184,9 @@ def _redundancies(
         text, order = shown(kept)
         if distributed.is_rank0() and not run.shown_text.is_file():
             write_text(run.shown_text, text, decode)
-        logits = top_and_bottom_logits(model, sae.W_dec, vocabulary_V, decode)
+        logits = None  # only directions of the residual stream have some
+        if sae.d_in == model.d_model and model.can_unembed:
+            logits = top_and_bottom_logits(model, sae.W_dec, vocabulary_V, decode)
         matched = {partner: others[partner] for partner in partners}
         write_strips(run.strips / f"{name}.parquet", order, text, sae.W_dec, others=matched, logits=logits)
         return redundant.metrics
@@ -266,7 +267,7 @@ def _add_specialisation(results: Mapping[Arm, dict[str, Any]], model: LanguageMo
         {arm.name: result["features"] for arm, result in results.items()},
         next(iter(results.values()))["core"]["tokens"],
         same_recipe=list(recipes.values()),
-        decode=lambda token: str(model.tokenizer.decode([token])),
+        decode=lambda token: token_strings(model.tokenizer, [token])[0],
     )
     for arm, result in results.items():
         result["specialisation"] = specialised[arm.name].section

@@ -14,6 +14,7 @@ from torch import Tensor
 from legato.common.errors import LegatoError, UsageError
 from legato.common.hardware import fixed_matmul
 from legato.data.activations import ActivationBatch, Normaliser
+from legato.data.sites import CENTRED
 from legato.sae.architectures import Architecture, architecture_named
 from legato.sae.architectures.preactivations import Encoder
 from legato.sae.codes import SparseCodes
@@ -208,9 +209,13 @@ class SparseAutoencoder:
         """(layer, site) that it reads, None where its details do not say; UsageError for a hook that Legato cannot
         read."""
         if (layer := self.details.get("layer")) is not None:
-            return layer, self.details.get("site") or "resid_post"
-        hook_name = self.details.get("module_path")  # in the words of the tool that saved it
-        return None if hook_name is None else layer_and_site(hook_name)
+            place = layer, self.details.get("site") or "resid_post"
+        elif hook_name := self.details.get("module_path"):  # in the words of the tool that saved it
+            place = layer_and_site(hook_name)
+        else:
+            return None
+        is_centred = (self.details.get("processed") or {}).get("center_writing_weights")
+        return (place[0], place[1] + CENTRED) if is_centred else place
 
     def _check(self, acts: Tensor) -> None:
         if acts.shape[-1] != self.d_in:
