@@ -31,7 +31,7 @@ def demo() -> list[Document]:
         ("{} ({{lang-la|Orycteropus}}, [[Greek|digger]]).", "{} (Orycteropus, digger)."),
         ("{} &ndash; 5&nbsp;feet.", "{} – 5 feet."),
         ("{}, {{convert|20|-|25|cm|in}} or {{convert|5|ft|6|in}}.", "{}, 20–25 cm or 5 feet 6 inches."),
-        ("{}, H<sub>2</sub>O and 10<sup>−3</sup>, {{chem|Sn|9|4-}}.", "{}, H₂O and 10⁻³, Sn₉⁴⁻."),
+        ("{}, H<sub>2</sub>O and 10<sup>−3</sup>, ({{chem|Sn|9|4-}}).", "{}, H₂O and 10⁻³."),
         ("{}{{citation needed|date=May 2010}} {{as of|2009|3|lc=y}}.", "{} as of March 2009."),
         ("{} [http://x.org at home].", "{} at home."),
         ("== A ==\n{}.\n=== See also ===\n* [[x]]\n==== y ====\n{}!\n== B ==\n{}?", "{}.\n\n{}?"),
@@ -40,7 +40,7 @@ def demo() -> list[Document]:
         ("{}.\n\n{}, with <math>x</math> of them.", "{}."),
         ("{}, which is {{unheard of|x}} long.", ""),
         ("{}, five ($ {{unheard of|x}} now).", "{}, five."),
-        ("{}.\n<blockquote>Ants.</blockquote>", "{}.\n\nAnts."),
+        ("{}.\n<blockquote>{}!</blockquote>\n{{quote|text={}?}}", "{}.\n\n{}!\n\n{}?"),
         ("#REDIRECT [[Aardvark]]", ""),
     ],
 )

@@ -57,9 +57,7 @@ def train_arms(
     if missing:
         stage = _Stage.of(wanted, config, activations)
         saved = checkpoint.read_bank(missing, stage.train_config, shard_latents=shard_latents)
-        going_on = (
-            distributed.gather_dicts(dict.fromkeys((one.arm.name for one in saved.trainers), None)) if saved else {}
-        )
+        going_on = distributed.gather_dicts({one.arm.name: None for one in saved.trainers}) if saved else {}
         if distributed.is_rank0():
             cut(run.log, saved.log_bytes if saved else checkpoint.progress.log_bytes)
             anew = [arm.name for arm in missing if arm.name not in going_on]

@@ -42,7 +42,8 @@ class WindowTopK(Selecting):
     def select(self, pre: Preactivations, state: float, progress: float) -> tuple[Pairs, float]:
         cells = best_cells(pre, self.window, self.k * pre.n_valid)
         threshold = _budget_norm(cells.norm_C, cells.positive_C, self.k * pre.n_valid)[0]
-        return cells.pairs(pre.shape[0], cells.norm_C >= threshold), 0.0
+        keep_P = (cells.norm_C >= threshold)[cells.cell_P] & (cells.value_P > 0)
+        return kernels.keep(pre.shape[0], cells.token_P, cells.latent_P, cells.value_P, keep_P), 0.0
 
     def inference(self, calibration: Sequence[Preactivations]) -> "WindowTopK":
         cells = [best_cells(pre, self.window, self.k * pre.n_valid) for pre in calibration]
@@ -67,11 +68,6 @@ class Cells:
     token_P: Array
     latent_P: Array
     value_P: Array
-
-    def pairs(self, n_tokens: int, keep_C: Array) -> Pairs:
-        """The positive pairs of the kept cells."""
-        keep_P = keep_C[self.cell_P] & (self.value_P > 0)
-        return kernels.keep(n_tokens, self.token_P, self.latent_P, self.value_P, keep_P)
 
 
 def best_cells(pre: Preactivations, window: int, count: int) -> Cells:
