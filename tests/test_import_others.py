@@ -146,7 +146,6 @@ def test_sparsify(tmp_path, num_latents):
     [
         ({"transcode": True}, "it is a transcoder"),
         ({"skip_connection": True}, "skip connection"),
-        ({"signed": True}, "keeps the sign"),
         ({"activation": "groupmax"}, "'groupmax'; only topk"),
         ({"k": F + 1}, "without a usable k"),
         ({"expansion_factor": 4}, "other sizes than the 16 x 48"),

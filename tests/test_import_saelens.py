@@ -165,7 +165,7 @@ def test_saelens_opens_what_we_save_of_its_sae(tmp_path, case):
     assert_same(SparseAutoencoder.load(tmp_path / "ours"), inference_of(sae, tmp_path / "inference"))
 
 
-@pytest.mark.parametrize("architecture", ["temporal", "matching_pursuit", "abstopk", "transcoder"])
+@pytest.mark.parametrize("architecture", ["temporal", "matching_pursuit", "transcoder"])
 def test_architectures_without_a_counterpart_are_named(tmp_path, architecture):
     trained("standard").save_model(tmp_path)
     cfg = json.loads((tmp_path / "cfg.json").read_text())

@@ -3,10 +3,10 @@
 detect.py               Find the format of a saved SAE by its content, and read it.
 dictionary_learning.py  Runs of dictionary_learning 0.1: `trainer_<i>/{config.json, ae.pt, checkpoints/ae_<step>.pt}`,
                         plain state dicts.
-gemma_scope.py          Gemma Scope's `params.npz`: JumpReLU SAEs that encode the activation without subtracting
-                        b_dec.
-hook_names.py           Hook names of other tools as Legato's layer and site.
+hook_names.py           Names of places in the words of other tools, as Legato's layer and site.
 hub_download.py         The files of one SAE in a hub repository, brought into the hub client's cache.
+published.py            Published SAEs that are files of weights with the rest in their names: Gemma Scope 1 and
+                        2, Llama Scope, Qwen-Scope, Goodfire.
 saelens.py              SAELens folders: `cfg.json` + `sae_weights.safetensors`, as SAELens 6.54 saves and opens them.
 saelens_training.py     SAELens training saves: they have a threshold still to come, and a normaliser that is not
                         folded in yet.

@@ -1,7 +1,7 @@
 """Find the format of a saved SAE by its content, and read it.
 
-SAELens folders (Legato's own are such), dictionary_learning and temporal-saes runs, sparsify folders, Gemma Scope's
-params.npz, and single safetensors files of Legato. Each format has a module of its own beside this one.
+SAELens folders (Legato's own are such), dictionary_learning and temporal-saes runs, sparsify folders, the published
+SAEs of `published.py`, and single safetensors files of Legato. Each format is read by a module beside this one.
 """
 
 import os
@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from legato.common.errors import UsageError
-from legato.sae.formats import dictionary_learning, gemma_scope, sparsify
+from legato.common.safe_read import read_state_dict
+from legato.sae.formats import dictionary_learning, published, sparsify
 from legato.sae.formats import saelens as saelens_folder
 from legato.sae.formats import safetensors_file as one_file
 from legato.sae.formats.weights import SAEWeights
@@ -19,7 +20,9 @@ _FOLDERS: tuple[tuple[str, Callable[[Path], SAEWeights]], ...] = (
     (saelens_folder.WEIGHTS_FILENAME, saelens_folder.read_saelens_folder),
     (sparsify.WEIGHTS_FILENAME, sparsify.read_sparsify),
     (dictionary_learning.WEIGHTS_FILENAME, dictionary_learning.read_run),
-    (gemma_scope.FILENAME, gemma_scope.read_folder),
+    (published.GEMMA_SCOPE, lambda folder: published.read_gemma_scope(folder / published.GEMMA_SCOPE)),
+    (published.GEMMA_SCOPE_2, lambda folder: published.read_gemma_scope_2(folder / published.GEMMA_SCOPE_2)),
+    (published.LLAMA_SCOPE, published.read_llama_scope),
 )
 
 _LISTED = 6
@@ -39,10 +42,17 @@ def read_sae(path: str | Path) -> SAEWeights:
         raise UsageError(_nothing_in(path))
     if not os.path.isfile(path):
         raise UsageError(f"{path} does not exist")
-    if path.suffix == ".pt":
-        return dictionary_learning.read_dictionary_learning(path)
+    if published.QWEN_SCOPE.fullmatch(path.name):
+        return published.read_qwen_scope(path)
+    if path.suffix in (".pt", ".pth"):
+        state = read_state_dict(path)
+        if "encoder_linear.weight" in state:
+            return published.read_goodfire(path, state)
+        return dictionary_learning.read_dictionary_learning(path, state)
     if path.suffix == ".npz":
-        return gemma_scope.read_gemma_scope(path)
+        return published.read_gemma_scope(path)
+    if path.name == "final.safetensors" and (path.parent.parent / published.LLAMA_SCOPE).is_file():
+        return published.read_llama_scope(path.parent.parent)
     if path.suffix == ".safetensors" and one_file.is_one_file(path):
         return one_file.read_one_file(path)
     for filename, read in _FOLDERS:
@@ -56,7 +66,8 @@ _CAN_BE_READ = "can be read: " + ", ".join(
         f"a SAELens folder ({saelens_folder.WEIGHTS_FILENAME})",
         f"a dictionary_learning or temporal-saes run ({dictionary_learning.WEIGHTS_FILENAME})",
         f"a sparsify folder ({sparsify.WEIGHTS_FILENAME})",
-        f"Gemma Scope's {gemma_scope.FILENAME}",
+        f"Gemma Scope's {published.GEMMA_SCOPE} and {published.GEMMA_SCOPE_2}",
+        f"Llama Scope's {published.LLAMA_SCOPE}, Qwen-Scope's layerN.sae.pt, Goodfire's .pt",
     ]
 )
 

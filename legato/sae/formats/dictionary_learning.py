@@ -9,6 +9,7 @@ What is written, `dictionary_learning.utils.load_dictionary` opens.
 Shape legend: D activation width, F latents.
 """
 
+import re
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -82,23 +83,28 @@ TAKES_RAW_INPUT = ("AutoEncoderNew", "JumpReluAutoEncoder")
 
 def read_run(folder: Path) -> SAEWeights:
     """The final save of a trainer's folder."""
-    return read_dictionary_learning(folder / WEIGHTS_FILENAME)
+    return read_dictionary_learning(folder / WEIGHTS_FILENAME, read_state_dict(folder / WEIGHTS_FILENAME))
 
 
-def read_dictionary_learning(path: Path) -> SAEWeights:
+def read_dictionary_learning(path: Path, state: Mapping[str, Tensor]) -> SAEWeights:
     """path: a state dict (ae.pt, checkpoints/ae_<step>.pt), with its run's config.json beside or above it.
+
+    Names that torch.compile or DataParallel put a prefix before are read without it. A TopK of before December 2024 has
+    no buffers: its k is the one of config.json.
 
     An AutoEncoder whose decoder rows are not of unit norm is returned with the norms folded into the encoder, as the
     library's own loader does. Raises LegatoError where config.json and the tensors do not fit together, and for a
     BatchTopK whose threshold was never set: its codes would be every positive pre-activation.
     """
-    state = read_state_dict(path)
+    state = {re.sub(r"^((_orig_mod|module)\.)+", "", name): tensor for name, tensor in state.items()}
     config = read_config(path)
     trainer = as_dict(config.get("trainer"))
     dict_class = str(trainer.get("dict_class") or _class_of(state, path))
     if dict_class not in NAMES:
         raise LegatoError(f"{path} holds a {dict_class}; can be read: {', '.join(NAMES)}")
     names, buffers = NAMES[dict_class], BUFFERS.get(dict_class, ())
+    if dict_class == "AutoEncoderTopK" and not state.keys() & set(buffers) and isinstance(trainer.get("k"), int):
+        state |= {"k": torch.tensor(trainer["k"]), "threshold": torch.tensor(-1.0)}
     expected = {name.removesuffix(".T") for name in names.values()} | set(buffers)
     if missing := sorted(expected - state.keys()):
         raise LegatoError(f"{path} is not the {dict_class} its config.json names: it has no {', '.join(missing)}")

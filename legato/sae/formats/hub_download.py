@@ -11,7 +11,15 @@ from pathlib import Path, PurePosixPath
 
 from legato.common.errors import LegatoError, UsageError, one_line
 
-SAE_FILES = ("sae_weights.safetensors", "sae.safetensors", "ae.pt", "params.npz")  # a folder with one of them is an SAE
+# A folder with one of them is an SAE.
+SAE_FILES = (
+    "sae_weights.safetensors",
+    "sae.safetensors",
+    "ae.pt",
+    "params.npz",
+    "params.safetensors",
+    "hyperparams.json",
+)
 HUB_TIMEOUT_SECONDS = 10.0
 _LISTED = 6
 
@@ -71,6 +79,7 @@ def _of_one_sae(files: Sequence[str], where: str, repo_id: str) -> list[str]:
     is_file = where in files
     folder = PurePosixPath(where).parent if is_file else PurePosixPath(where)
     inside = [name for name in files if PurePosixPath(name).parent == folder]
+    inside += [name for name in files if name == str(folder / "checkpoints/final.safetensors")]  # Llama Scope's
     if not is_file and not any(PurePosixPath(name).name in SAE_FILES for name in inside):
         others = sorted({str(PurePosixPath(n).parent) for n in files if PurePosixPath(n).name in SAE_FILES})
         below = [other for other in others if where in ("", ".") or other.startswith(f"{where}/")] or others

@@ -18,7 +18,15 @@ from legato.common.files import Manifest, sha256_json
 from legato.common.safe_read import as_dict, read_json_object, read_safetensors, write_json
 from legato.sae.architectures import architectures
 from legato.sae.formats.saelens_training import THRESHOLD_AT_THE_END, training_normaliser, with_threshold
-from legato.sae.formats.weights import SAEWeights, check_weights, fold_decoder_norm, known, new_sae, usable_numbers
+from legato.sae.formats.weights import (
+    SAEWeights,
+    both_signs,
+    check_weights,
+    fold_decoder_norm,
+    known,
+    new_sae,
+    usable_numbers,
+)
 
 CFG_FILENAME = "cfg.json"
 WEIGHTS_FILENAME = "sae_weights.safetensors"
@@ -120,9 +128,9 @@ def read_saelens_folder(path: str | Path) -> SAEWeights:
     if not version.split(".")[0].isdigit() or int(version.split(".")[0]) < 6:
         raise LegatoError(f"{path} has SAELens' layout before version 6; load and save it once with SAELens 6 or later")
     saved_as = str(cfg.get("architecture"))
-    architecture = "jumprelu" if saved_as in THRESHOLD_AT_THE_END else saved_as
+    architecture = "jumprelu" if saved_as in THRESHOLD_AT_THE_END else {"abstopk": "topk"}.get(saved_as, saved_as)
     if architecture not in architectures():
-        can = ", ".join([*architectures(), *THRESHOLD_AT_THE_END])
+        can = ", ".join([*architectures(), "abstopk", *THRESHOLD_AT_THE_END])
         raise LegatoError(f"{path} holds architecture {saved_as!r}; can be read: {can}")
     if cfg.get("reshape_activations", "none") != "none":
         raise LegatoError(f"{path} asks for reshape_activations={cfg['reshape_activations']!r}: it cannot be read here")
@@ -133,11 +141,13 @@ def read_saelens_folder(path: str | Path) -> SAEWeights:
         weights = with_threshold(weights, what=str(path))
     check_weights(architecture, weights, what=str(path))
     numbers = usable_numbers(architecture, cfg, weights["W_enc"].shape[1], what=str(path))
-    if saved_as in ("topk", *THRESHOLD_AT_THE_END) and cfg.get("rescale_acts_by_decoder_norm", False):
+    if saved_as in ("topk", "abstopk", *THRESHOLD_AT_THE_END) and cfg.get("rescale_acts_by_decoder_norm", False):
         weights = fold_decoder_norm(weights)
     subtracts_b_dec = bool(cfg.get("apply_b_dec_to_input", True))
     if normaliser is not None:
         weights = normaliser.folded_into(weights, subtracts_b_dec)
+    if saved_as == "abstopk":
+        weights = both_signs(weights)
     return SAEWeights(
         architecture=architecture,
         weights=weights,
@@ -177,6 +187,7 @@ def _details(metadata: Mapping[str, Any], saved_as: str) -> dict[str, Any]:
         context_length=metadata.get("context_size"),
         bos=metadata.get("prepend_bos"),
         dataset=metadata.get("dataset_path"),
+        processed=as_dict(metadata.get("model_from_pretrained_kwargs")) or None,
         source=known(
             format="saelens",
             version=metadata.get("sae_lens_version"),

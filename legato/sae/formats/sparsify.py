@@ -15,6 +15,7 @@ from legato.common.safe_read import as_dict, read_json_object, read_safetensors,
 from legato.sae.formats.hook_names import layer_and_site
 from legato.sae.formats.weights import (
     SAEWeights,
+    both_signs,
     check_weights,
     has_unit_rows,
     known,
@@ -32,13 +33,12 @@ def read_sparsify(folder: Path) -> SAEWeights:
     """A TopK SAE; the ReLU comes before the selection, which keeps the same codes.
 
     Raises LegatoError for what is no autoencoder with a plain top k: transcoders (they put out something else than they
-    read), skip connections, groupmax and signed selection.
+    read), skip connections and groupmax.
     """
     cfg = read_json_object(folder / CFG_FILENAME)
     for key, why in (
         ("transcode", "it is a transcoder, which reads one place and writes another"),
         ("skip_connection", "it has a skip connection past its latents"),
-        ("signed", "it selects by magnitude and keeps the sign"),
     ):
         if cfg.get(key):
             raise LegatoError(f"{folder}: {why}; only autoencoders can be read")
@@ -58,6 +58,8 @@ def read_sparsify(folder: Path) -> SAEWeights:
     if (cfg.get("d_in", D), latents or F) != (D, F):
         raise LegatoError(f"{folder}: cfg.json states other sizes than the {D} x {F} of its tensors")
     numbers = usable_numbers("topk", cfg, F, what=str(folder))
+    if cfg.get("signed"):
+        weights = both_signs(weights)
     return SAEWeights(
         architecture="topk",
         weights=weights,
@@ -68,9 +70,9 @@ def read_sparsify(folder: Path) -> SAEWeights:
 
 
 def _details(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Any]:
-    config = folder.resolve().parent / "config.json"
+    config = folder.absolute().parent / "config.json"
     run = read_json_object(config) if config.is_file() else {}
-    hookpoint = folder.resolve().name
+    hookpoint = folder.absolute().name
     try:
         layer, site = layer_and_site(hookpoint)
     except LegatoError:  # renamed: whoever evaluates it says the place

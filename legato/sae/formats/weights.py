@@ -19,7 +19,7 @@ from legato.sae.architectures import architecture_named
 _KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("model", "site", "module_path", "dataset"), str),
     **dict.fromkeys(("layer", "context_length"), int),
-    **dict.fromkeys(("objective", "training", "source"), dict),
+    **dict.fromkeys(("objective", "training", "source", "processed"), dict),
     "held_out": (int, float),
 }
 _LATENTS_AT_ONCE = 4096
@@ -90,6 +90,16 @@ def check_weights(architecture: str, weights: Mapping[str, Tensor], *, what: str
             raise LegatoError(f"{what}: {name} holds {weights[name].dtype}, not numbers with a fraction")
         if not torch.isfinite(weights[name]).all():
             raise LegatoError(f"{what}: {name} holds values that are not finite")
+
+
+def both_signs(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a selection by magnitude that keeps the sign, as one of positive codes: latent F + f is f below 0.
+
+    One of the two is always 0, so the k largest magnitudes of F are the k largest of 2 F, and L0 and L1 those of the
+    magnitudes.
+    """
+    signs = {"W_enc": 1, "b_enc": 0, "W_dec": 0}
+    return {name: torch.cat([w, -w], signs[name]) if name in signs else w for name, w in weights.items()}
 
 
 def has_unit_rows(W_dec: Tensor) -> bool:
