@@ -1,6 +1,9 @@
 """The command `legato` as a person meets it: what it prints and writes, one line and an exit code where it fails."""
 
 import json
+import subprocess
+import sys
+from importlib import import_module
 
 import pytest
 from synthetic_run import write_synthetic_run
@@ -90,6 +93,24 @@ def test_mistakes(run, tmp_path, capsys):
 def test_debug_shows_where_it_happened(tmp_path):
     with pytest.raises(UsageError, match="is not a finished run"):
         main(["--debug", "compare", str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"run"}))
+def test_what_a_command_does_is_said_as_in_its_docstring(name):
+    module, record, text = COMMANDS[name]
+    assert getattr(import_module(f"legato.{module}"), record).__doc__.splitlines()[0] == text
+
+
+def test_help_needs_no_slow_library():
+    """Importing torch alone takes seconds."""
+    code = (
+        "import sys; from legato.cli import main; main(['--help']); assert not {'torch', 'numba'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    code = (
+        "import legato.experiment.command, sys; assert not {'transformers', 'sklearn', 'altair'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from legato.training.trainer import SAETrainer
 
 FOLDERS = {"saes", "eval_results", "features", "arrays", "figures"}
 FILES = {"config.yaml", "log.jsonl", "metrics.json", "final_info.json", "notes.txt", "report.html", "ablation.csv"}
+STAGES = ["model", "text", "activations", "training", "evaluation"]
 # The named window_variance_w2_c0.15 begins like the grid's window_variance_w2_c0.1, and is compared like any named arm.
 GRID = (
     *("--temporal=hysteresis,tsae,window_variance", "--window=2", "--coefficient=0.15"),
@@ -39,6 +41,11 @@ def test_a_run_leaves_everything_behind_and_repeats_to_the_last_digit(small, mon
     assert small.run(*GRID) == 0
     run = small.out_dir
     assert {path.name for path in run.iterdir()} >= FOLDERS | FILES
+    said = small.capture.readouterr().out
+    assert re.search(r"^expected on this machine, about .*training 9 SAEs \d.*, evaluation \d", said, re.MULTILINE)
+    assert said.index("expected on this machine") < said.index("harvest: ")
+    assert list(json.loads((run / "timings.json").read_text())) == STAGES
+    assert re.search(r"The stages took: model \d.*, evaluation \d", " ".join((run / "notes.txt").read_text().split()))
     metrics = json.loads((run / "metrics.json").read_text())
     assert set(metrics) == NAMED | GRID_ARMS
     for name, groups in metrics.items():
@@ -100,7 +107,7 @@ def test_a_pass_whose_members_all_fail_does_not_stop_the_next(small, monkeypatch
 
 
 def test_a_bank_that_does_not_fit_is_trained_in_several_passes(monkeypatch):
-    bank = [one.sae for one in planned_arms(ExperimentConfig.from_options("demo", {}), d_in=640)]
+    bank = [one.sae for one in planned_arms(ExperimentConfig.from_options("demo-long", {}), d_in=640)]
     assert len(bank) == 18
     assert len(split_to_fit(bank, 640, 2048)) == 1
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=600 * 2**20))
@@ -114,7 +121,7 @@ def test_a_bank_that_does_not_fit_is_trained_in_several_passes(monkeypatch):
 
 @pytest.mark.parametrize(("free_mib", "sharded"), [(600, False), (120, True)])
 def test_latents_are_divided_over_the_ranks_where_an_sae_fits_no_other_way(free_mib, sharded, monkeypatch):
-    bank = [one.sae for one in planned_arms(ExperimentConfig.from_options("demo", {}), d_in=640)][:1]
+    bank = [one.sae for one in planned_arms(ExperimentConfig.from_options("demo-long", {}), d_in=640)][:1]
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free_mib * 2**20))
     assert planned(bank, 640, 2048, shard_latents=False) == [(bank, sharded)]

@@ -1,8 +1,8 @@
-"""Messages of a working command: lines, and a progress bar."""
+"""Messages of a working command: lines, a progress bar, and the time that its stages take."""
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -37,6 +37,35 @@ def progress_bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
         now = time.monotonic()
         if done >= total or now - last >= _SECONDS_BETWEEN_LINES:
             last = now
-            log(f"  {name}: {done}/{total} ({now - started:.0f} s)")
+            left = f", about {duration((total - done) * (now - started) / done)} left" if 0 < done < total else ""
+            log(f"  {name}: {done}/{total} ({duration(now - started)}{left})")
 
     yield plain
+
+
+def duration(seconds: float) -> str:
+    """Say a time in the units that a person waits in.
+
+    >>> duration(4.2), duration(75), duration(5400)
+    ('4 s', '1:15 min', '1:30 h')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60}:{whole % 60:02d} min" if whole < 3600 else f"{whole // 3600}:{whole % 3600 // 60:02d} h"
+
+
+class Stopwatch:
+    """Adds up the seconds of each stage, over the attempts at a run."""
+
+    def __init__(self, seconds: Mapping[str, float]) -> None:
+        self.seconds = dict(seconds)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time inside the block to a stage's, whether it ends well or not."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start

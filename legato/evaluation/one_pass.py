@@ -73,7 +73,7 @@ def evaluate(
     together: all ranks of a run (see distributed.py) call this with the same SAEs and activations. They share the rows
         to encode and to splice, and sum in the order of the rows: every rank returns the bits of one process.
     failures: for a bank, receives {name: reason} of SAEs that cannot be judged; without it the first such SAE raises.
-    progress: called with the number of rows judged so far.
+    progress: called with the number of rows judged so far, and then with one more for each SAE whose numbers are made.
 
     Returns per SAE {"core", "consistency", "position"}, plain numbers and lists as in metrics.json, and beside them
     "features" (columns of the feature table, see table.py) and "arrays" ("position_matrix" (L, L), "rate_FL", the
@@ -120,9 +120,12 @@ def evaluate(
         raise LegatoError("no position is valid: every token is special, padding or an outlier")
     result = partial(_result, bank, judges, kept, shared, bootstrap)
     results, names = {}, list(judges)
-    for name, outcome in zip(names, map_over_ranks(result, names, together=together), strict=True):
+    for done, (name, outcome) in enumerate(
+        zip(names, map_over_ranks(result, names, together=together), strict=True), 1
+    ):
         with _failing(name, judges, failures):
             results[name] = outcome.get()
+        progress(int(shared.rows) + done)
     return results if isinstance(sae, Mapping) else results[_SINGLE]
 
 

@@ -3,6 +3,8 @@
 arms.py            The arms of an experiment: the SAEs to train.
 checkpoint.py      Saved state of a run, to go on where it was cut off: <out_dir>/checkpoint/.
 config.py          The configuration of an experiment: one small frozen record per stage.
+estimate.py        The time that the stages of an experiment will take on this machine, from rates measured in the first
+                   seconds.
 evaluate.py        Evaluation stage of experiment.py, and the bank of trained arms that it takes.
 evaluate_saved.py  `legato evaluate`: saved SAEs, whoever trained them, through the whole evaluation of experiment.py.
 inputs.py          Inputs of an experiment: model, text, activations and their origin.

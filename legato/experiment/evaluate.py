@@ -142,7 +142,7 @@ def _judged(
     """Judge SAEs in one pass over the held-out side; return {"results", "failures"}, each by name."""
     failures: dict[str, str] = {}
     own, together = _divided(saes)
-    with progress_bar("evaluate", activations.held_out.n_rows) as progress:
+    with progress_bar("evaluate", activations.held_out.n_rows + len(own)) as progress:
         results = own and evaluate(
             own,
             activations.held_out,
@@ -191,7 +191,11 @@ def _redundancies(
         write_strips(run.strips / f"{name}.parquet", order, text, sae.W_dec, others=matched, logits=logits)
         return redundant.metrics
 
-    own = {name: checkpoint.part(f"redundancy_{name}", partial(section, name), alone=True) for name in _own(others)}
+    own: dict[str, dict[str, Any]] = {}
+    with progress_bar("redundancy and passages", len(_own(others))) as progress:
+        for done, name in enumerate(_own(others), 1):
+            own[name] = checkpoint.part(f"redundancy_{name}", partial(section, name), alone=True)
+            progress(done)
     return distributed.gather_dicts(own)
 
 
@@ -211,7 +215,8 @@ def _shuffled(compared: Mapping[str, EvaluableSAE], activations: Activations) ->
     failures: dict[str, str] = {}
     batches = position_shuffled(activations.held_out.batches(CONTROL_ROWS, seed=None))
     own, together = _divided(compared)
-    found = evaluate(own, batches, together=together, failures=failures) if own else {}
+    with progress_bar("in shuffled order", activations.held_out.n_rows + len(own)) as progress:
+        found = evaluate(own, batches, together=together, failures=failures, progress=progress) if own else {}
     for reason in distributed.gather_dicts(failures).values():
         log(f"  no shuffled control of {reason}")
     shuffled = {
@@ -239,6 +244,7 @@ def _offsets(
     first = next(activations.held_out.batches(OFFSET_ROWS, seed=None))
     tokens = TokenSet(first.tokens_BL, first.mask_BL, first.doc_BL, bos=activations.provenance["bos"])
     own = _own(compared)
+    log("  offset test: the same text at other positions")
     if not shifts or not bool(first.mask_BL.any()):
         return {}
     found = own and offset_test(

@@ -24,6 +24,7 @@ from legato.common import distributed
 from legato.common.errors import LegatoError, UsageError
 from legato.common.files import sweep, write_atomically
 from legato.common.hardware import fast_matmul_dtype, processor_name, settle_matmul_dtype
+from legato.common.safe_read import read_json_object
 
 LOCK = ".lock"
 _PACKAGES = ("legato-sae", "torch", "transformers", "numpy", "numba")
@@ -55,6 +56,7 @@ class RunDir:
         self.final_info = self.root / "final_info.json"
         self.checkpoint = self.root / "checkpoint"
         self.checksums = self.root / "checksums.json"
+        self.timings = self.root / "timings.json"  # seconds of each stage, over all attempts
 
     def sae(self, arm: str) -> Path:
         return self.root / "saes" / arm
@@ -172,11 +174,17 @@ class RunDir:
             self.root / "report.html",
             self.final_info,
             self.checksums,
+            self.timings,
         ):
             file.unlink(missing_ok=True)
         content = {"config": config.to_dict(), "resolved": dict(resolved), "environment": environment()}
         write_atomically(self.config, yaml.safe_dump(content, sort_keys=False).encode())
         self.log.write_text("")
+
+    def read_timings(self) -> dict[str, float]:
+        """Read the seconds of each stage; {} where none were saved, as in older runs."""
+        saved = read_json_object(self.timings) if self.timings.is_file() else {}
+        return {str(name): float(seconds) for name, seconds in saved.items() if isinstance(seconds, (int, float))}
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write metrics.json. Raises LegatoError if any number in it is not finite."""

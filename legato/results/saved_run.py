@@ -154,6 +154,13 @@ class SavedRun:
         return read_log(path) if path.is_file() else {}
 
     @cached_property
+    def timings(self) -> dict[str, float]:
+        run = RunDir(self.path)
+        if run.timings.is_file():
+            check_one(self.path, run.timings)
+        return run.read_timings()
+
+    @cached_property
     def matched(self) -> dict[str, Any] | None:
         """The matched comparison; None where none was saved."""
         path = RunDir(self.path).matched

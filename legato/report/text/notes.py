@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from legato.common.files import write_atomically
+from legato.common.progress import duration
 from legato.report.text.arm_table import results_table
 from legato.report.text.latents import latents_in_words, redundancy_lines
 from legato.report.text.matched_tables import legend, tables
@@ -131,4 +132,5 @@ def described(run: SavedRun) -> list[str]:
         epochs=mean(run.arms, "training.epochs"),
         seconds=mean(run.arms, "training.wall_seconds"),
         environment=run.config.get("environment"),
+        stages={name: duration(seconds) for name, seconds in run.timings.items()},
     )
