@@ -31,8 +31,8 @@ def expected_time(config: ExperimentConfig, model: LanguageModel, text: Text, *,
     held_out = len(text.held_out)
     harvest = row_seconds * (held_out + (len(text.train) if config.data.store else 0))
     n_tokens = config.training.batch_rows * config.data.context_length
-    x_ND = torch.randn(n_tokens, width, dtype=fast_matmul_dtype())
-    W_DF = torch.randn(width, config.training.d_sae, dtype=fast_matmul_dtype())
+    x_ND = torch.ones(n_tokens, width, dtype=fast_matmul_dtype())
+    W_DF = torch.ones(width, config.training.d_sae, dtype=fast_matmul_dtype())
     matmul = _seconds(lambda: x_ND @ W_DF) / n_tokens
     training = STEP_PER_MATMUL * matmul * config.training.tokens * n_saes
     if not config.data.store:
