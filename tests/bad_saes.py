@@ -102,7 +102,7 @@ _SAELENS: list[tuple[str, Prepare, tuple[str, ...], int]] = [
     ("an architecture of numbers", _folder(_cfg(architecture=7)), ("holds architecture '7'", "can be read:"), 1),
     ("no architecture", _folder(_cfg(architecture=None)), ("holds architecture 'None'",), 1),
     ("another architecture", _folder(_cfg(architecture="gated")), ("not those of a gated SAE", "missing b_gate"), 1),
-    ("heads", _folder(_cfg(reshape_activations="hook_z")), ("asks for reshape_activations='hook_z'",), 1),
+    ("heads", _folder(_cfg(reshape_activations="heads")), ("asks for reshape_activations='heads'",), 1),
     ("a normaliser", _folder(_cfg(normalize_activations="layer_norm")), ("layer_norm",), 1),
     ("topk without k", _folder(_cfg(k=None), architecture="topk", k=4), ("without a usable k (None)",), 1),
     ("topk with k of 0", _folder(_cfg(k=0), architecture="topk", k=4), ("without a usable k (0)",), 1),

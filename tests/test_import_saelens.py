@@ -172,3 +172,17 @@ def test_architectures_without_a_counterpart_are_named(tmp_path, architecture):
     (tmp_path / "cfg.json").write_text(json.dumps({**cfg, "architecture": architecture}))
     with pytest.raises(LegatoError, match=f"holds architecture '{architecture}'; can be read: .*standard"):
         SparseAutoencoder.load(tmp_path)
+
+
+def test_heads_side_by_side(tmp_path):
+    """SAELens' hook_z joins the heads, as the site attn_z is read; one head alone is refused."""
+    trained("standard").save_model(tmp_path)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    cfg["reshape_activations"] = "hook_z"
+    cfg["metadata"] |= {"hook_name": "blocks.3.attn.hook_z", "model_name": "gpt2-small"}
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+    assert SparseAutoencoder.load(tmp_path).place() == (3, "attn_z")
+    cfg["metadata"]["hook_head_index"] = 2
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+    with pytest.raises(LegatoError, match="reads head 2 alone"):
+        SparseAutoencoder.load(tmp_path)

@@ -22,6 +22,7 @@ from legato.common.record import option, record, words
 from legato.data.documents import load_documents, split_held_out
 from legato.data.harvest import harvest
 from legato.data.language_model import LanguageModel
+from legato.data.model_files import hub_name
 from legato.data.store import ActivationStore
 from legato.data.tokens import TokenSet, tokenise
 from legato.experiment.arms import Arm, seeded
@@ -239,7 +240,7 @@ class Place:
         layer, site = (self.layer, self.site or "resid_post")
         if layer is None:
             layer, site = _agreed("layer", {name: sae.place() for name, sae in saes.items()})
-        model = self.model or _agreed("model", {name: sae.details.get("model") for name, sae in saes.items()})
+        model = self.model or _agreed("model", {name: _model_of(sae) for name, sae in saes.items()})
         dataset = self.dataset or first("dataset") or "demo"
         held_out = self.held_out
         if held_out is None and any("objective" in each and each.get("dataset") == dataset for each in details):
@@ -327,6 +328,12 @@ def _split(specification: str) -> tuple[str, str, Stated | None]:
     method, k, seed = facts["method"], facts["k"], facts["seed"]
     stated = Stated(method, None if k is None else float(k), None if seed is None else int(seed), swept=k is not None)
     return seeded(f"{method}_k{k}" if k else method, int(seed or 0), first=0), source, stated
+
+
+def _model_of(sae: SparseAutoencoder) -> str | None:
+    """Return the model that an SAE states, by its hub id where it states a short name."""
+    model = sae.details.get("model")
+    return model if model is None or os.path.exists(model) else hub_name(model)
 
 
 def _agreed(what: str, said: Mapping[str, Any]) -> Any:
