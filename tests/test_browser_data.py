@@ -24,7 +24,7 @@ from legato.report.browser.pack import Pack, gaps
 from legato.report.browser.section import browser_section
 from legato.report.browser.showcase import showcase
 from legato.report.browser.tables import ShownText, StripTable
-from legato.report.figures.missing import MissingResult
+from legato.report.figures.plot import MissingResult
 from legato.results.saved_run import Arm, SavedRun
 from legato.sae.kernels.pairs import PairsByLatent
 

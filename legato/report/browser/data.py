@@ -24,7 +24,7 @@ from legato.report.browser.columns import GAIN, HOLD, KAPPA_BEYOND_POSITION, KAP
 from legato.report.browser.pack import Pack, binary_island, gaps
 from legato.report.browser.showcase import GOOD_MATCH, showcase
 from legato.report.browser.tables import ShownText, StripTable
-from legato.report.figures.missing import MissingResult
+from legato.report.figures.plot import MissingResult
 from legato.report.figures.style import arm_styles, page_colour
 from legato.report.text.verdict import made_by_itself
 from legato.results.run_dir import RunDir

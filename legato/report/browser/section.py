@@ -5,7 +5,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from legato.report.browser.data import browser_islands
-from legato.report.figures.missing import MissingResult
+from legato.report.figures.plot import MissingResult
 from legato.report.page.render import render
 from legato.results.saved_run import SavedRun
 

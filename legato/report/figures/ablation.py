@@ -8,8 +8,7 @@ import altair as alt
 import numpy as np
 
 from legato.report.figures.chart import hover
-from legato.report.figures.missing import MissingResult
-from legato.report.figures.plot import Panel, Plot, Rows, View
+from legato.report.figures.plot import MissingResult, Panel, Plot, Rows, View
 from legato.report.figures.style import INK, SEQUENTIAL, SURFACE
 from legato.results.saved_run import Arm, SavedRun
 

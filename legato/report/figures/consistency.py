@@ -22,8 +22,7 @@ from legato.report.figures.chart import (
     words,
 )
 from legato.report.figures.latent_data import Latents, latents_of, running_median
-from legato.report.figures.missing import MissingResult
-from legato.report.figures.plot import Key, Panel, Plot, Rows, View
+from legato.report.figures.plot import Key, MissingResult, Panel, Plot, Rows, View
 from legato.report.figures.style import INK, MUTED, ArmStyle, arm_styles
 from legato.report.figures.training import arm_keys
 from legato.results.saved_run import Arm, SavedRun

@@ -20,6 +20,10 @@ def drawing() -> AbstractContextManager[None]:
     return debug_mode(False)
 
 
+class MissingResult(Exception):
+    """The saved results do not hold what a figure needs; the message says what is missing, for the reader."""
+
+
 class Rows(alt.InlineData):
     """Data of a chart. Altair copies a chart at every step of its making; rows never change and are not copied."""
 

@@ -20,8 +20,7 @@ from legato.report.figures.chart import (
 )
 from legato.report.figures.consistency import latent_dots, latent_tables, latent_views, log_limits
 from legato.report.figures.latent_data import latents_of
-from legato.report.figures.missing import MissingResult
-from legato.report.figures.plot import Key, Panel, Plot, View
+from legato.report.figures.plot import Key, MissingResult, Panel, Plot, View
 from legato.report.figures.style import MUTED, SEQUENTIAL, ArmStyle, arm_styles
 from legato.report.figures.training import arm_keys
 from legato.results.saved_run import Arm, SavedRun

@@ -9,8 +9,7 @@ import numpy as np
 
 from legato.report.figures.chart import dots, hover, number, significant, table
 from legato.report.figures.labels import PointLabel, label_points
-from legato.report.figures.missing import MissingResult
-from legato.report.figures.plot import Key, Panel, Plot, Rows, View
+from legato.report.figures.plot import Key, MissingResult, Panel, Plot, Rows, View
 from legato.report.figures.style import FAINT, INK, MUTED, SURFACE, ArmStyle, arm_styles
 from legato.report.figures.training import arm_keys
 from legato.results.saved_run import Arm, SavedRun

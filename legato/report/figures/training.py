@@ -4,8 +4,7 @@ import altair as alt
 import numpy as np
 
 from legato.report.figures.chart import curves, hover, joined_tables, number, table
-from legato.report.figures.missing import MissingResult
-from legato.report.figures.plot import Key, Panel, Plot, Rows, View
+from legato.report.figures.plot import Key, MissingResult, Panel, Plot, Rows, View
 from legato.report.figures.style import FAINT, arm_styles
 from legato.results.saved_run import Arm, SavedRun
 

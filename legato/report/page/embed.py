@@ -3,7 +3,7 @@
 import base64
 import gzip
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import vl_convert
 from markupsafe import Markup
 
-from legato.report.figures.plot import Plot
+from legato.report.figures.drawn import Figure
 from legato.report.figures.style import PAGE_COLOURS, PAGE_CONFIG
 
 
@@ -26,11 +26,11 @@ def json_island(name: str, content: Any) -> Markup:
     return island(name, json.dumps(content, allow_nan=False, separators=(",", ":"), ensure_ascii=False))
 
 
-def plot_islands(plots: Mapping[str, Plot]) -> list[Markup]:
+def plot_islands(figures: Sequence[Figure]) -> list[Markup]:
     """The plots by name with the colours that become the page's, and what draws them; nothing where there are none."""
-    if not plots:
+    content = {figure.name: figure.plot.content() for figure in figures if figure.plot is not None}
+    if not content:
         return []
-    content = {name: plot.content() for name, plot in plots.items()}
     colours = {colour: f"--{name}" for colour, name in PAGE_COLOURS.items()}
     return [json_island("plot-data", {"config": PAGE_CONFIG, "colours": colours, "plots": content}), _library()]
 

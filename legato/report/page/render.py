@@ -9,36 +9,32 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from legato.report.figures.plot import Key, Plot
+from legato.report.figures.drawn import Figure
+from legato.report.figures.plot import Key
 from legato.report.figures.style import ArmStyle, page_colour
-
-
-@dataclass(frozen=True)
-class PageFigure:
-    """A plot that the page draws; name: its file among the run's figures."""
-
-    title: str
-    caption: str
-    name: str
-    plot: Plot
-
-
-@dataclass(frozen=True)
-class Gap:
-    title: str
-    reason: str
 
 
 @dataclass
 class Section:
-    """short: its title in the navigation, where that is another one."""
+    """short: its title in the navigation, where that is another one. missing: (title, what the run lacks for it)."""
 
     name: str
     title: str
-    sentences: Sequence[str] = ()
-    figures: list[PageFigure] = field(default_factory=list)
-    missing: list[Gap] = field(default_factory=list)
     short: str = ""
+    sentences: Sequence[str] = ()
+    figures: list[Figure] = field(default_factory=list)
+    missing: list[tuple[str, str]] = field(default_factory=list)
+
+
+def sections_with(titles: Sequence[tuple[str, str, str]], figures: Sequence[Figure]) -> dict[str, Section]:
+    """The sections by name, each with its figures. titles: name, title, and the navigation's title, if another."""
+    sections = {name: Section(name, title, short) for name, title, short in titles}
+    for figure in figures:
+        if figure.section and figure.plot is None:
+            sections[figure.section].missing.append((figure.title, figure.missing))
+        elif figure.section:
+            sections[figure.section].figures.append(figure)
+    return sections
 
 
 def render(template: str, **values: Any) -> str:

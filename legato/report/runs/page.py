@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from legato.common.files import write_atomically
-from legato.report.figures.missing import MissingResult
+from legato.report.figures.drawn import write_pngs
 from legato.report.figures.style import run_styles
 from legato.report.page.embed import plot_islands, script
-from legato.report.page.render import Gap, PageFigure, Section, render
-from legato.report.runs.figures import drawn
+from legato.report.page.render import Section, render, sections_with
+from legato.report.runs.figures import draw_comparison
 from legato.report.runs.recipes import Recipe, recipes_of
 from legato.report.text.arm_table import COLUMNS, Column, number
 from legato.report.text.matched_tables import Table, legend, tables
@@ -22,14 +22,14 @@ from legato.results.matched.compare import match_methods
 from legato.results.saved_run import SavedRun, joined
 
 _SECTIONS = (
-    ("overview", "Verdict"),
-    ("settings", "What differs"),
-    ("arms", "Arms by run"),
-    ("matched", "At equal cost"),
-    ("tradeoff", "Trade-off"),
-    ("consistency", "Over lag"),
-    ("training", "Training"),
-    ("details", "Shared settings"),
+    ("overview", "Verdict", ""),
+    ("settings", "What differs", ""),
+    ("arms", "Arms by run", ""),
+    ("matched", "At equal cost", ""),
+    ("tradeoff", "Trade-off", ""),
+    ("consistency", "Over lag", ""),
+    ("training", "Training", ""),
+    ("details", "Shared settings", ""),
 )
 _ENVIRONMENT = ("versions.", "python", "commit", "processor", "threads")
 
@@ -50,26 +50,17 @@ def write_comparison(runs: Mapping[str, SavedRun], out_dir: str | Path) -> dict[
     A figure whose data no run has saved is left out, and named in the page.
     """
     out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    sections = {name: Section(name, title) for name, title in _SECTIONS}
-    written = {}
-    for spec, plot in drawn(runs):
-        if isinstance(plot, MissingResult):
-            if spec.section:
-                sections[spec.section].missing.append(Gap(spec.title, str(plot)))
-            continue
-        written[spec.name] = out / f"{spec.name}.png"
-        written[spec.name].write_bytes(plot.png())
-        if spec.section:
-            sections[spec.section].figures.append(PageFigure(spec.title, spec.caption, spec.name, plot))
+    figures = draw_comparison(runs)
+    written = write_pngs(figures, out)
     written["comparison"] = out / "comparison.html"
-    write_atomically(written["comparison"], _page(runs, list(sections.values()), out).encode())
+    sections = list(sections_with(_SECTIONS, figures).values())
+    write_atomically(written["comparison"], _page(runs, sections, out).encode())
     return written
 
 
 def _page(runs: Mapping[str, SavedRun], sections: list[Section], folder: Path) -> str:
     differing, shared = settings(runs)
-    plots = {f.name: f.plot for section in sections for f in section.figures}
+    drawn = [figure for section in sections for figure in section.figures]
     return render(
         "runs.html",
         names=list(runs),
@@ -85,8 +76,8 @@ def _page(runs: Mapping[str, SavedRun], sections: list[Section], folder: Path) -
         further_rows=[_row(recipe) for recipe in recipes_of(runs, highlighted=False)],
         groups=[_matched(group) for group in pooled(runs)],
         sections=sections,
-        islands=plot_islands(plots),
-        script=script("plots.js") if plots else "",
+        islands=plot_islands(drawn),
+        script=script("plots.js") if drawn else "",
     )
 
 
