@@ -7,11 +7,10 @@ from typing import Any
 from markupsafe import Markup
 
 from legato.common.files import write_atomically
-from legato.report.browser.section import browser_section
+from legato.report.browser.data import browser_section
 from legato.report.figures.drawn import Figure
 from legato.report.figures.plot import MissingResult
 from legato.report.figures.style import FAINT, ArmStyle, arm_styles, page_colour
-from legato.report.page.embed import plot_islands, script
 from legato.report.page.latent_tables import (
     CARD_COLUMNS,
     CLASS_TOLD,
@@ -20,7 +19,7 @@ from legato.report.page.latent_tables import (
     redundancy_counts,
     stability,
 )
-from legato.report.page.render import Section, render, sections_with
+from legato.report.page.render import Section, render_page, sections_with
 from legato.report.page.tables import matched_tables, minus, recipe_rows
 from legato.report.registry import draw_figures
 from legato.report.text.arm_table import COLUMNS, number, raw_stream_sentence
@@ -67,9 +66,9 @@ def report_html(run: SavedRun, figures: Sequence[Figure] | None = None) -> str:
     browser = browser_section(run)
     cards = _cards(run, styles)
     sections = _sections(run, browser, draw_figures(run) if figures is None else figures)
-    drawn = [figure for section in sections for figure in section.figures]
-    return render(
+    return render_page(
         "run.html",
+        sections,
         run_name=run.name,
         described=described(run),
         headline=headline(run),
@@ -90,9 +89,6 @@ def report_html(run: SavedRun, figures: Sequence[Figure] | None = None) -> str:
         card_columns=CARD_COLUMNS,
         class_told={name.replace("_", " "): told for name, told in CLASS_TOLD.items()},
         browser=browser if isinstance(browser, Markup) else "",
-        sections=sections,
-        islands=plot_islands(drawn),
-        script=script("plots.js") if drawn else "",
         raw_stream=raw_stream_sentence(run),
         not_measured=[c.heading for c in COLUMNS if any(c.of(arm) is None for arm in run.arms)],
         settings=flat(run.config.get("config") or run.config),

@@ -9,8 +9,7 @@ from typing import Any
 from legato.common.files import write_atomically
 from legato.report.figures.drawn import write_pngs
 from legato.report.figures.style import run_styles
-from legato.report.page.embed import plot_islands, script
-from legato.report.page.render import Section, render, sections_with
+from legato.report.page.render import Section, render_page, sections_with
 from legato.report.runs.figures import draw_comparison
 from legato.report.runs.recipes import Recipe, recipes_of
 from legato.report.text.arm_table import COLUMNS, Column, number
@@ -60,9 +59,9 @@ def write_comparison(runs: Mapping[str, SavedRun], out_dir: str | Path) -> dict[
 
 def _page(runs: Mapping[str, SavedRun], sections: list[Section], folder: Path) -> str:
     differing, shared = settings(runs)
-    drawn = [figure for section in sections for figure in section.figures]
-    return render(
+    return render_page(
         "runs.html",
+        sections,
         names=list(runs),
         verdict=_verdict(runs),
         cards=_cards(runs, folder),
@@ -75,9 +74,6 @@ def _page(runs: Mapping[str, SavedRun], sections: list[Section], folder: Path) -
         rows=[_row(recipe) for recipe in recipes_of(runs)],
         further_rows=[_row(recipe) for recipe in recipes_of(runs, highlighted=False)],
         groups=[_matched(group) for group in pooled(runs)],
-        sections=sections,
-        islands=plot_islands(drawn),
-        script=script("plots.js") if drawn else "",
     )
 
 
