@@ -57,7 +57,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def island(name: str, packed: bytes) -> Markup:
-    """An inert <script> of that id that holds the bytes in base64; `legato.unpack(name)` in plots.js reads packed text."""
+    """An inert <script> of that id with the bytes in base64; `legato.unpack(name)` in plots.js reads packed text."""
     content = Markup(base64.b64encode(packed).decode())
     return Markup('<script type="application/octet-stream" id="{}">{}</script>').format(name, content)
 

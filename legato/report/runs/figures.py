@@ -208,7 +208,9 @@ def _cost_panel(
         point = table(x=[fvu], y=[excess], arm=[shortened(recipe.name)], run=recipe.run)
         layers.append(dots(point, style, 85, tooltip, **(hollow if recipe.baseline else {})).encode(x=x, y=y))
     labels = [
-        PointLabel((fvu[0], excess[0]), "" if recipe.baseline else recipe.label, recipe.style.colour, required=False)
+        PointLabel(
+            (fvu[0], excess[0]), "" if recipe.baseline else shortened(recipe.name), recipe.style.colour, required=False
+        )
         for recipe, fvu, excess in points
     ]
     layers += label_points(labels, limits, size)
