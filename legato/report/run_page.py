@@ -11,14 +11,7 @@ from legato.report.browser.data import browser_section
 from legato.report.figures.drawn import Figure
 from legato.report.figures.plot import MissingResult
 from legato.report.figures.style import FAINT, ArmStyle, arm_styles, page_colour
-from legato.report.page.latent_tables import (
-    CARD_COLUMNS,
-    CLASS_TOLD,
-    cluster_cards,
-    pairs_by_arm,
-    redundancy_counts,
-    stability,
-)
+from legato.report.page import latent_tables
 from legato.report.page.render import Section, render_page, sections_with
 from legato.report.page.tables import matched_tables, minus, recipe_rows
 from legato.report.registry import draw_figures
@@ -83,11 +76,11 @@ def report_html(run: SavedRun, figures: Sequence[Figure] | None = None) -> str:
         seeds=max(len(arms) for arms in seed_groups(run).values()),
         matched=matched_tables(run),
         matched_legend=[] if run.matched is None else legend(run.matched),
-        redundancy_counts=redundancy_counts(run),
-        pairs=pairs_by_arm(run),
-        cluster_cards=cluster_cards(run),
-        card_columns=CARD_COLUMNS,
-        class_told={name.replace("_", " "): told for name, told in CLASS_TOLD.items()},
+        redundancy_counts=latent_tables.redundancy_counts(run),
+        pairs=latent_tables.pairs_by_arm(run),
+        cluster_cards=latent_tables.cluster_cards(run),
+        card_columns=latent_tables.CARD_COLUMNS,
+        class_told={name.replace("_", " "): told for name, told in latent_tables.CLASS_TOLD.items()},
         browser=browser if isinstance(browser, Markup) else "",
         raw_stream=raw_stream_sentence(run),
         not_measured=[c.heading for c in COLUMNS if any(c.of(arm) is None for arm in run.arms)],
@@ -98,22 +91,16 @@ def report_html(run: SavedRun, figures: Sequence[Figure] | None = None) -> str:
 
 def _sections(run: SavedRun, browser: Markup | MissingResult, figures: Sequence[Figure]) -> list[Section]:
     sections = sections_with(_SECTIONS, figures)
-    sections["ablation"].sentences = [" ".join(ablation_in_words(run))] if ablation_in_words(run) else []
-    sections["specialisation"].sentences = [" ".join(stability(run))] if stability(run) else []
-    sections["position"].sentences = _offset_in_words(run)
+    sections["ablation"].sentences = list(filter(None, [" ".join(ablation_in_words(run))]))
+    sections["specialisation"].sentences = list(filter(None, [" ".join(latent_tables.stability(run))]))
+    sections["position"].sentences = [
+        f"{arm.name}: {'; '.join(offset_lines(section))}."
+        for arm in run.highlighted[:2]
+        if (section := arm.metrics.get("offset"))
+    ]
     if isinstance(browser, MissingResult):
         sections["features"].missing.append(("The feature browser", str(browser)))
     return list(sections.values())
-
-
-def _offset_in_words(run: SavedRun) -> list[str]:
-    """Put the offset test of the baseline and the first named arm in words."""
-    told = []
-    for arm in run.highlighted[:2]:
-        if section := arm.metrics.get("offset"):
-            lines = offset_lines(section)
-            told.append(f"{arm.name}: {'; '.join(lines)}.")
-    return told
 
 
 def _cards(run: SavedRun, styles: Mapping[str, ArmStyle]) -> list[dict[str, Any]]:
@@ -143,13 +130,6 @@ def _cards(run: SavedRun, styles: Mapping[str, ArmStyle]) -> list[dict[str, Any]
             if (value := mean(one, key)) is not None and top > 0
         ]
         outcome = comparison.headline.removeprefix(comparison.arm).lstrip(": ")
-        cards.append(
-            {
-                "arm": comparison.arm,
-                "style": of_group.get(comparison.arm),
-                "outcome": f"{outcome[:1].upper()}{outcome[1:]}.",
-                "bars": bars,
-                "details": comparison.details,
-            }
-        )
+        card = {"arm": comparison.arm, "style": of_group.get(comparison.arm), "bars": bars}
+        cards.append({**card, "outcome": f"{outcome[:1].upper()}{outcome[1:]}.", "details": comparison.details})
     return cards
