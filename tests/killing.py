@@ -51,7 +51,7 @@ def _child(arguments: list[str], cache: str, output: str) -> None:
     os.environ["LEGATO_CACHE"] = cache
     vars(store_manifest)["SHARD_BYTES"] = 20_000
     vars(demo_model)["_convert_gguf"] = convert
-    vars(figures)["FIGURES"] = figures.FIGURES[:4]
+    vars(figures)["FIGURES"] = dict(list(figures.FIGURES.items())[:4])
     with open(output, "a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)

@@ -93,7 +93,7 @@ def small_experiment(folder: Path, capture: pytest.CaptureFixture[str]) -> Small
 def without_pages(patch: pytest.MonkeyPatch) -> None:
     """experiment.py leaves out the figures and report.html, which take most of a small run's time."""
     for writer in ("write_figures", "write_report"):
-        patch.setattr(f"legato.report.build.{writer}", lambda run: run.path)
+        patch.setattr(f"legato.report.build.{writer}", lambda run, *_: run.path)
 
 
 def zero_parameters(d_in: int, d_sae: int, seed: int, partition: Partition) -> Parameters:

@@ -19,12 +19,11 @@ from legato.evaluation.latents.logits import TopLogits
 from legato.evaluation.latents.table import write_features
 from legato.report.browser import data as browser_data
 from legato.report.browser.columns import described
-from legato.report.browser.data import BrowsedArm, Words, pack_arm
+from legato.report.browser.data import BrowsedArm, Words, browser_section, pack_arm
 from legato.report.browser.pack import Pack, gaps
-from legato.report.browser.section import browser_section
 from legato.report.browser.showcase import showcase
 from legato.report.browser.tables import ShownText, StripTable
-from legato.report.figures.missing import MissingResult
+from legato.report.figures.plot import MissingResult
 from legato.results.saved_run import Arm, SavedRun
 from legato.sae.kernels.pairs import PairsByLatent
 

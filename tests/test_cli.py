@@ -55,7 +55,7 @@ def test_compare_of_several_runs_writes_only_where_it_is_told(run, capsys, tmp_p
 
 
 def test_report_builds_everything_of_a_run_again(run, capsys, tmp_path, monkeypatch):
-    def write_page(run):
+    def write_page(run, _):
         path = run.path / "report.html"
         path.write_text("")
         return path

@@ -28,7 +28,7 @@ def experiment(flags: list[str], cache: Path, dies: tuple[int, int] | None = Non
     os.environ["LEGATO_CACHE"] = str(cache)
     vars(store_manifest)["SHARD_BYTES"] = 20_000
     for writer in ("write_figures", "write_report"):
-        vars(build)[writer] = lambda run: run.path
+        vars(build)[writer] = lambda run, *_: run.path
     if dies is not None:
         after_step = Checkpoint.after_step
 

@@ -167,7 +167,7 @@ def test_ranks_say_what_one_process_says(n_ranks, alone, place, tmp_path):
 def judge_saved(place: Path, out: Path) -> int:
     os.environ["LEGATO_CACHE"] = str(out / "cache")
     for writer in ("write_figures", "write_report"):
-        vars(build)[writer] = lambda run: None
+        vars(build)[writer] = lambda *_: None
     options = {"model": place / "model", "layer": LAYER, "dataset": place / "corpus", "out": out / "judged"}
     options |= {"rows": 40, "ce_rows": 10, "context_length": 16}
     return cli.main(["evaluate", str(place / "plain"), *(f"--{key}={value}" for key, value in options.items())])

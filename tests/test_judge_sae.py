@@ -48,7 +48,7 @@ def evaluate(place, tmp_path, monkeypatch, capsys):
 
     def run(*saes, code=0, pages=False, **options):
         for writer in () if pages else ("write_figures", "write_report"):  # slow, and tested on their own
-            monkeypatch.setattr(f"legato.report.build.{writer}", lambda folder: None)
+            monkeypatch.setattr(f"legato.report.build.{writer}", lambda *_: None)
         options = {
             "model": place / "model",
             "layer": 2,

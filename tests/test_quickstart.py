@@ -38,7 +38,7 @@ def page(tmp_path_factory):
         patch.chdir(folder)
         patch.setenv("LEGATO_CACHE", str(folder / "cache"))
         patch.setattr("legato.report.build.write_figures", lambda run: None)  # slow, and tested on their own
-        patch.setattr("legato.report.build.write_report", lambda run: (run.path / "report.html").write_text(""))
+        patch.setattr("legato.report.build.write_report", lambda run, _: (run.path / "report.html").write_text(""))
         for language, text in blocks():
             if language == "bash":
                 for line in text.splitlines():

@@ -21,7 +21,7 @@ from legato.report.figures.style import PAGE_COLOURS, arm_colours, arm_styles
 from legato.report.figures.tradeoff import cost_scene, outside_in_words, pareto_front, sparsity_fidelity
 from legato.report.page.latent_tables import Piece, pieces
 from legato.report.page.tables import matched_tables, recipe_rows
-from legato.report.registry import FIGURES, write_figures
+from legato.report.registry import FIGURES, draw_figures, write_figures
 from legato.report.run_page import report_html, write_report
 from legato.report.runs.page import write_comparison
 from legato.results.matched.compare import write_matched
@@ -81,9 +81,10 @@ def island(markup: str, name: str) -> str:
 
 
 def test_a_full_run_gives_every_figure(full_run):
-    written = write_figures(full_run)
-    assert list(written) == [spec.name for spec in FIGURES]
-    for path in written.values():
+    assert [figure.name for figure in write_figures(full_run) if figure.plot] == list(FIGURES)
+    written = sorted((full_run / "figures").iterdir())
+    assert [path.stem for path in written] == sorted(FIGURES)
+    for path in written:
         assert path.parent == full_run / "figures"
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert path.stat().st_size > 10_000
@@ -91,8 +92,8 @@ def test_a_full_run_gives_every_figure(full_run):
 
 def test_every_chart_of_a_full_run_is_valid_vega_lite(full_run):
     run = SavedRun.open(full_run)
-    for spec in FIGURES:
-        for panel in spec.draw(run).views[0].panels:
+    for draw in FIGURES.values():
+        for panel in draw(run).views[0].panels:
             panel.chart.to_dict(validate=True)
 
 
@@ -104,7 +105,7 @@ def test_the_page_needs_nothing_but_itself(full_run):
         r"window_variance: \d\.\d times the baseline's kappa excess at lag 1 \(0\.\d+ against 0\.\d+\)", page.text
     )
     assert page.text.count("is not in this report") == 1  # the feature browser, which has tests of its own
-    assert all(spec.title in page.text for spec in FIGURES if spec.on_page)
+    assert all(figure.title in page.text for figure in draw_figures(SavedRun.open(full_run)) if figure.section)
 
 
 def test_the_plots_follow_the_pages_colours(full_run):
@@ -127,8 +128,8 @@ def test_what_was_not_saved_is_named_and_nothing_else_is_lost(small_run, absent,
     path = small_run / absent
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     page = Page(report_html(SavedRun.open(small_run)))
-    spec = next(spec for spec in FIGURES if spec.name == figure)
-    assert f"{spec.title} is not in this report" in page.text
+    title = next(lacking.title for lacking in draw_figures(SavedRun.open(small_run)) if lacking.name == figure)
+    assert f"{title} is not in this report" in page.text
     assert reason in page.text
     assert re.search(
         r"window_variance: \d\.\d times the baseline's kappa excess at lag 1 \(0\.\d+ against 0\.\d+\)", page.text
@@ -146,7 +147,7 @@ def test_one_arm_without_consistency_or_loss_score_still_gives_a_report(small_ru
 
     edit_metrics(small_run, strip)
     (small_run / "config.yaml").unlink()
-    assert set(write_figures(small_run)) == {
+    assert {figure.name for figure in write_figures(small_run) if figure.plot} == {
         "training_curves",
         "fvu_l0",
         "kappa_excess_distribution",
@@ -166,7 +167,7 @@ def test_short_contexts_leave_gaps_at_long_lags(small_run):
             arm["consistency"]["kappa_excess_within"][-2:] = [None, None]
 
     edit_metrics(small_run, shorten)
-    assert set(write_figures(small_run)) >= ALWAYS
+    assert {figure.name for figure in write_figures(small_run) if figure.plot} >= ALWAYS
 
 
 def test_hostile_names_are_shown_as_text(tmp_path):
@@ -267,10 +268,10 @@ def test_the_page_holds_its_plots_and_what_draws_them(full_run):
     run = SavedRun.open(full_run)
     markup = report_html(run)
     plots = json.loads(island(markup, "plot-data"))["plots"]
-    assert set(plots) == {spec.name for spec in FIGURES if spec.on_page}
+    assert set(plots) == set(FIGURES) - {"ac_over_lag"}
     assert set(re.findall(r'data-plot="([^"]*)"', markup)) == set(plots)
     assert "vegaEmbed" in island(markup, "vega-js")
-    drawn = {spec.name: spec.draw(run) for spec in FIGURES}
+    drawn = {figure.name: figure.plot for figure in draw_figures(run)}
     assert [view.label for view in drawn["kind_map"].views] == ["baseline", "window_variance", "contrastive"]
     steps = plots["redundancy_map"]["views"][0]["panels"][0]["charts"]
     assert len(steps) == len(drawn["redundancy_map"].steps) == 5

@@ -102,7 +102,7 @@ def test_core_agrees_with_legato_s_own_file(wrapper, place, tmp_path, monkeypatc
     """The same SAE with state, model, text and rows: sae-bench's numbers, and those `legato evaluate` writes."""
     monkeypatch.setenv("LEGATO_CACHE", str(tmp_path / "cache"))
     for writer in ("write_figures", "write_report"):
-        monkeypatch.setattr(f"legato.report.build.{writer}", lambda folder: None)
+        monkeypatch.setattr(f"legato.report.build.{writer}", lambda *_: None)
     shared = [str(place / "held"), f"--model={place / 'model'}", "--layer=2", f"--dataset={place / 'corpus'}"]
     # 27 * 24 = 648 text tokens: ten documents of 60, each two rows of 23 and one of 14, and 48 of the next, which are
     # two rows and two tokens that fit beside 14 others: 32 rows, two whole batches.

@@ -1,27 +1,20 @@
 """report.html: one self-contained page per run, rebuilt from the saved results alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from legato.common.files import write_atomically
-from legato.report.browser.section import browser_section
-from legato.report.figures.missing import MissingResult
+from legato.report.browser.data import browser_section
+from legato.report.figures.drawn import Figure
+from legato.report.figures.plot import MissingResult
 from legato.report.figures.style import FAINT, ArmStyle, arm_styles, page_colour
-from legato.report.page.embed import plot_islands, script
-from legato.report.page.latent_tables import (
-    CARD_COLUMNS,
-    CLASS_TOLD,
-    cluster_cards,
-    pairs_by_arm,
-    redundancy_counts,
-    stability,
-)
-from legato.report.page.render import Gap, PageFigure, Section, render
+from legato.report.page import latent_tables
+from legato.report.page.render import Section, render_page, sections_with
 from legato.report.page.tables import matched_tables, minus, recipe_rows
-from legato.report.registry import on_page
+from legato.report.registry import draw_figures
 from legato.report.text.arm_table import COLUMNS, number, raw_stream_sentence
 from legato.report.text.latents import offset_lines
 from legato.report.text.matched_tables import legend
@@ -48,27 +41,27 @@ _SECTIONS = (
 )
 
 
-def write_report(run: SavedRun | str | Path, path: str | Path | None = None) -> Path:
-    """Write the report of a run folder (by default `report.html` in it) and return its path.
+def write_report(run: SavedRun | str | Path, figures: Sequence[Figure] | None = None) -> Path:
+    """Write `report.html` in a run folder and return its path. figures: of the run, drawn here by default.
 
     What the run did not save is named in the page. Raises UsageError where the folder holds no results.
     """
     run = SavedRun.of(run)
-    path = Path(path) if path is not None else run.path / "report.html"
-    write_atomically(path, report_html(run).encode())
+    path = run.path / "report.html"
+    write_atomically(path, report_html(run, figures).encode())
     return path
 
 
-def report_html(run: SavedRun) -> str:
+def report_html(run: SavedRun, figures: Sequence[Figure] | None = None) -> str:
     """The page as text. Every name and number from the run is escaped."""
     styles = arm_styles(run.highlighted)
     rows, further_rows = recipe_rows(run)
     browser = browser_section(run)
     cards = _cards(run, styles)
-    sections = _sections(run, browser)
-    plots = {f.name: f.plot for section in sections for f in section.figures}
-    return render(
+    sections = _sections(run, browser, draw_figures(run) if figures is None else figures)
+    return render_page(
         "run.html",
+        sections,
         run_name=run.name,
         described=described(run),
         headline=headline(run),
@@ -83,15 +76,12 @@ def report_html(run: SavedRun) -> str:
         seeds=max(len(arms) for arms in seed_groups(run).values()),
         matched=matched_tables(run),
         matched_legend=[] if run.matched is None else legend(run.matched),
-        redundancy_counts=redundancy_counts(run),
-        pairs=pairs_by_arm(run),
-        cluster_cards=cluster_cards(run),
-        card_columns=CARD_COLUMNS,
-        class_told={name.replace("_", " "): told for name, told in CLASS_TOLD.items()},
+        redundancy_counts=latent_tables.redundancy_counts(run),
+        pairs=latent_tables.pairs_by_arm(run),
+        cluster_cards=latent_tables.cluster_cards(run),
+        card_columns=latent_tables.CARD_COLUMNS,
+        class_told={name.replace("_", " "): told for name, told in latent_tables.CLASS_TOLD.items()},
         browser=browser if isinstance(browser, Markup) else "",
-        sections=sections,
-        islands=plot_islands(plots),
-        script=script("plots.js") if plots else "",
         raw_stream=raw_stream_sentence(run),
         not_measured=[c.heading for c in COLUMNS if any(c.of(arm) is None for arm in run.arms)],
         settings=flat(run.config.get("config") or run.config),
@@ -99,30 +89,18 @@ def report_html(run: SavedRun) -> str:
     )
 
 
-def _sections(run: SavedRun, browser: Markup | MissingResult) -> list[Section]:
-    sections = {name: Section(name, title, short=short) for name, title, short in _SECTIONS}
-    sections["ablation"].sentences = [" ".join(ablation_in_words(run))] if ablation_in_words(run) else []
-    sections["specialisation"].sentences = [" ".join(stability(run))] if stability(run) else []
-    sections["position"].sentences = _offset_in_words(run)
+def _sections(run: SavedRun, browser: Markup | MissingResult, figures: Sequence[Figure]) -> list[Section]:
+    sections = sections_with(_SECTIONS, figures)
+    sections["ablation"].sentences = list(filter(None, [" ".join(ablation_in_words(run))]))
+    sections["specialisation"].sentences = list(filter(None, [" ".join(latent_tables.stability(run))]))
+    sections["position"].sentences = [
+        f"{arm.name}: {'; '.join(offset_lines(section))}."
+        for arm in run.highlighted[:2]
+        if (section := arm.metrics.get("offset"))
+    ]
     if isinstance(browser, MissingResult):
-        sections["features"].missing.append(Gap("The feature browser", str(browser)))
-    for spec, made in on_page(run):
-        section = sections[spec.section]
-        if isinstance(made, MissingResult):
-            section.missing.append(Gap(spec.title, str(made)))
-        else:
-            section.figures.append(PageFigure(spec.title, spec.caption, spec.name, made))
+        sections["features"].missing.append(("The feature browser", str(browser)))
     return list(sections.values())
-
-
-def _offset_in_words(run: SavedRun) -> list[str]:
-    """Put the offset test of the baseline and the first named arm in words."""
-    told = []
-    for arm in run.highlighted[:2]:
-        if section := arm.metrics.get("offset"):
-            lines = offset_lines(section)
-            told.append(f"{arm.name}: {'; '.join(lines)}.")
-    return told
 
 
 def _cards(run: SavedRun, styles: Mapping[str, ArmStyle]) -> list[dict[str, Any]]:
@@ -152,13 +130,6 @@ def _cards(run: SavedRun, styles: Mapping[str, ArmStyle]) -> list[dict[str, Any]
             if (value := mean(one, key)) is not None and top > 0
         ]
         outcome = comparison.headline.removeprefix(comparison.arm).lstrip(": ")
-        cards.append(
-            {
-                "arm": comparison.arm,
-                "style": of_group.get(comparison.arm),
-                "outcome": f"{outcome[:1].upper()}{outcome[1:]}.",
-                "bars": bars,
-                "details": comparison.details,
-            }
-        )
+        card = {"arm": comparison.arm, "style": of_group.get(comparison.arm), "bars": bars}
+        cards.append({**card, "outcome": f"{outcome[:1].upper()}{outcome[1:]}.", "details": comparison.details})
     return cards

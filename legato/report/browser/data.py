@@ -7,8 +7,6 @@ latent or of one that it is the match of are carried, and the page says so. Furt
 Shape legend: N positions of the text shown, F latents, P firings by latent then position, K entries of a list.
 """
 
-import gzip
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,11 +19,12 @@ from numpy.typing import NDArray
 from legato.evaluation.latents.examples import QUANTILES, WINDOW
 from legato.evaluation.latents.table import read_features
 from legato.report.browser.columns import GAIN, HOLD, KAPPA_BEYOND_POSITION, KAPPA_EXCESS, MATCH_COSINE, pack_columns
-from legato.report.browser.pack import Pack, binary_island, gaps
+from legato.report.browser.pack import Pack, gaps
 from legato.report.browser.showcase import GOOD_MATCH, showcase
 from legato.report.browser.tables import ShownText, StripTable
-from legato.report.figures.missing import MissingResult
+from legato.report.figures.plot import MissingResult
 from legato.report.figures.style import arm_styles, page_colour
+from legato.report.page.render import island, packed_json, render
 from legato.report.text.verdict import made_by_itself
 from legato.results.run_dir import RunDir
 from legato.results.saved_run import Arm, SavedRun
@@ -51,14 +50,19 @@ class BrowsedArm:
 def browser_islands(run: SavedRun) -> Markup:
     """The islands that browser.js reads. Raises MissingResult where the run saved no passages."""
     paths = RunDir(run.path)
-    saved = [arm for arm in _in_order(run) if (paths.strips / f"{arm.name}.parquet").is_file()]
-    saved = [arm for arm in saved if (paths.features / f"{arm.name}.parquet").is_file()]
-    if not paths.shown_text.is_file() or not saved:
+    others = [arm for arm in run.highlighted if arm.role != "baseline"]
+    every = []
+    for arm in (*filter(None, [run.baseline]), *others):
+        strips, features = (folder / f"{arm.name}.parquet" for folder in (paths.strips, paths.features))
+        if paths.shown_text.is_file() and strips.is_file() and features.is_file():
+            rate_FL = run.arrays(arm.name).get("rate_FL")
+            every.append(BrowsedArm(arm, read_features(features), StripTable.read(strips), rate_FL))
+    if not every:
         raise MissingResult("the run saved no passages (strips/); run it again with this version of Legato to get them")
     text = ShownText.read(paths.shown_text)
-    every = [_browsed(run, arm) for arm in saved]
-    words, kinds, whole = Words(text), list[str](), True
-    packs = [pack_arm(one, every, text, words, kinds, whole=True) for one in every[:2]] if _may_fit(every[:2]) else []
+    words, kinds = Words(text), list[str]()
+    whole = 4 / 3 * BYTES_A_FIRING * sum(one.strips.token_P.size for one in every[:2]) <= MOST_BYTES
+    packs = [pack_arm(one, every, text, words, kinds, whole=True) for one in every[:2]] if whole else []
     if not packs or _page_bytes(packs) > MOST_BYTES:
         whole = False
         packs = [pack_arm(one, every, text, words, kinds, whole=False) for one in every[:2]]
@@ -68,7 +72,8 @@ def browser_islands(run: SavedRun) -> Markup:
             del packs[-1]
             break
     shown = every[: len(packs)]
-    colours = {arm.name: page_colour(style.colour) for arm, style in _styles(run, shown)}
+    styles = arm_styles(run.highlighted)
+    colours = {one.arm.name: page_colour(styles[one.arm.name].colour) for one in shown}
     text_pack = Pack()
     text_pack.add_indices("word", words.numbers(text.text_N))
     text_pack.add_indices("doc", np.unique(text.doc_N, return_inverse=True)[1])
@@ -94,10 +99,21 @@ def browser_islands(run: SavedRun) -> Markup:
         "mechanism": {one.arm.name: made_by_itself([one.arm], [run.baseline])[1] for one in shown if run.baseline},
         "words": words.words,
     }
-    content = json.dumps(meta, allow_nan=False, separators=(",", ":"), ensure_ascii=False).encode()
-    islands = {"browser-meta": gzip.compress(content, mtime=0), "browser-text": text_pack.packed()}
+    islands = {"browser-meta": packed_json(meta), "browser-text": text_pack.packed()}
     islands |= {f"browser-arm-{number}": arm_bytes for number, (_, arm_bytes) in enumerate(packs)}
-    return Markup("\n").join(binary_island(name, content) for name, content in islands.items())
+    return Markup("\n").join(island(name, content) for name, content in islands.items())
+
+
+def browser_section(run: SavedRun) -> Markup | MissingResult:
+    """The browser as one piece of the page, with its own style, scripts and data; MissingResult where the run saved no
+    passages, its message a phrase that goes on after "is not in this report: ".
+
+    Raises LegatoError, naming the file, for saved passages that are damaged.
+    """
+    try:
+        return Markup(render("browser.html", islands=browser_islands(run)))
+    except MissingResult as missing:
+        return missing
 
 
 class Words:
@@ -179,32 +195,8 @@ def pack_arm(
     return header, pack.packed()
 
 
-def _may_fit(shown: Sequence[BrowsedArm]) -> bool:
-    return 4 / 3 * BYTES_A_FIRING * sum(one.strips.token_P.size for one in shown) <= MOST_BYTES
-
-
 def _page_bytes(packs: Sequence[tuple[dict[str, Any], bytes]]) -> int:
     return sum(len(packed) for _, packed in packs) * 4 // 3
-
-
-def _in_order(run: SavedRun) -> list[Arm]:
-    """The baseline, then the other arms a figure shows."""
-    baseline = run.baseline
-    others = [arm for arm in run.highlighted if arm.role != "baseline"]
-    return [*([baseline] if baseline else []), *others]
-
-
-def _styles(run: SavedRun, shown: Sequence[BrowsedArm]) -> list[tuple[Arm, Any]]:
-    styles = arm_styles(run.highlighted)
-    return [(one.arm, styles[one.arm.name]) for one in shown]
-
-
-def _browsed(run: SavedRun, arm: Arm) -> BrowsedArm:
-    paths = RunDir(run.path)
-    strips = StripTable.read(paths.strips / f"{arm.name}.parquet")
-    return BrowsedArm(
-        arm, read_features(paths.features / f"{arm.name}.parquet"), strips, run.arrays(arm.name).get("rate_FL")
-    )
 
 
 def _against(one: BrowsedArm, baseline: BrowsedArm) -> dict[str, NDArray[Any]]:

@@ -5,17 +5,13 @@ unpack.js is the other side. Kinds: u1, u2, u4 unsigned integers, the largest of
 `none` asks for it; f2 half-precision floats times a scale; i2 signed integers times a scale, -32768 for none.
 """
 
-import base64
 import gzip
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 from numpy.typing import NDArray
 
-HALF_TOP = (
-    32768.0  # what the largest number of a column becomes as a half-precision float: small ones keep their digits
-)
+HALF_TOP = 32768.0  # the largest number of a column as a half-precision float: small ones keep their digits
 MANTISSA_BITS_DROPPED = 2  # of 10: three significant digits are left
 FIXED_STEP = 1 / 5000
 
@@ -32,10 +28,8 @@ class Pack:
 
     def add_indices(self, name: str, values: NDArray[Any]) -> None:
         """Whole numbers from 0, -1 for none."""
-        top = int(values.max(initial=0))
-        kind: Any = np.uint16 if top < 0xFFFF else np.uint32
-        none = np.iinfo(kind).max
-        self._add(name, "u2" if kind is np.uint16 else "u4", np.where(values < 0, none, values).astype(kind))
+        kind = "u2" if values.max(initial=0) < 0xFFFF else "u4"
+        self._add(name, kind, np.where(values < 0, np.iinfo(kind).max, values).astype(kind))
 
     def add_floats(self, name: str, values: NDArray[Any]) -> None:
         """To three significant digits down to 1e-8 of the largest, nan for none."""
@@ -58,12 +52,6 @@ class Pack:
         self.header[name] = {"kind": kind, "size": values.size, **more}
         as_bytes = np.ascontiguousarray(values).ravel().view(np.uint8).reshape(values.size, values.itemsize)
         self._planes.append(as_bytes.T.tobytes())
-
-
-def binary_island(name: str, packed: bytes) -> Markup:
-    """An inert <script> of that id with the bytes in base64."""
-    content = Markup(base64.b64encode(packed).decode())
-    return Markup('<script type="application/octet-stream" id="{}">{}</script>').format(name, content)
 
 
 def gaps(start_F: NDArray[np.int64], token_P: NDArray[np.int32]) -> NDArray[np.uint8]:

@@ -8,8 +8,7 @@ import altair as alt
 import numpy as np
 
 from legato.report.figures.chart import hover
-from legato.report.figures.missing import MissingResult
-from legato.report.figures.plot import Panel, Plot, Rows, View
+from legato.report.figures.plot import MissingResult, Panel, Plot, Rows, View
 from legato.report.figures.style import INK, SEQUENTIAL, SURFACE
 from legato.results.saved_run import Arm, SavedRun
 
@@ -39,13 +38,9 @@ def quantity_of(arm: Arm, quantity: Quantity) -> float | None:
     return None if alive is None else 100 * (1 - alive)
 
 
-def grid_arms(run: SavedRun) -> list[Arm]:
-    return [a for a in run.arms if a.in_grid and a.window is not None and a.coefficient is not None]
-
-
 def ablation_heat_maps(run: SavedRun) -> Plot:
     """Window x coefficient heat maps of the six quantities, a view of six per temporal term; seeds are averaged."""
-    members = grid_arms(run)
+    members = [a for a in run.arms if a.in_grid and a.window is not None and a.coefficient is not None]
     if not members:
         raise MissingResult("this run has no window x coefficient ablation")
     terms = list(dict.fromkeys(arm.term or "temporal term" for arm in members))

@@ -6,24 +6,9 @@ from typing import Any
 import altair as alt
 import numpy as np
 
-from legato.report.figures.chart import (
-    APART,
-    band,
-    curves,
-    dots,
-    hover,
-    joined_tables,
-    lag_axis,
-    log_axis,
-    number,
-    rule,
-    styled,
-    table,
-    words,
-)
+from legato.report.figures import chart
 from legato.report.figures.latent_data import Latents, latents_of, running_median
-from legato.report.figures.missing import MissingResult
-from legato.report.figures.plot import Key, Panel, Plot, Rows, View
+from legato.report.figures.plot import Key, MissingResult, Panel, Plot, Rows, View
 from legato.report.figures.style import INK, MUTED, ArmStyle, arm_styles
 from legato.report.figures.training import arm_keys
 from legato.results.saved_run import Arm, SavedRun
@@ -33,6 +18,7 @@ _NULLS = {
     "within_null": ("shuffled within the document", (6.0, 3.0)),
     "cross_null": ("shuffled across documents, same position", (2.0, 3.0)),
 }
+_BINS_SMOOTHED = 1.6  # standard deviation of the kernel
 MOST_POINTS = 4000  # of one SAE: beyond that a browser is slow to redraw
 
 
@@ -66,34 +52,40 @@ def _lag_panels(run: SavedRun, measure: str) -> list[Panel]:
         return []
     top = 1.08 * max(float(np.nanmax(mean)) for _, mean in measured)
     low = min(0.0, 1.15 * min(float(np.nanmin(mean)) for _, mean in measured))
-    y = alt.Y(**number("y", _MEASURES[measure].lower(), scale={"domain": [low, top]}))
+    y = alt.Y(**chart.number("y", _MEASURES[measure].lower(), scale={"domain": [low, top]}))
     panels, excesses = [], []
     for arm, mean in measured:
         lags, style = arm.series("consistency.lags"), styles[arm.name]
         assert lags is not None
-        x = lag_axis(lags)
+        x = chart.lag_axis(lags)
         layers: list[alt.Chart] = []
         for null, (label, dash) in _NULLS.items():
             values = arm.series(f"{key}.{null}")
             if values is None:
                 continue
             if null == "within_null":
-                above = table(x=lags, low=values, high=np.maximum(mean, values))
-                layers.append(band(above, x, style.colour))
-            line = curves(table(x=lags, y=values, arm=label), {label: ArmStyle(MUTED, dash)}, x, y, _LAG_HOVER)
+                above = chart.table(x=lags, low=values, high=np.maximum(mean, values))
+                layers.append(chart.band(above, x, style.colour))
+            line = chart.curves(
+                chart.table(x=lags, y=values, arm=label), {label: ArmStyle(MUTED, dash)}, x, y, _LAG_HOVER
+            )
             layers += line
-        layers += curves(table(x=lags, y=mean, arm="measured"), {"measured": style}, x, y, _LAG_HOVER, markers=True)
-        panels.append(Panel(alt.layer(*layers, resolve=APART), arm.name, style.colour))
+        layers += chart.curves(
+            chart.table(x=lags, y=mean, arm="measured"), {"measured": style}, x, y, _LAG_HOVER, markers=True
+        )
+        panels.append(Panel(alt.layer(*layers, resolve=chart.APART), arm.name, style.colour))
         excess = arm.series(f"consistency.{measure}_excess_within")
         if excess is not None:
-            excesses.append(table(x=lags, y=excess, arm=arm.name))
+            excesses.append(chart.table(x=lags, y=excess, arm=arm.name))
     if len(excesses) > 1:
-        lines = curves(joined_tables(excesses), styles, x, alt.Y(**number("y")), _LAG_HOVER, markers=True)
-        panels.append(Panel(alt.layer(rule(y=0), *lines), "Measured minus dashed"))
+        lines = chart.curves(
+            chart.joined_tables(excesses), styles, x, alt.Y(**chart.number("y")), _LAG_HOVER, markers=True
+        )
+        panels.append(Panel(alt.layer(chart.rule(y=0), *lines), "Measured minus dashed"))
     return panels
 
 
-_LAG_HOVER = hover("arm:curve", "x:lag:~g", "y:value:.3f")
+_LAG_HOVER = chart.hover("arm:curve", "x:lag:~g", "y:value:.3f")
 
 
 def kappa_excess_distribution(run: SavedRun) -> Plot:
@@ -111,35 +103,34 @@ def kappa_excess_distribution(run: SavedRun) -> Plot:
     low, high = min(low, 0.0), max(high, low + 1e-3)
     edges = np.linspace(low - 0.06 * (high - low), high, 129)
     centres = (edges[:-1] + edges[1:]) / 2
-    densities = {name: _smooth(np.histogram(v, edges)[0] / len(v)) for name, v in values.items()}
+    kernel = np.exp(-0.5 * (np.arange(-6, 7) / _BINS_SMOOTHED) ** 2)
+    kernel /= kernel.sum()
+    histograms = {name: np.histogram(v, edges)[0] / len(v) for name, v in values.items()}
+    densities = {name: np.convolve(histogram, kernel, mode="same") for name, histogram in histograms.items()}
     top = 1.1 * max(float(density.max()) for density in densities.values())
-    y = alt.Y(**number("high", None, scale={"domain": [0, top]}, axis=None))
+    y = alt.Y(**chart.number("high", None, scale={"domain": [0, top]}, axis=None))
     panels: list[Panel] = []
     for name, density in densities.items():
         last = len(panels) == len(densities) - 1
         title = "kappa excess over the within-document null, lag 1" if last else None
         axis = alt.Axis(labels=last, ticks=last)
-        x = alt.X(**number("x", title, scale={"domain": [edges[0], edges[-1]]}, axis=axis))
+        x = alt.X(**chart.number("x", title, scale={"domain": [edges[0], edges[-1]]}, axis=axis))
         colour = styles[name].colour
         mean, median = (round(float(centre), 3) + 0.0 for centre in (np.mean(values[name]), np.median(values[name])))
         text = f"mean {mean:.3f}, median {median:.3f}"
-        hill = alt.Chart(table(x=centres, high=density, arm=name))
+        hill = alt.Chart(chart.table(x=centres, high=density, arm=name))
         area = hill.mark_area(color=colour, opacity=0.22, line={"color": colour, "strokeWidth": 1.2}, clip=True)
-        note = words(Rows(values=[{"x": float(edges[-1]), "high": 0.6 * top, "text": text}]), colour, align="right")
+        note = chart.words(
+            Rows(values=[{"x": float(edges[-1]), "high": 0.6 * top, "text": text}]), colour, align="right"
+        )
         layers = [
-            rule(x=0),
-            area.encode(x=x, y=y, tooltip=hover("arm", "x:kappa excess:.3f", "high:share of latents:.3f")),
-            rule(x=float(np.median(values[name])), colour=colour),
+            chart.rule(x=0),
+            area.encode(x=x, y=y, tooltip=chart.hover("arm", "x:kappa excess:.3f", "high:share of latents:.3f")),
+            chart.rule(x=float(np.median(values[name])), colour=colour),
             note.encode(x=x, y=y),
         ]
         panels.append(Panel(alt.layer(*layers), name, colour))
     return Plot([View("", panels)], height=64, columns=1)
-
-
-def _smooth(density: np.ndarray, width: float = 1.6) -> np.ndarray:
-    offsets = np.arange(-6, 7)
-    kernel = np.exp(-0.5 * (offsets / width) ** 2)
-    return np.convolve(density, kernel / kernel.sum(), mode="same")
 
 
 def excess_by_firing_rate(run: SavedRun) -> Plot:
@@ -173,10 +164,10 @@ def excess_by_firing_rate(run: SavedRun) -> Plot:
             axis=alt.Axis(labelAngle=0, ticks=False),
         ),
         "xOffset": alt.XOffset("arm:N", sort=list(tables), scale=alt.Scale(domain=list(tables), paddingInner=0.06)),
-        "y": alt.Y(**number("y", "kappa excess, lag 1", scale={"domain": domain})),
+        "y": alt.Y(**chart.number("y", "kappa excess, lag 1", scale={"domain": domain})),
     }
     base = alt.Chart(Rows(values=rows)).encode(**place)
-    tooltip = hover("arm", "bin:firing rate", "y:kappa excess:.3f", "latents")
+    tooltip = chart.hover("arm", "bin:firing rate", "y:kappa excess:.3f", "latents")
     label = base.mark_text(
         fontSize=9.5,
         color=MUTED,
@@ -188,9 +179,9 @@ def excess_by_firing_rate(run: SavedRun) -> Plot:
         style="label",
     )
     layers = [
-        base.mark_bar().encode(**styled(styles, "arm", "color"), tooltip=tooltip),
-        rule(y=0),
-        base.mark_point(size=36, filled=True, opacity=1).encode(**styled(styles, "arm", "color", "shape")),
+        base.mark_bar().encode(**chart.styled(styles, "arm", "color"), tooltip=tooltip),
+        chart.rule(y=0),
+        base.mark_point(size=36, filled=True, opacity=1).encode(**chart.styled(styles, "arm", "color", "shape")),
         label.encode(text="text:N"),
     ]
     keys = [key for key in arm_keys(run, "marker") if key.label in tables]
@@ -213,20 +204,22 @@ def half_life_by_rate(run: SavedRun) -> Plot:
     """A view per highlighted arm: its latents by firing rate and half-life, the median over rate, the baseline's."""
     found = latent_tables(run, ("density", "half_life"), "half_life", positive=True)
     limits = log_limits(found)
-    x = log_axis(alt.X, "x", "firing rate", limits[0])
+    x = chart.log_axis(alt.X, "x", "firing rate", limits[0])
     ticks = alt.Axis(values=[0.5, 1, 2, 4, 8, 16, 32, 64], format="~g")
-    y = alt.Y(**number("y", "half-life in tokens", scale={"type": "log", "domain": limits[1]}, axis=ticks))
+    y = alt.Y(**chart.number("y", "half-life in tokens", scale={"type": "log", "domain": limits[1]}, axis=ticks))
     base = next((latents for arm, latents in found if arm is run.baseline), None)
     styles = arm_styles(run.highlighted)
-    tooltip = hover("latent", "x:fires on:.2%", "y:half-life:.2f")
+    tooltip = chart.hover("latent", "x:fires on:.2%", "y:half-life:.2f")
 
     def panel(arm: Arm, latents: Latents) -> Panel:
         layers = [latent_dots(latents, styles[arm.name], tooltip).encode(x=x, y=y)]
         medians = [(base, MUTED, (6.0, 3.0), "baseline, median")] if base is not None and latents is not base else []
         for some, colour, dash, name in (*medians, (latents, INK, (), "median")):
-            middle = table(x=(line := running_median(some))[0], y=line[1], arm=name)
-            layers += curves(middle, {name: ArmStyle(colour, dash)}, x, y, hover("arm:line", "y:tokens:.2f"), width=2.2)
-        return Panel(alt.layer(*layers, resolve=APART), zoom=True)
+            middle = chart.table(x=(line := running_median(some))[0], y=line[1], arm=name)
+            layers += chart.curves(
+                middle, {name: ArmStyle(colour, dash)}, x, y, chart.hover("arm:line", "y:tokens:.2f"), width=2.2
+            )
+        return Panel(alt.layer(*layers, resolve=chart.APART), zoom=True)
 
     keys = [Key("median of the arm's latents", ArmStyle(INK), ("line",))]
     if base is not None and len(found) > 1:
@@ -262,8 +255,8 @@ def log_limits(found: Sequence[tuple[Arm, Latents]]) -> list[list[float]]:
 def latent_dots(latents: Latents, style: ArmStyle, tooltip: Sequence[alt.Tooltip]) -> alt.Chart:
     """A faint mark per latent, at most MOST_POINTS of them."""
     shown = latents.thinned(MOST_POINTS)
-    data = table(3, x=shown.columns[0], y=shown.columns[1], latent=shown.latent)
-    return dots(data, style, 18, tooltip, opacity=0.35, clip=True)
+    data = chart.table(3, x=shown.columns[0], y=shown.columns[1], latent=shown.latent)
+    return chart.dots(data, style, 18, tooltip, opacity=0.35, clip=True)
 
 
 def latent_views(

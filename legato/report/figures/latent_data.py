@@ -56,7 +56,6 @@ class Cluster:
     """A cluster of an arm's latents. label: its kind, with its number where several clusters are of that kind."""
 
     number: int
-    kind: str
     label: str
     style: ArmStyle
     found: dict[str, Any]  # its entry in metrics.json
@@ -72,7 +71,7 @@ def clusters_of(arm: Arm) -> list[Cluster]:
         kind, number = entry["name"], int(entry["cluster"])
         same = [i for i, name in enumerate(kinds) if name == kind]
         label = kind if len(same) == 1 else f"{kind} {same.index(number) + 1}"
-        found.append(Cluster(number, kind, label, kind_style(kind, same.index(number)), entry))
+        found.append(Cluster(number, label, kind_style(kind, same.index(number)), entry))
     return found
 
 

@@ -6,8 +6,7 @@ import numpy as np
 from legato.report.figures.chart import dots, heat_map, hover, number, table
 from legato.report.figures.consistency import MOST_POINTS, latent_tables, latent_views
 from legato.report.figures.latent_data import Latents, clusters_of, kind_style
-from legato.report.figures.missing import MissingResult
-from legato.report.figures.plot import Key, Panel, Plot, Rows, View
+from legato.report.figures.plot import Key, MissingResult, Panel, Plot, Rows, View
 from legato.report.figures.style import INK, SURFACE, ArmStyle, arm_styles
 from legato.results.saved_run import Arm, SavedRun
 

@@ -7,8 +7,7 @@ import altair as alt
 import numpy as np
 
 from legato.report.figures.chart import hover, number, rule
-from legato.report.figures.missing import MissingResult
-from legato.report.figures.plot import Key, Panel, Plot, Rows, View
+from legato.report.figures.plot import Key, MissingResult, Panel, Plot, Rows, View
 from legato.report.figures.style import FAINT, MUTED, SURFACE, ArmStyle, arm_styles
 from legato.results.matched.compare import AC_RATIO, KAPPA_RATIO, widest
 from legato.results.matched.points import ALL, MEASURES

@@ -20,6 +20,10 @@ def drawing() -> AbstractContextManager[None]:
     return debug_mode(False)
 
 
+class MissingResult(Exception):
+    """The saved results do not hold what a figure needs; the message says what is missing, for the reader."""
+
+
 class Rows(alt.InlineData):
     """Data of a chart. Altair copies a chart at every step of its making; rows never change and are not copied."""
 
@@ -118,7 +122,11 @@ class Plot:
         width = min(WIDTH / columns - self.beside - 6, 560.0)
         height = width if self.square else self.still_height or self.height
         body: dict[str, Any] = {
-            "concat": [_still(panel, width, height) for panel in panels],
+            "concat": [
+                {**_unframed(panel.chart), "width": width, "height": height}
+                | ({"title": {"text": panel.title, "color": panel.colour}} if panel.title else {})
+                for panel in panels
+            ],
             "columns": columns,
             "resolve": _APART,
         }
@@ -132,11 +140,6 @@ class Plot:
 
 
 _APART = {"scale": dict.fromkeys(("color", "shape", "strokeDash", "fill", "stroke"), "independent")}
-
-
-def _still(panel: Panel, width: float, height: float) -> dict[str, Any]:
-    title = {"text": panel.title, "color": panel.colour} if panel.title else {}
-    return {**_unframed(panel.chart), "width": width, "height": height, **({"title": title} if title else {})}
 
 
 def _unframed(chart: Chart) -> dict[str, Any]:

@@ -6,22 +6,10 @@ import altair as alt
 import numpy as np
 
 from legato.evaluation.position.attachment import wilson
-from legato.report.figures.chart import (
-    APART,
-    band,
-    curves,
-    heat_map,
-    hover,
-    joined_tables,
-    lag_axis,
-    log_axis,
-    number,
-    table,
-)
+from legato.report.figures import chart
 from legato.report.figures.consistency import latent_dots, latent_tables, latent_views, log_limits
 from legato.report.figures.latent_data import latents_of
-from legato.report.figures.missing import MissingResult
-from legato.report.figures.plot import Key, Panel, Plot, View
+from legato.report.figures.plot import Key, MissingResult, Panel, Plot, View
 from legato.report.figures.style import MUTED, SEQUENTIAL, ArmStyle, arm_styles
 from legato.report.figures.training import arm_keys
 from legato.results.saved_run import Arm, SavedRun
@@ -38,7 +26,7 @@ def position_matrix(run: SavedRun) -> Plot:
     scale = alt.Scale(scheme=SEQUENTIAL, domain=[low, high], clamp=True)
     title = "mean correlation, diagonal left out"
     block = -(-max(map(len, matrices.values())) // _MOST_CELLS)
-    tooltip = hover("y:position", "x:and position", "z:correlation:.3f")
+    tooltip = chart.hover("y:position", "x:and position", "z:correlation:.3f")
     panels = []
     for name, matrix in matrices.items():
         starts = np.arange(0, len(matrix), block)
@@ -48,7 +36,7 @@ def position_matrix(run: SavedRun) -> Plot:
             means = sums / counts
         ticks = starts[[0, len(starts) // 2, -1]].tolist()
         sides = {"axes": ("position t'", "position t"), "ticks": ticks}
-        panels.append(Panel(heat_map(means, starts, scale, title, tooltip, **sides), name))
+        panels.append(Panel(chart.heat_map(means, starts, scale, title, tooltip, **sides), name))
     note = f"Each cell is the mean over {block} x {block} positions." if block > 1 else ""
     return Plot([View("", panels)], columns=3, square=True, note=note)
 
@@ -61,7 +49,7 @@ def position_profiles(run: SavedRun) -> Plot:
     if not curved and not bound:
         raise MissingResult("neither L0 by position (metrics.json) nor profiles (arrays/<arm>.npz) were saved")
     styles = arm_styles(run.highlighted)
-    x = alt.X(**number("x", "position in the context"))
+    x = alt.X(**chart.number("x", "position in the context"))
     panels = []
     if curved:
         bands, lines, top = [], [], 0.0
@@ -69,24 +57,26 @@ def position_profiles(run: SavedRun) -> Plot:
             mean_L, low_L, high_L = (arm.series(f"position.l0_by_position{end}") for end in ("", "_low", "_high"))
             assert mean_L is not None
             at = np.arange(len(mean_L))
-            lines.append(table(x=at, y=mean_L, arm=name))
+            lines.append(chart.table(x=at, y=mean_L, arm=name))
             top = max(top, float(np.nanmax(mean_L if high_L is None else high_L)))
             if low_L is not None and high_L is not None:
-                bands.append(band(table(x=at, low=low_L, high=high_L), x, styles[name].colour))
-        y = alt.Y(**number("y", None, scale={"domain": [0, 1.06 * top or 1.0]}))
-        drawn = curves(joined_tables(lines), styles, x, y, hover("arm", "x:position:~g", "y:L0:.2f"), width=1.3)
+                bands.append(chart.band(chart.table(x=at, low=low_L, high=high_L), x, styles[name].colour))
+        y = alt.Y(**chart.number("y", None, scale={"domain": [0, 1.06 * top or 1.0]}))
+        drawn = chart.curves(
+            chart.joined_tables(lines), styles, x, y, chart.hover("arm", "x:position:~g", "y:L0:.2f"), width=1.3
+        )
         panels.append(Panel(alt.layer(*bands, *drawn), "L0"))
-    y = alt.Y(**number("y", "firing rate", scale={"domain": [0, 1]}))
+    y = alt.Y(**chart.number("y", "firing rate", scale={"domain": [0, 1]}))
     for name, profiles in bound.items():
         colour = styles[name].colour
         bands, lines, looks = [], [], {}
         for (latent, rate_L, low_L, high_L), dash in zip(profiles, _DASHES, strict=False):
             at = np.arange(len(rate_L))
             looks[f"latent {latent}"] = ArmStyle(colour, dash)
-            lines.append(table(x=at, y=rate_L, arm=f"latent {latent}"))
-            bands.append(band(table(x=at, low=low_L, high=high_L), x, colour))
-        tooltip = hover("arm:of " + name.replace(":", " "), "x:position:~g", "y:firing rate:.3f")
-        drawn = curves(joined_tables(lines), looks, x, y, tooltip, width=1.2)
+            lines.append(chart.table(x=at, y=rate_L, arm=f"latent {latent}"))
+            bands.append(chart.band(chart.table(x=at, low=low_L, high=high_L), x, colour))
+        tooltip = chart.hover("arm:of " + name.replace(":", " "), "x:position:~g", "y:firing rate:.3f")
+        drawn = chart.curves(chart.joined_tables(lines), looks, x, y, tooltip, width=1.2)
         title = f"{name}: {', '.join(look.removeprefix('latent ') for look in looks)}"
         panels.append(Panel(alt.layer(*bands, *drawn), title, colour))
     keys = arm_keys(run, "line")
@@ -123,9 +113,9 @@ def position_measures(run: SavedRun) -> Plot:
     """
     found = latent_tables(run, ("eta2", "mi"), "eta2 and mi", positive=True)
     limits = log_limits(found)
-    x = log_axis(alt.X, "x", "eta² (share of variance)", limits[0])
-    y = log_axis(alt.Y, "y", "mutual information (nats)", limits[1])
-    tooltip = hover("latent", "x:eta²:.2~g", "y:nats:.2~g")
+    x = chart.log_axis(alt.X, "x", "eta² (share of variance)", limits[0])
+    y = chart.log_axis(alt.Y, "y", "mutual information (nats)", limits[1])
+    tooltip = chart.hover("latent", "x:eta²:.2~g", "y:nats:.2~g")
     styles = arm_styles(run.highlighted)
     return latent_views(
         found,
@@ -139,24 +129,26 @@ def offset_test(run: SavedRun) -> Plot:
     if not arms:
         raise MissingResult("the offset test was not run (no `offset` in metrics.json)")
     styles = arm_styles(run.highlighted)
-    y = alt.Y(**number("y", None, scale={"domain": [0, 1.04]}))
+    y = alt.Y(**chart.number("y", None, scale={"domain": [0, 1.04]}))
     panels = []
     for mode, label in _MODES.items():
         if not any(_offset_rows(arm, mode) for arm in arms):
             continue
         for key, what in _AGREEMENT.items():
             lines = {arm.name: _over_shift(_offset_rows(arm, mode), key) for arm in arms}
-            x = lag_axis(next(shifts for shifts, _ in lines.values() if shifts), "shift in tokens")
-            tooltip = hover("arm", "x:shift:~g", f"y:{what}:.3f")
-            rows = [table(x=shifts, y=values, arm=name) for name, (shifts, values) in lines.items() if shifts]
-            layers = curves(joined_tables(rows), styles, x, y, tooltip, markers=True)
+            x = chart.lag_axis(next(shifts for shifts, _ in lines.values() if shifts), "shift in tokens")
+            tooltip = chart.hover("arm", "x:shift:~g", f"y:{what}:.3f")
+            rows = [chart.table(x=shifts, y=values, arm=name) for name, (shifts, values) in lines.items() if shifts]
+            layers = chart.curves(chart.joined_tables(rows), styles, x, y, tooltip, markers=True)
             if key == "jaccard":
                 chance = {arm.name: _over_shift(_offset_rows(arm, mode), "jaccard_null") for arm in arms}
-                null = [table(x=at, y=values, arm=name) for name, (at, values) in chance.items() if at]
+                null = [chart.table(x=at, y=values, arm=name) for name, (at, values) in chance.items() if at]
                 if null:
-                    dotted = alt.Chart(joined_tables(null)).mark_line(color=MUTED, strokeDash=[2, 3], strokeWidth=1)
+                    dotted = alt.Chart(chart.joined_tables(null)).mark_line(
+                        color=MUTED, strokeDash=[2, 3], strokeWidth=1
+                    )
                     layers.append(dotted.encode(x=x, y=y, detail="arm:N"))
-            panels.append(Panel(alt.layer(*layers, resolve=APART), f"{label}: {what}"))
+            panels.append(Panel(alt.layer(*layers, resolve=chart.APART), f"{label}: {what}"))
     keys = [key for key in arm_keys(run) if key.label in {arm.name for arm in arms}]
     keys.append(Key("another token of the document", ArmStyle(MUTED, (2.0, 3.0)), ("line",)))
     return Plot([View("", panels)], columns=2, keys=keys)

@@ -9,15 +9,13 @@ import numpy as np
 
 from legato.report.figures.chart import dots, hover, number, significant, table
 from legato.report.figures.labels import PointLabel, label_points
-from legato.report.figures.missing import MissingResult
-from legato.report.figures.plot import Key, Panel, Plot, Rows, View
+from legato.report.figures.plot import Key, MissingResult, Panel, Plot, Rows, View
 from legato.report.figures.style import FAINT, INK, MUTED, SURFACE, ArmStyle, arm_styles
 from legato.report.figures.training import arm_keys
 from legato.results.saved_run import Arm, SavedRun
 
 _HEIGHT, _STILL = 380, (560.0, 380.0)
 _FVU = "fraction of variance unexplained"
-_ARROWS = {"right": "triangle-right", "left": "triangle-left", "above": "triangle-up", "below": "triangle-down"}
 _MOST_LABELLED = 4
 
 Points = dict[str, tuple[float, float]]
@@ -31,15 +29,9 @@ class Scene:
     outside: Points
     limits: tuple[tuple[float, float], tuple[float, float]]  # of x, of y
 
-    def at_edge(self, name: str) -> tuple[float, float, str]:
-        """Find the point at the edge of the view for an arm outside, and its side: left, right, below or above."""
-        (x, y), (xs, ys) = self.outside[name], self.limits
-        side = "right" if x > xs[1] else "left" if x < xs[0] else "above" if y > ys[1] else "below"
-        return float(np.clip(x, *xs)), float(np.clip(y, *ys)), side
 
-
-def scene(run: SavedRun, x_key: str, y_key: str, *, farthest: Mapping[str, float]) -> Scene:
-    """The arms that have both values. farthest: by axis ("x", "y"), how many times the baseline's cost is still shown.
+def scene(run: SavedRun, x_key: str, y_key: str, *, farthest: tuple[float, float]) -> Scene:
+    """The arms that have both values. farthest: how many times the baseline's x and y are still shown.
 
     Members of a sweep are always inside: their cost is meant to differ. A view is at least a tenth of its values wide:
     a difference of a percent must look small.
@@ -54,12 +46,10 @@ def scene(run: SavedRun, x_key: str, y_key: str, *, farthest: Mapping[str, float
         return Scene({}, points, ((0.0, 1.0), (0.0, 1.0)))
     base = run.baseline
     centre = trained[base.name] if base and base.name in trained else np.median(list(trained.values()), axis=0)
-    bounds = {i: farthest[axis] for i, axis in enumerate(("x", "y")) if axis in farthest}
 
     def near(name: str, point: tuple[float, float]) -> bool:
-        return run.arm(name).role == "sweep" or all(
-            centre[i] / factor <= point[i] <= factor * centre[i] for i, factor in bounds.items()
-        )
+        within = (c / factor <= at <= factor * c for c, at, factor in zip(centre, point, farthest, strict=True))
+        return run.arm(name).role == "sweep" or all(within)
 
     inside = {name: point for name, point in points.items() if near(name, point)}
     corners = np.array(list(inside.values()) or [tuple(centre)])
@@ -70,14 +60,9 @@ def scene(run: SavedRun, x_key: str, y_key: str, *, farthest: Mapping[str, float
     return Scene(inside, outside, (limits[0], limits[1]))
 
 
-def fidelity_scene(run: SavedRun) -> Scene:
-    """FVU over L0."""
-    return scene(run, "core.l0", "core.fvu", farthest={"x": 1.6, "y": 1.35})
-
-
 def cost_scene(run: SavedRun) -> Scene:
-    """Kappa excess over FVU."""
-    return scene(run, "core.fvu", "consistency.kappa1_excess_within", farthest={"x": 1.35})
+    """Kappa excess over FVU; a gain is shown however large."""
+    return scene(run, "core.fvu", "consistency.kappa1_excess_within", farthest=(1.35, np.inf))
 
 
 def outside_in_words(run: SavedRun, found: Scene, names: tuple[str, str], digits: tuple[int, int]) -> str:
@@ -85,18 +70,16 @@ def outside_in_words(run: SavedRun, found: Scene, names: tuple[str, str], digits
     groups: dict[str, list[tuple[float, float]]] = {}
     for name, point in found.outside.items():
         groups.setdefault(run.arm(name).group, []).append(point)
-    if not groups:
-        return ""
     told = []
     for group, points in groups.items():
         x, y = np.mean(points, axis=0)
         told.append(f"{group} ({names[0]} {x:.{digits[0]}f}, {names[1]} {y:.{digits[1]}f})")
-    return f"Outside this view, where the arrows point: {'; '.join(told)}."
+    return f"Outside this view, where the arrows point: {'; '.join(told)}." if told else ""
 
 
 def sparsity_fidelity(run: SavedRun) -> Plot:
     """FVU against L0 on held-out text, a point per arm; a line along each arm's sweep over k."""
-    found = fidelity_scene(run)
+    found = scene(run, "core.l0", "core.fvu", farthest=(1.6, 1.35))
     if not found.inside:
         raise MissingResult("no arm has both core.l0 and core.fvu in metrics.json")
     note = outside_in_words(run, found, ("L0", "FVU"), (1, 2))
@@ -193,7 +176,10 @@ def _plot(
         line = sorted(point for _, point in by_k.values())
         covered += along(line)
         colour = of_group[method].colour if method in of_group else MUTED
-        layers.append(_joined(line, colour).encode(x=x, y=y))
+        at_x, at_y = np.array(line).T
+        point = alt.OverlayMarkDef(size=24, color=colour, filled=True)
+        joined = alt.Chart(table(x=at_x, y=at_y)).mark_line(color=colour, strokeWidth=1.2, point=point, clip=True)
+        layers.append(joined.encode(x=x, y=y))
     others = [run.arm(name) for name in found.inside if run.arm(name) not in run.highlighted]
     grey = [arm for arm in others if arm.trained and arm.group not in of_group]
     seeds = [arm for arm in others if arm.trained and arm.group in of_group]
@@ -217,7 +203,11 @@ def _plot(
     if seeds:
         keys.append(Key("small: another seed", ArmStyle(MUTED), ("marker",)))
     if grey:
-        keys.append(Key(_background_label(grey), ArmStyle(FAINT), ("marker",)))
+        roles = {arm.role for arm in grey}
+        label = (
+            "ablation members" if roles == {"grid"} else "arms at another k" if roles == {"sweep"} else "further arms"
+        )
+        keys.append(Key(f"{len(grey)} {label}", ArmStyle(FAINT), ("marker",)))
     if controls:
         keys.append(Key("controls (no training)", ArmStyle(MUTED), ("marker",), hollow=True))
     return Plot([View("", [Panel(alt.layer(*layers), zoom=True)])], _HEIGHT, columns=1, keys=keys, note=note)
@@ -243,26 +233,17 @@ def _labels(run: SavedRun, found: Scene, of_group: Mapping[str, ArmStyle]) -> li
     return labels
 
 
-def _joined(line: Sequence[tuple[float, float]], colour: str) -> alt.Chart:
-    x, y = np.array(line).T
-    point = alt.OverlayMarkDef(size=24, color=colour, filled=True)
-    return alt.Chart(table(x=x, y=y)).mark_line(color=colour, strokeWidth=1.2, point=point, clip=True)
-
-
 def _arrows(found: Scene) -> alt.Chart:
-    edges = [(name, *found.at_edge(name)) for name in found.outside]
+    """A mark at the edge of the view for each arm outside, that points to it."""
+    (left, right), (low, high) = found.limits
+    x, y = np.array(list(found.outside.values())).T
+    side = np.select([x > right, x < left, y > high], ["right", "left", "up"], "down")
     data = table(
-        x=[x for _, x, _, _ in edges],
-        y=[y for _, _, y, _ in edges],
-        arm=[name for name, *_ in edges],
-        place=["outside, at {}, {}".format(*significant(found.outside[name])) for name, *_ in edges],
-        side=[_ARROWS[side] for *_, side in edges],
+        x=np.clip(x, left, right),
+        y=np.clip(y, low, high),
+        arm=list(found.outside),
+        place=["outside, at {}, {}".format(*significant(point)) for point in found.outside.values()],
+        side=[f"triangle-{each}" for each in side],
     )
     arrows = dots(data, ArmStyle(MUTED), 70, hover("arm", "place"))
     return arrows.encode(shape=alt.Shape("side:N", scale=None))
-
-
-def _background_label(arms: Sequence[Arm]) -> str:
-    roles = {arm.role for arm in arms}
-    what = {"grid": "ablation members", "sweep": "arms at another k"}.get(roles.pop()) if len(roles) == 1 else None
-    return f"{len(arms)} {what or 'further arms'}"

@@ -4,8 +4,7 @@ import altair as alt
 import numpy as np
 
 from legato.report.figures.chart import curves, hover, joined_tables, number, table
-from legato.report.figures.missing import MissingResult
-from legato.report.figures.plot import Key, Panel, Plot, Rows, View
+from legato.report.figures.plot import Key, MissingResult, Panel, Plot, Rows, View
 from legato.report.figures.style import FAINT, arm_styles
 from legato.results.saved_run import Arm, SavedRun
 
@@ -32,7 +31,11 @@ def training_curves(run: SavedRun) -> Plot:
 
 
 def _panel(run: SavedRun, key: str, title: str) -> Panel:
-    unit, divisor = _token_unit(run)
+    tokens = max(
+        (float(np.nanmax(columns["tokens"])) for columns in run.log.values() if "tokens" in columns), default=0
+    )
+    unit, divisor = ("million tokens", 1e6) if tokens >= 1e6 else ("thousand tokens", 1e3)
+    unit, divisor = (unit, divisor) if tokens else ("training step", 1.0)
     styles = arm_styles(run.highlighted)
     logged = {arm.name: columns for arm in run.trained if key in (columns := run.log.get(arm.name, {}))}
 
@@ -65,13 +68,6 @@ def ceiling(values: np.ndarray) -> float:
     """The largest value of a curve once it has settled; 0 where there is none."""
     settled = values[int(_SETTLED * len(values)) :]
     return float(np.nanmax(settled)) if np.isfinite(settled).any() else 0.0
-
-
-def _token_unit(run: SavedRun) -> tuple[str, float]:
-    tokens = [float(np.nanmax(columns["tokens"])) for columns in run.log.values() if "tokens" in columns]
-    if not tokens:
-        return "training step", 1.0
-    return ("million tokens", 1e6) if max(tokens) >= 1e6 else ("thousand tokens", 1e3)
 
 
 def _thin(values: np.ndarray, most: int) -> np.ndarray:

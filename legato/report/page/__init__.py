@@ -1,7 +1,5 @@
 """The page: its templates, tables, and what it carries inside itself.
 
-embed.py          Content of a page, compressed inside it: its data and the plotting library. It asks nothing of a
-                  network.
 latent_tables.py  Cards and tables of latents on the page: redundant pairs with their contexts, clusters with their
                   share.
 plots.js          Draws the plots with Vega-Lite, each once it comes near the window.

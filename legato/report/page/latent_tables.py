@@ -1,16 +1,16 @@
 """Cards and tables of latents on the page: redundant pairs with their contexts, clusters with their share."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from legato.evaluation.redundancy.classes import CLASSES
 from legato.report.figures.latent_data import clusters_of
-from legato.report.figures.style import ArmStyle, arm_styles
+from legato.report.figures.style import arm_styles
 from legato.report.page.tables import Cell, PageTable, Row, minus
 from legato.report.text.latents import specialisation_lines
-from legato.results.saved_run import Arm, SavedRun
+from legato.results.saved_run import SavedRun
 
 PAIRS_SHOWN = 6  # of a class and arm
 EXAMPLES_SHOWN = 3
@@ -33,50 +33,33 @@ class Piece:
     who: str = ""
 
 
-@dataclass(frozen=True)
-class Pair:
-    a: int
-    b: int
-    numbers: str
-    contexts: Sequence[Sequence[Piece]]
-
-
-@dataclass(frozen=True)
-class PairClass:
-    name: str
-    told: str
-    total: int
-    pairs: Sequence[Pair]
-
-
 def redundancy_counts(run: SavedRun) -> PageTable | None:
     """Count an arm's pairs of each class, and the share in redundant groups; None where none was measured."""
     styles, rows = arm_styles(run.highlighted), []
     for arm in run.highlighted:
         section = arm.metrics.get("redundancy")
         if section:
-            counts = [Cell(str(section["pairs"].get(name, 0)), str(section["pairs"].get(name, 0))) for name in CLASSES]
+            counts = [str(section["pairs"].get(name, 0)) for name in CLASSES]
             shares = [section.get(key) for key in ("share_of_latents", "share_of_firing")]
-            cells = [Cell("–") if share is None else Cell(f"{share:.1%}", f"{share:.6g}") for share in shares]
-            groups = Cell(str(section["groups"]), str(section["groups"]))
-            rows.append(Row(arm.name, [*counts, groups, *cells], styles[arm.name], arm is run.baseline))
+            cells = [Cell(count, count) for count in (*counts, str(section["groups"]))]
+            cells += [Cell("–") if share is None else Cell(f"{share:.1%}", f"{share:.6g}") for share in shares]
+            rows.append(Row(arm.name, cells, styles[arm.name], arm is run.baseline))
     columns = [*(name.replace("_", " ") for name in CLASSES), "groups", "latents in groups", "their firing"]
     return PageTable("Pairs of latents by class", columns, rows) if rows else None
 
 
-def pairs_by_arm(run: SavedRun) -> dict[str, list[PairClass]]:
+def pairs_by_arm(run: SavedRun) -> dict[str, list[dict[str, Any]]]:
     """The strongest pairs of each class with their contexts, by highlighted arm; an arm without pairs is left out."""
     found = {}
     for arm in run.highlighted:
         saved = run.redundant_pairs(arm.name, PAIRS_SHOWN)
         totals = (arm.metrics.get("redundancy") or {}).get("pairs") or {}
         classes = [
-            PairClass(
-                name.replace("_", " "),
-                CLASS_TOLD[name],
-                totals.get(name, len(saved[name])),
-                list(map(_pair, saved[name])),
-            )
+            {
+                "name": name.replace("_", " "),
+                "total": totals.get(name, len(saved[name])),
+                "pairs": list(map(_pair, saved[name])),
+            }
             for name in CLASSES
             if saved.get(name)
         ]
@@ -85,13 +68,11 @@ def pairs_by_arm(run: SavedRun) -> dict[str, list[PairClass]]:
     return found
 
 
-def _pair(row: Mapping[str, Any]) -> Pair:
-    told = {"excess": ".2f", "cosine": ".2f"}
-    numbers = [f"{key} {row[key]:{form}}" for key, form in told.items() if row.get(key) is not None]
-    if row.get("lag"):
-        numbers.insert(0, f"lag {row['lag']}")
+def _pair(row: Mapping[str, Any]) -> dict[str, Any]:
+    numbers = [f"lag {row['lag']}"] if row.get("lag") else []
+    numbers += [f"{key} {row[key]:.2f}" for key in ("excess", "cosine") if row.get(key) is not None]
     contexts = [pieces(text) for text in (row.get("examples") or [])[:EXAMPLES_SHOWN]]
-    return Pair(row["latent_a"], row["latent_b"], minus(", ".join(numbers)), contexts)
+    return {"a": row["latent_a"], "b": row["latent_b"], "numbers": minus(", ".join(numbers)), "contexts": contexts}
 
 
 def pieces(example: str) -> list[Piece]:
@@ -106,19 +87,10 @@ def pieces(example: str) -> list[Piece]:
     return [*found, Piece(text[end:])] if end < len(text) else found
 
 
-@dataclass(frozen=True)
-class ClusterCard:
-    label: str
-    style: ArmStyle
-    rows: Sequence[Row]
-    examples_of: str
-    examples: Sequence[tuple[int, Sequence[str]]]
-
-
 CARD_COLUMNS = ("latents", "firing", "rate", "kappa", "half-life")
 
 
-def cluster_cards(run: SavedRun) -> list[ClusterCard]:
+def cluster_cards(run: SavedRun) -> list[dict[str, Any]]:
     """A card per cluster with its share and medians in every highlighted arm, and typical latents of one of them."""
     arms = [(arm, clusters_of(arm)) for arm in run.highlighted]
     styles = arm_styles(run.highlighted)
@@ -132,7 +104,8 @@ def cluster_cards(run: SavedRun) -> list[ClusterCard]:
             for entry in (shown[1].found.get("examples") or [])[:EXAMPLE_LATENTS]
         ]
         rows = [Row(arm.name, _card_cells(c.found), styles[arm.name]) for arm, c in members]
-        cards.append(ClusterCard(found[number].label, found[number].style, rows, shown[0].name, examples))
+        card = {"label": found[number].label, "style": found[number].style, "rows": rows}
+        cards.append({**card, "examples_of": shown[0].name, "examples": examples})
     return cards
 
 
@@ -157,14 +130,8 @@ def stability(run: SavedRun) -> list[str]:
             sentences = [specialisation_lines(section)[-1]]
             if fitted := section.get("fitted_on"):
                 sentences.append(f"Found once over {fitted['latents']} latents of {len(fitted['saes'])} SAEs together.")
-            left_out = _left_out(arm)
-            return [*sentences, left_out] if left_out else sentences
+            if left_out := section.get("left_out"):
+                few = section["min_firings"]
+                sentences.append(f"Latents that fire fewer than {few} times are left out: {left_out} of {arm.name}.")
+            return sentences
     return []
-
-
-def _left_out(arm: Arm) -> str:
-    section = arm.metrics["specialisation"]
-    if not section.get("left_out"):
-        return ""
-    few = section["min_firings"]
-    return f"Latents that fire fewer than {few} times are left out: {section['left_out']} of {arm.name}."

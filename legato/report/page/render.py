@@ -1,49 +1,88 @@
-"""The frame of every page: colours that follow the light or dark scheme, figures, navigation, sortable tables."""
+"""The frame of every page: colours that follow the light or dark scheme, figures, navigation, sortable tables.
 
-from collections.abc import Sequence
+A page carries its data and the plotting library compressed inside itself. It asks nothing of a network.
+"""
+
+import base64
+import gzip
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import vl_convert
 from markupsafe import Markup
 
-from legato.report.figures.plot import Key, Plot
-from legato.report.figures.style import ArmStyle, page_colour
-
-
-@dataclass(frozen=True)
-class PageFigure:
-    """A plot that the page draws; name: its file among the run's figures."""
-
-    title: str
-    caption: str
-    name: str
-    plot: Plot
-
-
-@dataclass(frozen=True)
-class Gap:
-    title: str
-    reason: str
+from legato.report.figures.drawn import Figure
+from legato.report.figures.plot import Plot
+from legato.report.figures.style import PAGE_COLOURS, PAGE_CONFIG, ArmStyle, page_colour
 
 
 @dataclass
 class Section:
-    """short: its title in the navigation, where that is another one."""
+    """short: its title in the navigation, where that is another one. missing: (title, what the run lacks for it)."""
 
     name: str
     title: str
-    sentences: Sequence[str] = ()
-    figures: list[PageFigure] = field(default_factory=list)
-    missing: list[Gap] = field(default_factory=list)
     short: str = ""
+    sentences: Sequence[str] = ()
+    figures: list[Figure] = field(default_factory=list)
+    missing: list[tuple[str, str]] = field(default_factory=list)
+
+
+def sections_with(titles: Sequence[tuple[str, str, str]], figures: Sequence[Figure]) -> dict[str, Section]:
+    """The sections by name, each with its figures. titles: name, title, and the navigation's title, if another."""
+    sections = {name: Section(name, title, short) for name, title, short in titles}
+    for figure in figures:
+        if figure.section and figure.plot is None:
+            sections[figure.section].missing.append((figure.title, figure.missing))
+        elif figure.section:
+            sections[figure.section].figures.append(figure)
+    return sections
+
+
+def render_page(template: str, sections: Sequence[Section], **values: Any) -> str:
+    """A page of these sections with their plots and all it needs inside it, every value in it escaped."""
+    plots = {figure.name: figure.plot for section in sections for figure in section.figures if figure.plot is not None}
+    return render(template, sections=sections, islands=_plot_islands(plots), **values)
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of this folder as text, every value in it escaped. sections: what the navigation lists."""
+    """A template of the folders below as text, every value in it escaped."""
     return _ENVIRONMENT.get_template(template).render(values)
+
+
+def island(name: str, packed: bytes) -> Markup:
+    """An inert <script> of that id with the bytes in base64; `legato.unpack(name)` in plots.js reads packed text."""
+    content = Markup(base64.b64encode(packed).decode())
+    return Markup('<script type="application/octet-stream" id="{}">{}</script>').format(name, content)
+
+
+def packed_json(content: Any) -> bytes:
+    """JSON, compressed. Raises ValueError for NaN, which JSON cannot hold."""
+    text = json.dumps(content, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
+    return gzip.compress(text.encode(), mtime=0)
+
+
+def _plot_islands(plots: Mapping[str, Plot]) -> list[Markup]:
+    """The plots by name with the colours that become the page's, and what draws them; nothing where there are none."""
+    if not plots:
+        return []
+    content = {name: plot.content() for name, plot in plots.items()}
+    colours = {colour: f"--{name}" for colour, name in PAGE_COLOURS.items()}
+    packed = packed_json({"config": PAGE_CONFIG, "colours": colours, "plots": content})
+    return [island("plot-data", packed), island("vega-js", _library())]
+
+
+@lru_cache(maxsize=1)
+def _library() -> bytes:
+    """Vega, Vega-Lite and Vega-Embed: 0.9 MB, 0.4 MB packed, run only once a plot comes near the window."""
+    bundle = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub asks for what is optional
+    return gzip.compress(bundle.encode(), mtime=0)
 
 
 def swatch(style: ArmStyle | None, parts: Sequence[str] = ("line", "marker"), hollow: bool = False) -> Markup:
@@ -74,11 +113,6 @@ _PATHS = {
 }
 
 
-def key_swatch(key: Key) -> Markup:
-    """Draw the sample of a legend's entry."""
-    return swatch(key.style, key.parts, key.hollow)
-
-
 def marker(style: ArmStyle) -> Markup:
     """A dot of a style's colour."""
     return Markup('<span class="dot" style="background:{}"></span>').format(page_colour(style.colour))
@@ -91,11 +125,15 @@ def _version() -> str:
         return "(not installed)"
 
 
+_LOADER = jinja2.FileSystemLoader([Path(__file__).parents[1] / name for name in ("page", "browser", "runs")])
 _ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.FileSystemLoader([Path(__file__).parents[1] / name for name in ("page", "browser", "runs")]),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
+    loader=_LOADER, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
-_ENVIRONMENT.globals.update(version=_version(), swatch=swatch, key_swatch=key_swatch, marker=marker)
+
+
+def _source(name: str) -> Markup:
+    """A script or style sheet of the folders, as it stands in a page."""
+    return Markup(_LOADER.get_source(_ENVIRONMENT, name)[0])
+
+
+_ENVIRONMENT.globals.update(version=_version(), swatch=swatch, marker=marker, source=_source)

@@ -41,12 +41,10 @@ def recipe_rows(run: SavedRun) -> tuple[list[Row], list[Row]]:
     A recipe with several seeds is their mean; the interval is then two standard errors over seeds, else the bootstrap
     over documents that was saved.
     """
-    groups = seed_groups(run)
-    styles = {arm.group: style for name, style in arm_styles(run.highlighted).items() for arm in [run.arm(name)]}
+    groups, roles = seed_groups(run), ("baseline", "named", "control")
+    styles = {run.arm(name).group: style for name, style in arm_styles(run.highlighted).items()}
     baseline = groups[run.baseline.group] if run.baseline else None
-    order = sorted(
-        groups.values(), key=lambda arms: ("baseline", "named", "control").index(arms[0].role) if _main(arms) else 9
-    )
+    main = [arms for arms in groups.values() if arms[0].role in roles]
     rows = [
         Row(
             arms[0].group if arms[0].trained else f"{arms[0].group} (control)",
@@ -54,15 +52,10 @@ def recipe_rows(run: SavedRun) -> tuple[list[Row], list[Row]]:
             styles.get(arms[0].group),
             arms is baseline,
         )
-        for arms in order
-        if _main(arms)
+        for arms in sorted(main, key=lambda arms: roles.index(arms[0].role))
     ]
-    single = [arm for arms in groups.values() for arm in arms if not _main(arms) or len(arms) > 1]
+    single = [arm for arms in groups.values() for arm in arms if arms[0].role not in roles or len(arms) > 1]
     return rows, [Row(arm.name, [_cell(column, [arm], None) for column in COLUMNS]) for arm in single]
-
-
-def _main(arms: Sequence[Arm]) -> bool:
-    return arms[0].role in ("baseline", "named", "control")
 
 
 def _cell(column: Column, arms: Sequence[Arm], baseline: Sequence[Arm] | None) -> Cell:
@@ -83,9 +76,7 @@ def _interval(column: Column, arms: Sequence[Arm], values: Sequence[float]) -> s
     if len(values) > 1:
         return f"\u00b1{2 * standard_error(values):.{column.digits}f}"
     saved = arms[0].series(f"consistency.interval95.{_INTERVALS[column.key]}")
-    if saved is None:
-        return ""
-    return minus(f"{saved[0]:.{column.digits}f} to {saved[1]:.{column.digits}f}")
+    return "" if saved is None else minus(f"{saved[0]:.{column.digits}f} to {saved[1]:.{column.digits}f}")
 
 
 def _difference(column: Column, mean: float, reference: Sequence[float]) -> tuple[str, str]:
@@ -126,13 +117,10 @@ def _targets(matched: Mapping[str, Any], styles: Mapping[str, ArmStyle]) -> Page
     for name, method in matched["methods"].items():
         if method["verdict"] is None or method["role"] != "named":
             continue
-        columns = [f"{row['criterion']} {_bound(row['bound'])}" for row in method["verdict"]]
+        signs = str.maketrans({">": "\u2265", "<": "\u2264", "=": None, "x": "\u00d7"})
+        columns = [f"{row['criterion']} {minus(row['bound'].translate(signs))}" for row in method["verdict"]]
         rows.append(Row(name, [_target(row, method) for row in method["verdict"]], styles.get(name)))
     return PageTable("Targets at the baseline's L0", columns, rows)
-
-
-def _bound(bound: str) -> str:
-    return minus(bound.replace(">=", "\u2265").replace("<=", "\u2264").replace("x", "\u00d7"))
 
 
 def _target(row: Mapping[str, Any], method: Mapping[str, Any]) -> Cell:
@@ -147,9 +135,8 @@ def _target(row: Mapping[str, Any], method: Mapping[str, Any]) -> Cell:
         text = minus(f"{value:.0%}" if row["criterion"] == "absent" else f"{value:+.1%}")
     if not row["met"]:
         return Cell(text, f"{value:.6g}", "\u2717 missed", "bad")
-    return Cell(
-        text, f"{value:.6g}", "\u2713 met" if row["beyond_intervals"] is not False else "\u2713 not surely", "good"
-    )
+    surely = "met" if row["beyond_intervals"] is not False else "not surely"
+    return Cell(text, f"{value:.6g}", f"\u2713 {surely}", "good")
 
 
 def _by_bin(matched: Mapping[str, Any], styles: Mapping[str, ArmStyle]) -> PageTable:
@@ -172,30 +159,19 @@ def _by_bin(matched: Mapping[str, Any], styles: Mapping[str, ArmStyle]) -> PageT
         for name, cells in found.items()
     ]
     columns = [
-        f"fires {_percent(low)}–{_percent(high)}" if low < 0.1 else f"dense, {_percent(low)}+"
+        f"fires {100 * low:g} %–{100 * high:g} %" if low < 0.1 else f"dense, {100 * low:g} %+"
         for low, high in sorted(bins)
     ]
     return PageTable("Kappa excess by firing rate, at the baseline's L0 (method : baseline)", columns, rows)
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:g} %"
-
-
 def _as_it_is(table: Table, styles: Mapping[str, ArmStyle]) -> PageTable:
-    rows = [
-        Row(
-            row[0],
-            [Cell(minus(text) or "–", _leading_number(text)) for text in row[1:]],
-            styles.get(row[0]),
-            row[0] == "baseline",
-        )
-        for row in table.rows
-        if row[-1] != "not matched"  # the legend says why
-    ]
+    rows = []
+    for name, *texts in table.rows:
+        if texts[-1] != "not matched":  # the legend says why
+            leading = [re.match(r"[-+]?\d+(\.\d+)?", text) for text in texts]
+            cells = [
+                Cell(minus(text) or "–", found[0] if found else "") for text, found in zip(texts, leading, strict=True)
+            ]
+            rows.append(Row(name, cells, styles.get(name), name == "baseline"))
     return PageTable(table.title, table.headings[1:], rows)
-
-
-def _leading_number(text: str) -> str:
-    found = re.match(r"[-+]?\d+(\.\d+)?", text)
-    return found[0] if found else ""

@@ -1,16 +1,17 @@
 """Figures that set several runs side by side, a colour per run, drawn from their saved results."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import altair as alt
 import numpy as np
 
 from legato.report.figures.chart import APART, curves, dots, hover, joined_tables, lag_axis, number, rule, table
+from legato.report.figures.drawn import Figure, draw
 from legato.report.figures.labels import PointLabel, label_points
-from legato.report.figures.missing import MissingResult
-from legato.report.figures.plot import Key, Panel, Plot, Rows, View, drawing
+from legato.report.figures.plot import Key, MissingResult, Panel, Plot, Rows, View
 from legato.report.figures.style import MUTED, SURFACE, ArmStyle, run_styles
 from legato.report.figures.training import ceiling
 from legato.report.runs.recipes import Recipe, recipes_of, shortened
@@ -30,34 +31,6 @@ _OVER_LAG = (
     ("Kappa", "kappa excess", "consistency.kappa_excess_within", ""),
 )
 _FVU = "fraction of variance unexplained"
-
-Draw = Callable[[Mapping[str, SavedRun], Sequence[Recipe]], Plot]
-
-
-@dataclass(frozen=True)
-class ComparisonFigure:
-    """name: of its PNG file. section: of the page that compares runs, empty where a plot there shows the same."""
-
-    name: str
-    section: str
-    title: str
-    caption: str
-    draw: Draw
-
-
-def drawn(runs: Mapping[str, SavedRun]) -> Iterator[tuple[ComparisonFigure, Plot | MissingResult]]:
-    """Each figure over the runs, by label, or what it lacks.
-
-    A run takes part with its baseline and named arms.
-    """
-    recipes = recipes_of(runs)
-    for spec in FIGURES:
-        with drawing():
-            try:
-                made: Plot | MissingResult = spec.draw(runs, recipes)
-            except MissingResult as missing:
-                made = missing
-        yield spec, made
 
 
 def _run_keys(runs: Mapping[str, SavedRun], *parts: str) -> list[Key]:
@@ -123,18 +96,10 @@ def _overview(runs: Mapping[str, SavedRun], recipes: Sequence[Recipe]) -> Plot:
     return Plot([View("", panels)], 24 * len(names) + 20, columns=len(panels), keys=keys, beside=64)
 
 
-def _over_lag(runs: Mapping[str, SavedRun], recipes: Sequence[Recipe]) -> Plot:
-    """AC and kappa excess over lag, a view each; the still shows AC."""
-    return _lag_plot(runs, recipes, _OVER_LAG, "AC excess or kappa excess")
-
-
-def _kappa_over_lag(runs: Mapping[str, SavedRun], recipes: Sequence[Recipe]) -> Plot:
-    return _lag_plot(runs, recipes, _OVER_LAG[1:], "kappa excess")
-
-
 def _lag_plot(
     runs: Mapping[str, SavedRun], recipes: Sequence[Recipe], measures: Sequence[tuple[str, str, str, str]], what: str
 ) -> Plot:
+    """Excesses over lag, a view per measure; the still shows the first."""
     views = [View(label, panels) for label, *measure in measures if (panels := _lag_panels(runs, recipes, *measure))]
     if not views:
         raise MissingResult(f"no run has {what} over lags")
@@ -236,7 +201,9 @@ def _cost_panel(
         point = table(x=[fvu], y=[excess], arm=[shortened(recipe.name)], run=recipe.run)
         layers.append(dots(point, style, 85, tooltip, **(hollow if recipe.baseline else {})).encode(x=x, y=y))
     labels = [
-        PointLabel((fvu[0], excess[0]), "" if recipe.baseline else recipe.label, recipe.style.colour, required=False)
+        PointLabel(
+            (fvu[0], excess[0]), "" if recipe.baseline else shortened(recipe.name), recipe.style.colour, required=False
+        )
         for recipe, fvu, excess in points
     ]
     layers += label_points(labels, limits, size)
@@ -268,39 +235,16 @@ def _training(runs: Mapping[str, SavedRun], recipes: Sequence[Recipe]) -> Plot:
     return Plot([View("", [Panel(alt.layer(*layers, resolve=APART))])], height=300, columns=1, keys=keys)
 
 
-FIGURES = (
-    ComparisonFigure(
-        "compare_fvu_kappa",
-        "tradeoff",
-        "What consistency costs",
-        "Up and left is better. Lines lead from a run's baseline to its arms; whiskers are standard errors over seeds. "
-        "Runs that read other activations or were judged on other text stand in a panel of their own: compare inside "
-        "a panel only.",
-        _cost,
-    ),
-    ComparisonFigure(
-        "compare_overview",
-        "tradeoff",
-        "Every measure, arm by arm",
-        "Means over seeds with standard errors; hollow marks are baselines. Kappa and AC excess: at lag 1, over the "
-        "null that shuffles tokens inside a document.",
-        _overview,
-    ),
-    ComparisonFigure(
-        "compare_ac",
-        "consistency",
-        "How codes hold over lag",
-        "A panel per recipe. Autocorrelation: mean over latents of the correlation between a latent's activation and "
-        "itself some tokens later. Kappa: the same for whether it fires at all. Both in excess of what a shuffle "
-        "inside each document leaves.",
-        _over_lag,
-    ),
-    ComparisonFigure("compare_kappa_excess", "", "", "", _kappa_over_lag),
-    ComparisonFigure(
-        "compare_training",
-        "training",
-        "FVU in training",
-        "On training batches, first seed; thin lines are baselines.",
-        _training,
-    ),
-)
+# What the page says of each stands in figures.yaml.
+_FIGURES: dict[str, Callable[..., Plot]] = {
+    "compare_fvu_kappa": _cost,
+    "compare_overview": _overview,
+    "compare_ac": partial(_lag_plot, measures=_OVER_LAG, what="AC excess or kappa excess"),
+    "compare_kappa_excess": partial(_lag_plot, measures=_OVER_LAG[1:], what="kappa excess"),
+    "compare_training": _training,
+}
+
+
+def draw_comparison(runs: Mapping[str, SavedRun]) -> list[Figure]:
+    """Each figure over the runs, by label, or what it lacks. A run takes part with its baseline and named arms."""
+    return draw(_FIGURES, Path(__file__).parent / "figures.yaml", runs, recipes_of(runs))

@@ -2,19 +2,18 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from legato.common.files import write_atomically
-from legato.report.figures.missing import MissingResult
+from legato.report.figures.drawn import write_pngs
 from legato.report.figures.style import run_styles
-from legato.report.page.embed import plot_islands, script
-from legato.report.page.render import Gap, PageFigure, Section, render
-from legato.report.runs.figures import drawn
+from legato.report.page.render import Section, render_page, sections_with
+from legato.report.page.tables import Cell, Row, minus
+from legato.report.runs.figures import draw_comparison
 from legato.report.runs.recipes import Recipe, recipes_of
-from legato.report.text.arm_table import COLUMNS, Column, number
-from legato.report.text.matched_tables import Table, legend, tables
+from legato.report.text.arm_table import COLUMNS, number
+from legato.report.text.matched_tables import legend, tables
 from legato.report.text.notes import described
 from legato.report.text.verdict import headline
 from legato.results.matched.comparability import barriers, places, pooled, settings
@@ -22,26 +21,16 @@ from legato.results.matched.compare import match_methods
 from legato.results.saved_run import SavedRun, joined
 
 _SECTIONS = (
-    ("overview", "Verdict"),
-    ("settings", "What differs"),
-    ("arms", "Arms by run"),
-    ("matched", "At equal cost"),
-    ("tradeoff", "Trade-off"),
-    ("consistency", "Over lag"),
-    ("training", "Training"),
-    ("details", "Shared settings"),
+    ("overview", "Verdict", ""),
+    ("settings", "What differs", ""),
+    ("arms", "Arms by run", ""),
+    ("matched", "At equal cost", ""),
+    ("tradeoff", "Trade-off", ""),
+    ("consistency", "Over lag", ""),
+    ("training", "Training", ""),
+    ("details", "Shared settings", ""),
 )
 _ENVIRONMENT = ("versions.", "python", "commit", "processor", "threads")
-
-
-@dataclass(frozen=True)
-class MatchedGroup:
-    """The matched comparison of runs whose seeds and methods stand together, or why there is none."""
-
-    title: str
-    tables: list[Table]
-    legend: list[str]
-    gap: str = ""
 
 
 def write_comparison(runs: Mapping[str, SavedRun], out_dir: str | Path) -> dict[str, Path]:
@@ -50,28 +39,19 @@ def write_comparison(runs: Mapping[str, SavedRun], out_dir: str | Path) -> dict[
     A figure whose data no run has saved is left out, and named in the page.
     """
     out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    sections = {name: Section(name, title) for name, title in _SECTIONS}
-    written = {}
-    for spec, plot in drawn(runs):
-        if isinstance(plot, MissingResult):
-            if spec.section:
-                sections[spec.section].missing.append(Gap(spec.title, str(plot)))
-            continue
-        written[spec.name] = out / f"{spec.name}.png"
-        written[spec.name].write_bytes(plot.png())
-        if spec.section:
-            sections[spec.section].figures.append(PageFigure(spec.title, spec.caption, spec.name, plot))
+    figures = draw_comparison(runs)
+    written = write_pngs(figures, out)
     written["comparison"] = out / "comparison.html"
-    write_atomically(written["comparison"], _page(runs, list(sections.values()), out).encode())
+    sections = list(sections_with(_SECTIONS, figures).values())
+    write_atomically(written["comparison"], _page(runs, sections, out).encode())
     return written
 
 
 def _page(runs: Mapping[str, SavedRun], sections: list[Section], folder: Path) -> str:
     differing, shared = settings(runs)
-    plots = {f.name: f.plot for section in sections for f in section.figures}
-    return render(
+    return render_page(
         "runs.html",
+        sections,
         names=list(runs),
         verdict=_verdict(runs),
         cards=_cards(runs, folder),
@@ -84,9 +64,6 @@ def _page(runs: Mapping[str, SavedRun], sections: list[Section], folder: Path) -
         rows=[_row(recipe) for recipe in recipes_of(runs)],
         further_rows=[_row(recipe) for recipe in recipes_of(runs, highlighted=False)],
         groups=[_matched(group) for group in pooled(runs)],
-        sections=sections,
-        islands=plot_islands(plots),
-        script=script("plots.js") if plots else "",
     )
 
 
@@ -111,38 +88,28 @@ def _cards(runs: Mapping[str, SavedRun], folder: Path) -> list[dict[str, Any]]:
     for label, run in runs.items():
         report = run.path / "report.html"
         link = Path(os.path.relpath(report.resolve(), folder.resolve())).as_posix() if report.is_file() else ""
-        cards.append(
-            {"run": label, "style": styles[label], "link": link, "outcome": headline(run), "about": described(run)}
-        )
+        card = {"run": label, "style": styles[label], "link": link}
+        cards.append({**card, "outcome": headline(run), "about": described(run)})
     return cards
 
 
-def _row(recipe: Recipe) -> dict[str, Any]:
-    cells = [{"value": "", "text": recipe.run, "difference": "", "tone": ""}]
+def _row(recipe: Recipe) -> Row:
+    cells = [Cell(recipe.run)]
     for column in COLUMNS:
-        estimate = recipe.estimate(column.key)
+        estimate, interval = recipe.estimate(column.key), recipe.interval(column.key)
         value = None if estimate is None else column.scale * estimate[0]
-        shown = "" if value is None else f"{value:.6g}"
-        interval = _interval(recipe, column)
-        cells.append({"value": shown, "text": number(value, column.digits), "difference": interval, "tone": ""})
+        ends = [minus(f"{column.scale * end:.{column.digits}f}") for end in interval or ()]
+        cells.append(Cell(number(value, column.digits), "" if value is None else f"{value:.6g}", " to ".join(ends)))
     name = recipe.name if len(recipe.arms) == 1 else f"{recipe.name}, {len(recipe.arms)} seeds"
-    return {"arm": name, "baseline": recipe.baseline, "style": recipe.style, "cells": cells}
+    return Row(name, cells, recipe.style, recipe.baseline)
 
 
-def _interval(recipe: Recipe, column: Column) -> str:
-    interval = recipe.interval(column.key)
-    if interval is None:
-        return ""
-    low, high = (f"{column.scale * end:.{column.digits}f}".replace("-", "\u2212") for end in interval)
-    return f"{low} to {high}"
-
-
-def _matched(group: Mapping[str, SavedRun]) -> MatchedGroup:
-    title = " and ".join(group)
-    found = list(group.values())
-    if not any(run.baseline for run in found):
-        return MatchedGroup(title, [], [], "it has no baseline to compare with")
-    matched = match_methods(found)
+def _matched(group: Mapping[str, SavedRun]) -> dict[str, Any]:
+    """The matched comparison of runs whose seeds and methods stand together, or why there is none (`gap`)."""
+    found = {"title": " and ".join(group), "tables": [], "legend": [], "gap": ""}
+    if not any(run.baseline for run in group.values()):
+        return found | {"gap": "it has no baseline to compare with"}
+    matched = match_methods(list(group.values()))
     if not matched["methods"]:
-        return MatchedGroup(title, [], [], "it holds nothing but the baseline")
-    return MatchedGroup(title, tables(matched), legend(matched))
+        return found | {"gap": "it holds nothing but the baseline"}
+    return found | {"tables": tables(matched), "legend": legend(matched)}

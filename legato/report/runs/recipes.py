@@ -27,25 +27,22 @@ class Recipe:
         return self.arms[0].group
 
     @property
-    def label(self) -> str:
-        """The name as far as a figure has room for it."""
-        return shortened(self.name)
-
-    @property
     def baseline(self) -> bool:
         return self.arms[0].role == "baseline"
 
+    def _values(self, key: str) -> list[float]:
+        return [value for arm in self.arms if (value := arm.value(key)) is not None]
+
     def estimate(self, key: str) -> tuple[float, float] | None:
         """Mean over seeds and its standard error (0 with one seed); None where no seed has the value."""
-        values = [value for arm in self.arms if (value := arm.value(key)) is not None]
-        if not values:
-            return None
-        return float(np.mean(values)), standard_error(values) if len(values) > 1 else 0.0
+        values = self._values(key)
+        error = standard_error(values) if len(values) > 1 else 0.0
+        return (float(np.mean(values)), error) if values else None
 
     def interval(self, key: str) -> tuple[float, float] | None:
         """95 % interval of the mean: Student's t over several seeds; with one seed the bootstrap over documents that
         the evaluation saved beside a consistency measure, None where it saved none."""
-        values = [value for arm in self.arms if (value := arm.value(key)) is not None]
+        values = self._values(key)
         if len(values) > 1:
             half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * standard_error(values)
             return float(np.mean(values)) - half, float(np.mean(values)) + half

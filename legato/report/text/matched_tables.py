@@ -45,24 +45,20 @@ def tables(matched: Mapping[str, Any]) -> list[Table]:
 
 def at_l0(matched: Mapping[str, Any]) -> Table:
     headings = ("", "L0", "FVU", "CE", "alive", "kappa", "kappa ratio", "AC", "AC ratio", "bins", "absent")
-    base = matched["baseline"]["as_trained"]
-    rows = [["baseline", *_as_trained(base), _GONE, _mean(base, AC, ".3f"), _GONE, _GONE, _GONE]]
+    *base, ac = _as_trained(matched["baseline"]["as_trained"])
+    rows = [["baseline", *base, _GONE, ac, _GONE, _GONE, _GONE]]
     for name, method in matched["methods"].items():
         at = method["at_l0"]
         missing = len(method["seeds"]) < len(matched["baseline"]["seeds"])
         name += f", {len(method['seeds'])} seed{'s' * (len(method['seeds']) > 1)}" if missing else ""
         if not at["matched"]:
-            plain = method["as_trained"]
-            rows.append(
-                [name, *_as_trained(plain), "not matched", _mean(plain, AC, ".3f"), "not matched", _GONE, _GONE]
-            )
+            *plain, ac = _as_trained(method["as_trained"])
+            rows.append([name, *plain, "not matched", ac, "not matched", _GONE, _GONE])
             continue
         everything = at["populations"][ALL]
         ahead, bins = bins_ahead(everything)
-        kappa, ac = everything.get(KAPPA), everything.get(AC)
         costs = [_value(at.get("l0"), ".1f"), *(_change(at.get(key)) for key in ("fvu", "ce_loss_score", "frac_alive"))]
-        measures = [_value(kappa, ".3f"), _ratio(kappa), _value(ac, ".3f"), _ratio(ac)]
-        rows.append([name, *costs, *measures, f"{ahead}/{bins}", _absent(at["shuffled"])])
+        rows.append([name, *costs, *_measures(everything), f"{ahead}/{bins}", _absent(at["shuffled"])])
     return Table("At the baseline's L0", headings, rows)
 
 
@@ -74,11 +70,10 @@ def at_fvu(matched: Mapping[str, Any]) -> Table:
         if not at["matched"]:
             rows.append([name, *[_GONE] * (len(headings) - 2), "not matched"])
             continue
-        kappa, ac = (at["populations"][ALL].get(measure) for measure in (KAPPA, AC))
         l0 = at.get("l0")
         both = f"{_value(l0, '.1f')} : {l0['baseline']:.1f}" if l0 is not None else _GONE
-        measures = [_value(kappa, ".3f"), _ratio(kappa), _value(ac, ".3f"), _ratio(ac)]
-        rows.append([name, _value(at.get("fvu"), ".3f"), both, *measures, HOW[at["along"]].removeprefix("along the ")])
+        measures, how = _measures(at["populations"][ALL]), HOW[at["along"]].removeprefix("along the ")
+        rows.append([name, _value(at.get("fvu"), ".3f"), both, *measures, how])
     return Table("At the baseline's FVU (L0: the method's against the baseline's there)", headings, rows)
 
 
@@ -92,9 +87,8 @@ def by_group(matched: Mapping[str, Any]) -> Table:
             if group == ALL or KAPPA not in found:
                 continue
             ahead, bins = bins_ahead(found)
-            kappa, ac = found.get(KAPPA), found.get(AC)
-            measures = [_value(kappa, ".3f"), _ratio(kappa), _value(ac, ".3f"), _ratio(ac)]
-            rows.append([f"{name}, {group}", _value(found.get("latents"), ".0f"), *measures, f"{ahead}/{bins}"])
+            latents = _value(found.get("latents"), ".0f")
+            rows.append([f"{name}, {group}", latents, *_measures(found), f"{ahead}/{bins}"])
     return Table("Groups of latents against all of the baseline's, at its L0", headings, rows)
 
 
@@ -105,14 +99,10 @@ def targets(matched: Mapping[str, Any]) -> Table:
         if method["verdict"] is None or method["role"] != "named":
             continue
         headings = ["", *(f"{row['criterion']} {row['bound']}" for row in method["verdict"])]
-        rows.append([name, *(_reached(row) for row in method["verdict"])])
+        surely = ("yes" if row["beyond_intervals"] is not False else "yes*" for row in method["verdict"])
+        reached = {None: "?", False: "no"}
+        rows.append([name, *(reached.get(row["met"], yes) for row, yes in zip(method["verdict"], surely, strict=True))])
     return Table("Targets at the baseline's L0 (*: the interval reaches below)", tuple(headings), rows)
-
-
-def _reached(row: Mapping[str, Any]) -> str:
-    if row["met"] is None:
-        return "?"
-    return ("yes" if row["beyond_intervals"] in (None, True) else "yes*") if row["met"] else "no"
 
 
 def legend(matched: Mapping[str, Any]) -> list[str]:
@@ -135,12 +125,14 @@ def legend(matched: Mapping[str, Any]) -> list[str]:
 
 
 def _as_trained(values: Mapping[str, Any]) -> list[str]:
-    forms = (("l0", ".1f"), ("fvu", ".3f"), ("ce_loss_score", ".3f"), ("frac_alive", ".1%"), (KAPPA, ".3f"))
-    return [_mean(values, key, form) for key, form in forms]
+    forms = {"l0": ".1f", "fvu": ".3f", "ce_loss_score": ".3f", "frac_alive": ".1%", KAPPA: ".3f", AC: ".3f"}
+    return [f"{values[key]['mean']:{form}}" if key in values else _GONE for key, form in forms.items()]
 
 
-def _mean(values: Mapping[str, Any], key: str, form: str) -> str:
-    return f"{values[key]['mean']:{form}}" if key in values else _GONE
+def _measures(population: Mapping[str, Any]) -> list[str]:
+    """Kappa excess and AC excess, each with its ratio to the baseline's."""
+    entries = [population.get(measure) for measure in (KAPPA, AC)]
+    return [text for entry in entries for text in (_value(entry, ".3f"), _ratio(entry))]
 
 
 def _value(entry: Mapping[str, Any] | None, form: str) -> str:

@@ -5,7 +5,7 @@ In a template a blank line ends a paragraph, a line break does not; `{{ x | form
 
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,26 +44,6 @@ def count(tokens: float) -> str:
     return f"{tokens / 1e3:.3g}k" if tokens >= 1e3 else f"{tokens:.0f}"
 
 
-def _against(pair: tuple[float | None, float | None], spec: str) -> str:
-    return f"{form(pair[0], spec)} against {form(pair[1], spec)}"
-
-
-def _plural(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _wrap(text: str) -> str:
-    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
-
-
-def _bullets(lines: Sequence[str]) -> str:
-    return "\n".join(textwrap.fill(line, 100, initial_indent="- ", subsequent_indent="  ") for line in lines)
-
-
-def _without_breaks(value: Any) -> Any:
-    return re.sub(r"\s", " ", value) if isinstance(value, str) else value
-
-
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
     undefined=jinja2.StrictUndefined,
@@ -73,11 +53,15 @@ _ENVIRONMENT = jinja2.Environment(
 _ENVIRONMENT.filters |= {
     "form": form,
     "count": count,
-    "against": _against,
-    "plural": _plural,
+    "against": lambda pair, spec: f"{form(pair[0], spec)} against {form(pair[1], spec)}",
+    "plural": lambda number, noun: f"{number} {noun}{'s' * (number != 1)}",
     "joined": joined,
-    "wrap": _wrap,
-    "bullets": _bullets,
+    "wrap": lambda text: textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False),
+    "bullets": lambda lines: "\n".join(
+        textwrap.fill(line, 100, initial_indent="- ", subsequent_indent="  ") for line in lines
+    ),
 }
 # Names and paths come from outside, and may hold anything.
-_ON_ONE_LINE = _ENVIRONMENT.overlay(finalize=_without_breaks)
+_ON_ONE_LINE = _ENVIRONMENT.overlay(
+    finalize=lambda value: re.sub(r"\s", " ", value) if isinstance(value, str) else value
+)
