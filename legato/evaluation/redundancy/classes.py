@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
+from scipy.special import ndtr
 
 from legato.evaluation.redundancy import kernels
 from legato.evaluation.redundancy.sums import (
@@ -162,10 +162,10 @@ def classify(evidence: PairEvidence, limits: Limits, similarity: float) -> dict[
     same_C = excess_CK[:, W]
     lag_C, ahead_C = _best_lag(excess_CK)
 
-    p_CK = norm.sf(correlations.z_CK)
+    p_CK = ndtr(-correlations.z_CK)
     tests_C = np.where(similar_C, p_CK[:, W], 1.0)
     q_same_C = adjusted(tests_C, evidence.n_similar)
-    q_split_C = adjusted(np.where(similar_C, norm.sf(evidence.split_z_C), 1.0), evidence.n_similar)
+    q_split_C = adjusted(np.where(similar_C, ndtr(-evidence.split_z_C), 1.0), evidence.n_similar)
     p_CK[~evidence.tested_C] = 1.0
     p_CK[excess_CK < limits.correlation] = 1.0
     p_CK[:, W] = 1.0

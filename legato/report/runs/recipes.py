@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from legato.report.figures.style import ArmStyle, run_styles
 from legato.results.saved_run import Arm, SavedRun, seed_groups, standard_error
@@ -44,7 +44,7 @@ class Recipe:
         the evaluation saved beside a consistency measure, None where it saved none."""
         values = self._values(key)
         if len(values) > 1:
-            half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * standard_error(values)
+            half = float(stdtrit(len(values) - 1, (1 + LEVEL) / 2)) * standard_error(values)
             return float(np.mean(values)) - half, float(np.mean(values)) + half
         group, _, measure = key.rpartition(".")
         ends = self.arms[0].series(f"{group}.interval95.{measure}")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from legato.evaluation.sums.lag_pairs import Floats
 from legato.results.matched.points import Point
@@ -76,7 +76,7 @@ def ratio_interval(ours_S: Floats, theirs_S: Floats) -> list[float] | None:
         return None
     ratio = float(ours_S.mean() / theirs_S.mean())
     residual_S = (ours_S - ratio * theirs_S) / theirs_S.mean()
-    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * residual_S.std(ddof=1) / math.sqrt(n))
+    half = float(stdtrit(n - 1, (1 + LEVEL) / 2) * residual_S.std(ddof=1) / math.sqrt(n))
     return [ratio - half, ratio + half]
 
 
