@@ -115,6 +115,8 @@ def test_a_block_that_adds_the_stream_itself_is_read_without_it() -> None:
 
 def test_a_factor_outside_the_module_is_part_of_what_it_adds() -> None:
     lm = loaded("granite")
+    assert str(lm.site(1, "attn_out")) == "model.layers.1.self_attn * 0.22"
+    assert str(lm.site(1, "resid_mid")) == "model.layers.1.self_attn * 0.22 + model.layers.1:input"
     assert_near(
         lm.activations(TOKENS_BL, 1, "attn_out"), 0.22 * lm.activations(TOKENS_BL, 1, "self_attn"), tolerance=1e-4
     )

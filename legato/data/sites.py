@@ -39,7 +39,12 @@ class Site:
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
-        return self.path + (INPUT if self.is_input else "")
+        """Return the path where the module's output is what is read, else what else is done: no tool takes one for the
+        other."""
+        scaled = "" if self.scale == 1 else f" * {self.scale:g}"
+        base = "" if self.base is None else f" {'+' if self.base_sign > 0 else '-'} {self.base}{INPUT}"
+        ending = (CENTRED if self.centred else "") + (":normalised" if self.normalised else "")
+        return self.path + (INPUT if self.is_input else "") + scaled + base + ending
 
     @contextmanager
     def reading(self, model: nn.Module, take: Callable[[Tensor], None]) -> Iterator[None]:

@@ -106,7 +106,10 @@ def run_core(
         raise UsageError(
             f"{dataset} gives {len(tokens)} contexts, sae-bench counts in batches of {ROWS_PER_BATCH}: add text"
         )
-    hook_name, dtype = model.module_path(layer, site), str(model.dtype).removeprefix("torch.")
+    hook_name, at = model.module_path(layer, site), model.site(layer, site)
+    if hook_name != at.path:
+        raise UsageError(f"sae-bench reads outputs of modules, and {site} is {hook_name}: use another site")
+    dtype = str(model.dtype).removeprefix("torch.")
     special = {model.tokenizer.pad_token_id, model.tokenizer.eos_token_id, model.tokenizer.bos_token_id} - {None}
     wrapped = LegatoSAE(sae, model.name, layer, hook_name)
     wrapped.cfg.dtype = dtype
