@@ -223,7 +223,7 @@ CASES = [
     _given("two SAEs of one name", ("two SAEs have the same name", "name them"), "a=SAE", "a=SAE"),
     _given("--layer of another model", ("has no layer 9", "choose 0 to 3"), "SAE", "--layer=9"),
     _given("--layer below 0", ("--layer -1 must be greater than or equal to 0",), "SAE", "--layer=-1"),
-    _given("--site of nothing", ("--site middle is unknown",), "SAE", "--site=middle"),
+    _given("--site of nothing", ("unknown site 'middle'", "give resid_post"), "SAE", "--site=middle"),
     _given("--rows of 0", ("--rows 0 must be greater than or equal to 2",), "SAE", "--rows=0"),
     _given("--ce_rows below 0", ("--ce_rows -1 must be greater than or equal to 0",), "SAE", "--ce_rows=-1"),
     _given("--held_out of 2", ("--held_out 2 must be less than 1",), "SAE", "--held_out=2"),

@@ -114,13 +114,16 @@ def a_batch(seed=3):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pairs_of_all_codes_are_the_sparse_ones(name):
-    """The path of other devices, which have no candidates, against the CPU's."""
+    """All codes, from which other devices take the pairs, against the CPU's candidates."""
     sae, batch = random_sae(name), a_batch()
     sparse = sae.encode_sparse(batch)
-    token_P, latent_P, value_P = sae._dense_pairs(batch.acts_BLD, batch.mask_BL, batch.doc_BL)
+    codes_NF = sae.encode(batch.acts_BLD, batch.mask_BL, batch.doc_BL).flatten(0, 1)
+    token_P, latent_P = (codes_NF > 0).nonzero(as_tuple=True)
     assert torch.equal(token_P, sparse.token_P)
     assert torch.equal(latent_P, sparse.latent_P)
-    torch.testing.assert_close(value_P * sae.W_dec.norm(dim=-1)[latent_P], sparse.value_P, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        codes_NF[token_P, latent_P] * sae.W_dec.norm(dim=-1)[latent_P], sparse.value_P, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -257,7 +257,7 @@ def test_how_rows_are_batched_does_not_matter_but_to_saebench():
         sae(), Source(), language_model=TinyModel(), layer=0, ce_rows=7, lags=(1, 2), rows_per_batch=5,
         progress=seen.append,
     )  # fmt: skip
-    assert seen == [5, 10, 12]
+    assert seen == [5, 10, 12, 13]  # rows, then the SAE
     for part in ("core", "consistency", "position"):
         for key, value in together[part].items():
             if isinstance(value, float):

@@ -35,7 +35,7 @@ _NORM = re.compile(r"norm|(^|_)ln(_|\d|$)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """What one layer computes on a few tokens: its input and output, and those of its modules, in order of their calls.
+    """Inputs and outputs of one layer and its modules on a few tokens, in order of their calls.
 
     inputs, outputs: by path relative to the layer; only tensors as large as the layer's input.
     """
@@ -128,7 +128,7 @@ def _as_float32(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Where attention and MLP of a layer join the residual stream: sites with paths relative to the layer.
+    """Places where attention and MLP of a layer join the residual stream: sites with paths relative to the layer.
 
     None where no module holds what the block adds, or there is no such block. attention: path of the attention itself.
     """

@@ -101,8 +101,8 @@ def evaluate(
     kept = {name: CodeBuffer(kept_rows) for name in bank}
     batches = (EvalBatch.of(raw, lags, language_model) for raw in _batches(activations, rows_per_batch))
     for batch, encoded in _encoded(bank, failures if failures is not None else {}, batches, together):
-        _, length, width = batch.raw.acts_BLD.shape
         if shared is None:
+            _, length, width = batch.raw.acts_BLD.shape
             shared = _Shared.zero(width, length, lags)
             judges = {name: SAESums.zero(one.W_enc.shape[1], length, lags) for name, one in bank.items()}
         n_rows = min(ce_rows - int(shared.rows), len(batch.raw.mask_BL))
@@ -114,18 +114,15 @@ def evaluate(
                 part.get().add_to(judges)
             shared.ce_rows += n_rows
         progress(int(shared.rows))
-    if shared is None:
-        raise LegatoError("there are no activations to evaluate on: harvest held-out text first")
-    if not shared.inputs.tokens:
-        raise LegatoError("no position is valid: every token is special, padding or an outlier")
+    if shared is None or not shared.inputs.tokens:
+        why = "there are no rows" if shared is None else "every token is special, padding or an outlier"
+        raise LegatoError(f"no position is valid to evaluate on ({why}): harvest held-out text")
     result = partial(_result, bank, judges, kept, shared, bootstrap)
     results, names = {}, list(judges)
-    for done, (name, outcome) in enumerate(
-        zip(names, map_over_ranks(result, names, together=together), strict=True), 1
-    ):
+    for name, outcome in zip(names, map_over_ranks(result, names, together=together), strict=True):
         with _failing(name, judges, failures):
             results[name] = outcome.get()
-        progress(int(shared.rows) + done)
+        progress(int(shared.rows) + names.index(name) + 1)
     return results if isinstance(sae, Mapping) else results[_SINGLE]
 
 
