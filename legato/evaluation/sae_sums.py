@@ -133,7 +133,7 @@ class SAESums(Summed):
             SpliceSums(),
             SaeBenchSums.zero(n_latents),
             SpliceSums(),
-            TokenCounts.zero(n_latents),
+            TokenCounts(n_latents),
             GapSums.zero(n_latents),
         )
 
