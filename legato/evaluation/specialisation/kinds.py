@@ -138,8 +138,13 @@ def _columns(
 
 
 def _null_columns(n_latents: int) -> dict[str, NDArray[Any]]:
-    numbers = {name: np.full(n_latents, np.nan) for name in ("cluster", "map_x", "map_y")}
-    return {**numbers, "cluster_name": np.full(n_latents, None, dtype=object)}
+    undefined_F, nameless_F = np.full(n_latents, np.nan), np.full(n_latents, None, dtype=object)
+    return {
+        "cluster": undefined_F,
+        "cluster_name": nameless_F,
+        "map_x": undefined_F.copy(),
+        "map_y": undefined_F.copy(),
+    }
 
 
 def _shares(
