@@ -41,7 +41,7 @@ def test_what_is_absent_is_named(monkeypatch, tmp_path):
     assert "instruction-tuned" in lacking("unlearning")
     assert "bio-forget-corpus.jsonl" in lacking("unlearning", "gemma-2-2b-it")
     offline = {"codeparrot/github-code": "offline"}
-    assert "codeparrot/github-code from the hub, which cannot be had (offline)" in lacking(
+    assert "codeparrot/github-code from the hub, which is not available (offline)" in lacking(
         "sparse_probing", absent=offline.get
     )
     saebench_evals.check_needs("absorption", "pythia-70m-deduped", offline.get)

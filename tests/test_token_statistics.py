@@ -29,7 +29,7 @@ def add(sums, codes_BLF, tokens_BL=None, mask_BL=None, doc_BL=None):
 
 
 def token_counts(codes_BLF, tokens_BL, mask_BL=None):
-    return add(TokenCounts.zero(codes_BLF.shape[2]), codes_BLF, tokens_BL, mask_BL)
+    return add(TokenCounts(codes_BLF.shape[2]), codes_BLF, tokens_BL, mask_BL)
 
 
 def gap_sums(codes_BLF, **kwargs):
@@ -149,7 +149,7 @@ def test_batches_and_parts_add_up_to_the_whole(monkeypatch, pending):
     tokens_BL[0, :5] = 200_000  # so that only one part sees the largest ids
     whole = token_counts(codes_BLF, tokens_BL, mask_BL)
     first, second = slice(0, 2), slice(2, 6)
-    streamed, other = TokenCounts.zero(5), TokenCounts.zero(5)
+    streamed, other = TokenCounts(5), TokenCounts(5)
     for rows, sums in ((first, streamed), (second, streamed), (second, other)):
         add(sums, codes_BLF[rows], tokens_BL[rows], mask_BL[rows])
     assert_same(streamed, whole)

@@ -219,7 +219,7 @@ def token_information(codes_BLF: Tensor, tokens_BL: Tensor, mask_BL: Tensor) -> 
     (tensor([0.7556], dtype=torch.float64), tensor([1.], dtype=torch.float64))
     """
     layout, order = _laid_out(codes_BLF, mask_BL)
-    counts = TokenCounts.zero(codes_BLF.shape[2])
+    counts = TokenCounts(codes_BLF.shape[2])
     counts.add(tokens_BL, layout, order)
     information = information_of(counts)
     return torch.from_numpy(information.miller_madow_F), torch.from_numpy(information.adjusted_F)
@@ -328,8 +328,5 @@ def _laid_out(
 
 
 def _correlations(measured: consistency.Persistence) -> Correlations:
-    real, within, cross = (
-        torch.from_numpy(np.ascontiguousarray(values_FK))
-        for values_FK in (measured.real_FK, measured.within_null_FK, measured.cross_null_FK)
-    )
-    return Correlations(measured.lags, real, within, cross)
+    series = (measured.real_FK, measured.within_null_FK, measured.cross_null_FK)
+    return Correlations(measured.lags, *(torch.from_numpy(np.ascontiguousarray(values_FK)) for values_FK in series))

@@ -99,7 +99,8 @@ def evaluate(
     shared: _Shared | None = None
     judges: dict[str, SAESums] = {}
     kept = {name: CodeBuffer(kept_rows) for name in bank}
-    batches = (EvalBatch.of(raw, lags, language_model) for raw in _batches(activations, rows_per_batch))
+    read = activations.batches(rows_per_batch, seed=None) if hasattr(activations, "batches") else activations
+    batches = (EvalBatch.of(raw, lags, language_model) for raw in read)
     for batch, encoded in _encoded(bank, failures if failures is not None else {}, batches, together):
         if shared is None:
             _, length, width = batch.raw.acts_BLD.shape
@@ -233,10 +234,6 @@ def _result(
         "features": {**code_features(judge.codes, judge.tokens, judge.gaps), **bench_features},
         "arrays": arrays,
     }
-
-
-def _batches(activations: ActivationSource | Iterable[ActivationBatch], rows: int) -> Iterator[ActivationBatch]:
-    return activations.batches(rows, seed=None) if hasattr(activations, "batches") else iter(activations)
 
 
 @contextmanager

@@ -133,7 +133,7 @@ class SAESums(Summed):
             SpliceSums(),
             SaeBenchSums.zero(n_latents),
             SpliceSums(),
-            TokenCounts.zero(n_latents),
+            TokenCounts(n_latents),
             GapSums.zero(n_latents),
         )
 
@@ -144,19 +144,17 @@ class SAESums(Summed):
         self.gaps.add(batch.layout, order)
         errors = TokenErrors.of(batch.raw.acts_BLD, decoded.out_BLD)
         self.reconstruction.add(errors, batch.raw.mask_BL)
-        self.bench.add_codes(_without_rows(decoded.codes, batch.bench.rows))
+        codes, keep_B = decoded.codes, torch.ones(decoded.codes.shape[0], dtype=torch.bool)
+        keep_B[batch.bench.rows] = False
+        keep_P = keep_B[codes.token_P // codes.shape[1]]
+        self.bench.add_codes(
+            SparseCodes(codes.token_P[keep_P], codes.latent_P[keep_P], codes.value_P[keep_P], codes.shape)
+        )
         if decoded.bench_codes is not None and decoded.bench_out is not None:
             self.bench.add_codes(decoded.bench_codes)
             out_BLD = decoded.out_BLD.index_copy(0, batch.bench.rows, decoded.bench_out)
             errors = TokenErrors.of(batch.raw.acts_BLD, out_BLD)
         self.bench.add_reconstruction(errors, batch.bench.spread_BL, batch.bench.mask_BL)
-
-
-def _without_rows(codes: SparseCodes, rows: Tensor) -> SparseCodes:
-    keep_B = torch.ones(codes.shape[0], dtype=torch.bool)
-    keep_B[rows] = False
-    keep_P = keep_B[codes.token_P // codes.shape[1]]
-    return SparseCodes(codes.token_P[keep_P], codes.latent_P[keep_P], codes.value_P[keep_P], codes.shape)
 
 
 @dataclass(frozen=True)
@@ -191,7 +189,10 @@ def spliced(
     """Measure the losses with every SAE's reconstruction of these rows of the batch spliced into the model."""
     raw = _take(batch.raw, rows, batch.raw.mask_BL)
     bench_BL = batch.bench.mask_BL[rows]
-    own_BL = raw.mask_BL & _next_is_text(raw, language_model)
+    special = torch.tensor(sorted(language_model.special_token_ids), dtype=torch.long)
+    is_text_BL = ~torch.isin(raw.tokens_BL.long(), special)
+    own_BL = torch.zeros_like(raw.mask_BL)  # followed by a text token of the same document
+    own_BL[:, :-1] = raw.mask_BL[:, :-1] & is_text_BL[:, 1:] & (raw.doc_BL[:, 1:] == raw.doc_BL[:, :-1])
     bench_loss_BL = bench_BL.clone()
     bench_loss_BL[:, -1] = False
     counted_BL = own_BL | bench_BL
@@ -224,12 +225,3 @@ def _replaced(losses: TokenLosses, place_N: NDArray[Any], other: TokenLosses) ->
     ce_N, kl_N = losses.ce_N.copy(), losses.kl_N.copy()
     ce_N[place_N], kl_N[place_N] = other.ce_N, other.kl_N
     return TokenLosses(ce_N, kl_N)
-
-
-def _next_is_text(batch: ActivationBatch, language_model: LanguageModel) -> Tensor:
-    """Mark the positions that are followed by a text token of the same document."""
-    special = torch.tensor(sorted(language_model.special_token_ids), dtype=torch.long)
-    is_text_BL = ~torch.isin(batch.tokens_BL.long(), special)
-    next_BL = torch.zeros_like(is_text_BL)
-    next_BL[:, :-1] = is_text_BL[:, 1:] & (batch.doc_BL[:, 1:] == batch.doc_BL[:, :-1])
-    return next_BL

@@ -9,12 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from legato.common.errors import LegatoError
 from legato.sae.autoencoder import SparseAutoencoder
 from legato.sae.formats.hub_download import download, hub_errors
 
 METRICS_FILE = "metrics.json"
 CARD_FILE = "README.md"
+_CARD = Path(__file__).parent / "model_card.md.j2"
 
 # Key in an arm's metrics, what it is called on the card, digits.
 _CARD_ROWS = (
@@ -84,51 +87,23 @@ def model_card(
     sae: SparseAutoencoder, repo_id: str, metrics: Mapping[str, Any] | None = None, subfolder: str | None = None
 ) -> str:
     """Write README.md of the repository: the SAE, its use, and its measured numbers."""
-    details = sae.details
-    call = f'from_pretrained("{repo_id}"' + (f', subfolder="{subfolder}")' if subfolder else ")")
     known = {
-        "Language model": details.get("model"),
-        "Layer": details.get("layer"),
-        "Read at": details.get("module_path"),
-        "Context length": details.get("context_length"),
-        "Text": details.get("dataset"),
+        "Language model": sae.details.get("model"),
+        "Layer": sae.details.get("layer"),
+        "Read at": sae.details.get("module_path"),
+        "Context length": sae.details.get("context_length"),
+        "Text": sae.details.get("dataset"),
         "Architecture": sae.architecture.name,
         "Width": sae.d_in,
         "Latents": sae.d_sae,
     }
-    lines = [
-        "---",
-        "library_name: legato-sae",
-        "tags: [sparse-autoencoder, interpretability]",
-        "---",
-        "",
-        f"# {repo_id.rpartition('/')[2]}{f' / {subfolder}' if subfolder else ''}",
-        "",
-        "A sparse autoencoder for the activations of a language model, saved by Legato.",
-        "",
-        *_table(("", "value"), [(name, str(value)) for name, value in known.items() if value is not None]),
-        "",
-        "```python",
-        "from legato.interop.hub import from_pretrained",
-        "",
-        f"sae = {call}",
-        "codes = sae.encode(acts)  # raw activations [batch, position, width], in the order of the text",
-        "```",
-        "",
-        "## Measured",
-        "",
-    ]
-    rows = [] if metrics is None else [row for row in _CARD_ROWS if _value(metrics, row[0]) is not None]
-    if rows:
-        shown = [(text, f"{_value(metrics or {}, key):.{digits}f}") for key, text, digits in rows]
-        lines += [*_table(("quantity", "value"), shown), "", "Everything holds for this model, layer and text only."]
-    else:
-        lines += ["Nothing was measured when this was uploaded: `legato evaluate` does."]
-    return "\n".join(lines) + "\n"
-
-
-def _table(headings: tuple[str, str], rows: list[tuple[str, str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (headings, ("---", "---"), *rows)]
+    measured = [(text, _value(metrics or {}, key), digits) for key, text, digits in _CARD_ROWS]
+    return jinja2.Template(_CARD.read_text(encoding="utf-8"), trim_blocks=True, keep_trailing_newline=True).render(
+        repo_id=repo_id,
+        subfolder=subfolder,
+        known={name: value for name, value in known.items() if value is not None},
+        measured=[(text, f"{value:.{digits}f}") for text, value, digits in measured if value is not None],
+    )
 
 
 def _value(metrics: Mapping[str, Any], key: str) -> float | None:

@@ -10,9 +10,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from legato.common.errors import LegatoError, UsageError
+from legato.common.errors import LegatoError, UsageError, one_line
 
 _BIOS, _REVIEWS = "LabHC/bias_in_bios_class_set1", "canrager/amazon_reviews_mcauley_1and5"
+_PROBED = (
+    *(f"LabHC/bias_in_bios_class_set{number}" for number in (1, 2, 3)),
+    *(_REVIEWS, f"{_REVIEWS}_sentiment", "codeparrot/github-code", "fancyzhx/ag_news", "Helsinki-NLP/europarl"),
+)
 KEY = "OPENAI_API_KEY"
 FORGET_CORPUS = Path("sae_bench/evals/unlearning/data/bio-forget-corpus.jsonl")
 
@@ -35,23 +39,9 @@ EVALS = {
     "autointerp": Needs("autointerp", "AutoInterpEvalConfig", ("monology/pile-uncopyrighted",), key=True),
     "scr": Needs("scr_and_tpp", "ScrAndTppEvalConfig", (_BIOS, _REVIEWS), (("perform_scr", True),)),
     "tpp": Needs("scr_and_tpp", "ScrAndTppEvalConfig", (_BIOS, _REVIEWS), (("perform_scr", False),)),
-    "sparse_probing": Needs(
-        "sparse_probing",
-        "SparseProbingEvalConfig",
-        (
-            *(f"LabHC/bias_in_bios_class_set{number}" for number in (1, 2, 3)),
-            _REVIEWS,
-            f"{_REVIEWS}_sentiment",
-            "codeparrot/github-code",
-            "fancyzhx/ag_news",
-            "Helsinki-NLP/europarl",
-        ),
-    ),
+    "sparse_probing": Needs("sparse_probing", "SparseProbingEvalConfig", _PROBED),
     "unlearning": Needs(
-        "unlearning",
-        "UnlearningEvalConfig",
-        ("cais/wmdp", "cais/mmlu", "wikitext"),
-        forget_corpus=True,
+        "unlearning", "UnlearningEvalConfig", ("cais/wmdp", "cais/mmlu", "wikitext"), forget_corpus=True
     ),
 }
 
@@ -73,7 +63,7 @@ def check_needs(name: str, model_name: str, has_dataset: Callable[[str], str | N
         )
     for dataset in needs.datasets:
         if reason := has_dataset(dataset):
-            raise UsageError(f"{name} needs the data set {dataset} from the hub, which cannot be had ({reason})")
+            raise UsageError(f"{name} needs the data set {dataset} from the hub, which is not available ({reason})")
 
 
 def start(name: str, wrapped: Any, sae_name: str, model_name: str, out: str | Path) -> Path:
@@ -96,7 +86,7 @@ def start(name: str, wrapped: Any, sae_name: str, model_name: str, out: str | Pa
     try:
         run_eval(config, [(sae_name, wrapped)], "cpu", str(out), force_rerun=True, **arguments)
     except Exception as error:  # sae-bench raises any kind
-        raise LegatoError(f"sae-bench's {name} failed: {_line(error)}") from error
+        raise LegatoError(f"sae-bench's {name} failed: {one_line(error)}") from error
     return Path(out)
 
 
@@ -114,7 +104,7 @@ def check_model(model_name: str) -> None:
     try:
         AutoConfig.from_pretrained(official)
     except Exception as error:  # transformers raises a dozen kinds
-        raise UsageError(f"sae-bench needs the model {official}, which cannot be had ({_line(error)})") from error
+        raise UsageError(f"sae-bench needs the model {official}, which is not available ({one_line(error)})") from error
 
 
 def dataset_absence(dataset: str) -> str | None:
@@ -123,10 +113,5 @@ def dataset_absence(dataset: str) -> str | None:
     try:
         load_dataset_builder(dataset, *(("wmdp-bio",) if dataset == "cais/wmdp" else ()))
     except Exception as error:  # datasets raises as many
-        return _line(error)
+        return one_line(error)
     return None
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:160]

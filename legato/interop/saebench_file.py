@@ -38,6 +38,10 @@ _FEATURE_COLUMNS = (
     "max_decoder_cosine_sim",
     "max_encoder_cosine_sim",
 )
+_COMPUTED = (
+    *("kl", "ce_loss", "l2_norms", "sparsity_metrics", "variance_metrics"),
+    *("featurewise_density_statistics", "featurewise_weight_based_metrics"),
+)
 _DECIMALS = 10
 
 
@@ -63,13 +67,7 @@ def core_config(
         "n_eval_sparsity_variance_batches": sparsity_batches,
         "dataset": dataset,
         "context_size": context_size,
-        "compute_kl": True,
-        "compute_ce_loss": True,
-        "compute_l2_norms": True,
-        "compute_sparsity_metrics": True,
-        "compute_variance_metrics": True,
-        "compute_featurewise_density_statistics": True,
-        "compute_featurewise_weight_based_metrics": True,
+        **{f"compute_{numbers}": True for numbers in _COMPUTED},
         "exclude_special_tokens_from_reconstruction": True,
         "verbose": False,
     }

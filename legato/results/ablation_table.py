@@ -69,6 +69,8 @@ def _row(arm: Arm) -> dict[str, Any]:
     training = arm.metrics.get("training") or {}
     sparsity = (training.get("recipe") or {}).get("sparsity")
     counts = {column: arm.value(key) for column, key in COUNTED.items()}
+    groups = (training.get("recipe") or {}).get("groups")
+    nested = groups if isinstance(groups, list) and len(groups) > 1 else []  # of a Matryoshka SAE
     return {
         "arm": arm.name,
         "role": arm.role,
@@ -78,15 +80,8 @@ def _row(arm: Arm) -> dict[str, Any]:
         "coefficient": arm.coefficient,
         "k": None if arm.k is None else int(arm.k),
         "release": arm.value("training.recipe.sparsity.release"),
-        "groups": _groups((training.get("recipe") or {}).get("groups")),
+        "groups": " ".join(f"{share:g}:{weight:g}" for share, weight in nested) or None,
         "seed": arm.seed,
         **{column: arm.value(key) for column, key in MEASURED.items()},
         **{column: None if value is None else int(value) for column, value in counts.items()},
     }
-
-
-def _groups(groups: Any) -> str | None:
-    """Write Matryoshka groups as `share:weight` pairs, null for an ordinary SAE."""
-    if not isinstance(groups, list) or len(groups) < 2:
-        return None
-    return " ".join(f"{share:g}:{weight:g}" for share, weight in groups)

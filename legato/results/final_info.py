@@ -1,6 +1,5 @@
 """final_info.json: means and standard errors over the seeds of each recipe, in the shape AI-Scientist reads."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,10 @@ def final_info(run: SavedRun) -> dict[str, Any]:
     """
     info: dict[str, Any] = {}
     for group, arms in seed_groups(run).items():
-        per_seed = [_scalars(arm.metrics) for arm in arms]
+        per_seed = [
+            {key: value for key, value in leaves(arm.metrics) if is_number(value) and ".recipe." not in key}
+            for arm in arms
+        ]
         keys = [key for key in per_seed[0] if all(key in values for values in per_seed)]
         values = {key: [seed[key] for seed in per_seed] for key in keys}
         info[group] = {
@@ -38,8 +40,3 @@ def write_final_info(run: SavedRun | str | Path) -> Path:
     path = run.path / "final_info.json"
     write_json(path, final_info(run))
     return path
-
-
-def _scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Take every finite number of an arm's metrics by dotted key, without lists and the recipe."""
-    return {key: value for key, value in leaves(metrics) if is_number(value) and ".recipe." not in key}

@@ -150,33 +150,14 @@ class RunDir:
     def begin(self, config: Configuration, resolved: Mapping[str, Any]) -> None:
         """Write config.yaml and start the log; delete the files of an unfinished run."""
         self.root.mkdir(parents=True, exist_ok=True)
-        for folder in (
-            "checkpoint",
-            "saes",
-            "failed",
-            "eval_results",
-            "features",
-            "arrays",
-            "redundancy",
-            "strips",
-            "tensorboard",
-            "wandb",
-            "figures",
-        ):
-            shutil.rmtree(self.root / folder, ignore_errors=True)
-        csv = self.ablation.with_suffix(".csv")
-        for file in (
-            self.metrics,
-            self.ablation,
-            csv,
-            self.matched,
-            self.root / "notes.txt",
-            self.root / "report.html",
-            self.final_info,
-            self.checksums,
-            self.timings,
-        ):
+        for name in ("checkpoint", "saes", "failed", "tensorboard", "wandb", "figures"):
+            shutil.rmtree(self.root / name, ignore_errors=True)
+        for folder in (self.eval_results, self.features, self.arrays, self.redundancy, self.strips):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (self.metrics, self.ablation, self.matched, self.final_info, self.checksums, self.timings):
             file.unlink(missing_ok=True)
+        for name in ("ablation.csv", "notes.txt", "report.html"):
+            (self.root / name).unlink(missing_ok=True)
         content = {"config": config.to_dict(), "resolved": dict(resolved), "environment": environment()}
         write_atomically(self.config, yaml.safe_dump(content, sort_keys=False).encode())
         self.log.write_text("")
@@ -188,13 +169,10 @@ class RunDir:
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write metrics.json. Raises LegatoError if any number in it is not finite."""
-        bad = [
-            path for path, value in leaves(metrics, lists=True) if isinstance(value, float) and not math.isfinite(value)
-        ]
-        if bad:
-            raise LegatoError(
-                f"the evaluation gave numbers that are not finite ({', '.join(bad[:5])}): nothing was saved"
-            )
+        numbers = [(key, value) for key, value in leaves(metrics, lists=True) if isinstance(value, float)]
+        if bad := [key for key, value in numbers if not math.isfinite(value)]:
+            told = ", ".join(bad[:5])
+            raise LegatoError(f"the evaluation gave numbers that are not finite ({told}): nothing was saved")
         write_json(self.metrics, metrics)
 
     def _sweep(self) -> None:

@@ -217,15 +217,13 @@ def arms_of(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[Arm, ...]:
 
     In older runs without role, method and group these follow from the recipes, see `older_identities`.
     """
-    recipes = {name: _recipe(arm_metrics) for name, arm_metrics in metrics.items()}
+    recipes = {
+        name: {key: value for key, value in (_at(of_arm, "training.recipe") or {}).items() if value is not None}
+        for name, of_arm in metrics.items()
+    }
     if any("group" not in recipe for recipe in recipes.values()):
         recipes = {name: {**known, **recipes[name]} for name, known in older_identities(metrics).items()}
     return tuple(_arm_of(name, recipes[name], arm_metrics) for name, arm_metrics in metrics.items())
-
-
-def _recipe(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    recipe = _at(metrics, "training.recipe")
-    return {key: value for key, value in recipe.items() if value is not None} if isinstance(recipe, Mapping) else {}
 
 
 def _arm_of(name: str, recipe: Mapping[str, Any], metrics: Mapping[str, Any]) -> Arm:
@@ -247,7 +245,11 @@ def _arm_of(name: str, recipe: Mapping[str, Any], metrics: Mapping[str, Any]) ->
 def read_log(path: Path) -> dict[str, dict[str, np.ndarray]]:
     """Read log.jsonl as columns per arm, rows in order of writing, absent values nan; skip a broken last line."""
     rows: dict[str, list[dict[str, float]]] = {}
-    for line in _lines(path):
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise LegatoError(f"{path} cannot be read: {error.strerror}") from error
+    for line in lines:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
@@ -255,19 +257,11 @@ def read_log(path: Path) -> dict[str, dict[str, np.ndarray]]:
         if isinstance(record, dict) and isinstance(record.get("arm"), str):
             numbers = {key: float(value) for key, value in leaves(record) if is_number(value)}
             rows.setdefault(record["arm"], []).append(numbers)
-    return {arm: _columns(records) for arm, records in rows.items()}
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise LegatoError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _columns(records: list[dict[str, float]]) -> dict[str, np.ndarray]:
-    names = dict.fromkeys(name for record in records for name in record)
-    return {name: np.array([record.get(name, math.nan) for record in records]) for name in names}
+    columns = {}
+    for arm, records in rows.items():
+        names = dict.fromkeys(name for record in records for name in record)
+        columns[arm] = {name: np.array([record.get(name, math.nan) for record in records]) for name in names}
+    return columns
 
 
 def _at(tree: Any, key: str) -> Any:

@@ -120,22 +120,16 @@ def _rows(
         n_documents = int(doc_BL.max()) + 1
         code_BLF = fire(sources, starts_BL, rng)
         code_BLF[:, 0] = 0
-        acts_BLD = code_BLF.reshape(B * L, -1) @ directions_FD + _noise(config, B, rng).reshape(B * L, D)
-        acts_BLD = acts_BLD.reshape(B, L, D)
+        noise_BLD = rng.standard_normal((B, L, D), dtype=np.float32) * np.float32(config.noise)
+        if rho := np.float32(config.noise_persistence):  # an autoregression along the row
+            for t in range(1, L):
+                noise_BLD[:, t] = rho * noise_BLD[:, t - 1] + np.sqrt(1 - rho**2) * noise_BLD[:, t]
+        code_NF = code_BLF.reshape(B * L, -1)
+        acts_BLD = (code_NF @ directions_FD + noise_BLD.reshape(B * L, D)).reshape(B, L, D)
         acts_BLD[:, 0] = bos_D
         acts_RLD[start : start + B] = torch.from_numpy(acts_BLD)
         doc_RL[start : start + B] = torch.from_numpy(doc_BL.astype(np.int32))
-        token_P, source_P = code_BLF.reshape(B * L, -1).nonzero()
-        pairs.append((token_P + start * L, source_P, code_BLF.reshape(B * L, -1)[token_P, source_P]))
+        token_P, source_P = code_NF.nonzero()
+        pairs.append((token_P + start * L, source_P, code_NF[token_P, source_P]))
     token, source, code = (torch.from_numpy(np.concatenate(part)) for part in zip(*pairs, strict=True))
     return Rows(acts_RLD, mask_RL, doc_RL, SparseCodes(token, source, code, (n_rows, L, sources.count)))
-
-
-def _noise(config: BedConfig, B: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw Gaussian noise [B, L, D], an autoregression along the row."""
-    noise_BLD = rng.standard_normal((B, config.length, config.d_in), dtype=np.float32) * np.float32(config.noise)
-    rho = np.float32(config.noise_persistence)
-    if rho:
-        for t in range(1, config.length):
-            noise_BLD[:, t] = rho * noise_BLD[:, t - 1] + np.sqrt(1 - rho**2) * noise_BLD[:, t]
-    return noise_BLD

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +28,8 @@ SHUFFLED = ":shuffled"
 SWEEP_ROWS = {"rows": 768, "held_out_rows": 128}
 
 
-@dataclass(frozen=True)
-class Point:
-    """A bed of the sweep: noise in units of --noise, the persistence of all sources, and that of the noise."""
-
-    noise: float
-    persistence: float
-    noise_persistence: float
-
-
-SWEEP = (
-    Point(0.5, 0.0, 0.0),
-    Point(0.5, 0.9, 0.0),
-    Point(1.0, 0.0, 0.0),
-    Point(1.0, 0.5, 0.0),
-    Point(1.0, 0.9, 0.0),
-    Point(1.0, 0.9, 0.9),
-)
-
-
+# Beds of the sweep: noise in units of --noise, the persistence of all sources, and that of the noise.
+SWEEP = ((0.5, 0.0, 0.0), (0.5, 0.9, 0.0), (1.0, 0.0, 0.0), (1.0, 0.5, 0.0), (1.0, 0.9, 0.0), (1.0, 0.9, 0.9))
 _BED, _STUDY = BedConfig(), StudyConfig()
 
 
@@ -95,13 +78,8 @@ class Synthetic(Task):
     def _studied(self) -> dict[str, Any]:
         """The study of the bed that was asked for, and what is kept of those of the sweep."""
         families = read_sources(self.sources)
-        bed = BedConfig(
-            families=families,
-            d_in=self.d_in,
-            noise=self.noise,
-            noise_persistence=self.noise_persistence,
-            rows=self.rows,
-        )
+        options = {name: getattr(self, name) for name in ("d_in", "noise", "noise_persistence", "rows")}
+        bed = BedConfig(families=families, **options)
         n_sources = sum(count for _, count in families)
         training = StudyConfig(tuple(range(self.seeds)), steps=self.steps, lr=self.lr)
         arms = read_arms(self.arms, n_sources if self.d_sae is None else self.d_sae, self.k, bed, self.release)
@@ -116,17 +94,11 @@ class Synthetic(Task):
             results = studied(bed, arms)
             in_order = [arm for arm in arms if not arm.shuffle_positions]
             results["sweep"] = []
-            for point in points:
-                family = replace(FAMILIES["iid"], persistence=(point.persistence, point.persistence))
-                alike = replace(
-                    bed,
-                    families=((family, n_sources),),
-                    noise=point.noise * bed.noise,
-                    noise_persistence=point.noise_persistence,
-                    **SWEEP_ROWS,
-                )
-                found = studied(alike, in_order)
-                results["sweep"].append({"persistence": point.persistence, **_summary(found)})
+            for noise, persistence, noise_persistence in points:
+                family = replace(FAMILIES["iid"], persistence=(persistence, persistence))
+                alike: dict[str, Any] = {"families": ((family, n_sources),), "noise": noise * bed.noise, **SWEEP_ROWS}
+                found = studied(replace(bed, noise_persistence=noise_persistence, **alike), in_order)
+                results["sweep"].append({"persistence": persistence, **_summary(found)})
         return results
 
 
@@ -157,13 +129,11 @@ def read_arms(text: str, d_sae: int, k: int | None, bed: BedConfig, release: flo
     config = ExperimentConfig.from_options("demo", options)
     baseline, *made = (planned.sae for planned in planned_arms(config, bed.d_in))
     by_name = dict(zip(plain, made, strict=True))
-    chosen: list[SAEConfig] = [baseline]
-    for name in dict.fromkeys(names):
-        arm = by_name[name.removesuffix(SHUFFLED)]
+    for name in names:
         if name.endswith(SHUFFLED):
-            arm = replace(arm, name=f"{arm.name} shuffled", shuffle_positions=True)
-        chosen.append(arm)
-    return chosen
+            arm = by_name[name.removesuffix(SHUFFLED)]
+            by_name[name] = replace(arm, name=f"{arm.name} shuffled", shuffle_positions=True)
+    return [baseline, *(by_name[name] for name in dict.fromkeys(names))]
 
 
 def _summary(found: dict[str, Any]) -> dict[str, Any]:

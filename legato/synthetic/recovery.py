@@ -58,7 +58,11 @@ def code_correlation(planted: SparseCodes, learned: SparseCodes, mask_BL: Tensor
     does not vary. Signed: a latent that is silent where the source fires has not found it."""
     tokens = mask_BL.reshape(-1).nonzero().flatten().numpy()
     n = len(tokens)
-    f, g = (_matrix(codes)[tokens] for codes in (planted, learned))
+    matrices = []
+    for codes in (planted, learned):
+        at, (B, L, F) = (codes.token_P.numpy(), codes.latent_P.numpy()), codes.shape
+        matrices.append(csc_array((codes.value_P.double().numpy(), at), shape=(B * L, F)).tocsr()[tokens])
+    f, g = matrices
     covariance_FS = (f.T @ g).toarray() / n - np.outer(f.sum(0) / n, g.sum(0) / n)
     deviations = []
     for each in (f, g):
@@ -68,17 +72,10 @@ def code_correlation(planted: SparseCodes, learned: SparseCodes, mask_BL: Tensor
     return covariance_FS / np.outer(*deviations)
 
 
-def _matrix(codes: SparseCodes) -> csc_array:
-    B, L, F = codes.shape
-    at = (codes.token_P.numpy(), codes.latent_P.numpy())
-    return csc_array((codes.value_P.double().numpy(), at), shape=(B * L, F)).tocsr()
-
-
 def encode(sae: EvaluableSAE, rows: Rows) -> SparseCodes:
     """Encode all rows of one side; codes are rescaled by decoder norms."""
-    parts: list[SparseCodes] = []
-    for start in range(0, rows.n_rows, _ROWS_AT_ONCE):
-        parts.append(sae.encode_sparse(rows.take(slice(start, start + _ROWS_AT_ONCE))))
+    starts = range(0, rows.n_rows, _ROWS_AT_ONCE)
+    parts = [sae.encode_sparse(rows.take(slice(start, start + _ROWS_AT_ONCE))) for start in starts]
     firsts = np.cumsum([0, *(part.shape[0] * part.shape[1] for part in parts[:-1])])
     return SparseCodes(
         torch.cat([part.token_P + int(first) for part, first in zip(parts, firsts, strict=True)]),

@@ -70,9 +70,8 @@ def tables(results: Mapping[str, Any]) -> str:
 
 
 def _recovery(results: Mapping[str, Any]) -> Table:
-    table = _table("Recovery: MCC of decoder directions and of codes, and the gain over the baseline")
-    for name in ("arm", "L0", "FVU", "MCC", "persistent", "gain", "transient", "gain", "code MCC", "gain, persistent"):
-        table.add_column(name, justify="left" if name == "arm" else "right")
+    headings = ("arm", "L0", "FVU", "MCC", "persistent", "gain", "transient", "gain", "code MCC", "gain, persistent")
+    table = _table("Recovery: MCC of decoder directions and of codes, and the gain over the baseline", headings)
     for name, arm in results["arms"].items():
         mcc, gain = arm["mcc"], arm["advantage"]
         is_baseline = name == BASELINE
@@ -92,9 +91,9 @@ def _recovery(results: Mapping[str, Any]) -> Table:
 
 
 def _ranking(results: Mapping[str, Any]) -> Table:
-    table = _table("Metrics: Spearman with the planted value they are read as, and what else moves them (weights)")
-    for name in ("metric", "read as", "true codes", *results["arms"], "misled, on true codes, by"):
-        table.add_column(name, justify="right" if name in ("true codes", *results["arms"]) else "left")
+    title = "Metrics: Spearman with the planted value they are read as, and what else moves them (weights)"
+    headings = ("metric", "read as", "true codes", *results["arms"], "misled, on true codes, by")
+    table = _table(title, headings)
     true = results["true_codes"]
     for metric, meant in METRICS.items():
         if meant not in true["spearman"].get(metric, {}):
@@ -112,9 +111,8 @@ def _ranking(results: Mapping[str, Any]) -> Table:
 
 def _sweep(results: Mapping[str, Any]) -> Table:
     others = [name for name in results["sweep"][0]["arms"] if name != BASELINE]
-    table = _table("Sweep: all sources alike. Gain in MCC over the baseline")
-    for name in ("noise", "its persistence", "sources' persistence", "one token finds", "baseline MCC", *others):
-        table.add_column(name, justify="right")
+    headings = ("noise", "its persistence", "sources' persistence", "one token finds", "baseline MCC", *others)
+    table = _table("Sweep: all sources alike. Gain in MCC over the baseline", headings)
     for point in results["sweep"]:
         table.add_row(
             f"{point['noise']:.3g}",
@@ -215,8 +213,12 @@ def _draw_weights(ax: Axes, results: Mapping[str, Any]) -> None:
     ax.set_title("What moves each metric on the true codes")
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
+def _table(title: str, headings: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
+    for name in headings:
+        is_text = name in ("arm", "metric", "read as", "misled, on true codes, by")
+        table.add_column(name, justify="left" if is_text else "right")
+    return table
 
 
 def _text(table: Table) -> str:

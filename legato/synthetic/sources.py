@@ -42,15 +42,8 @@ class Family:
     magnitude_persistence: Range = (0.0, 0.0)
 
     def __post_init__(self) -> None:
-        for name, least, most in (
-            ("rate", 0.0, 1.0),
-            ("persistence", 0.0, 1.0),
-            ("position", 0.0, 1.0),
-            ("topic", 0.0, 1.0),
-            ("magnitude", 0.0, np.inf),
-            ("spread", 0.0, np.inf),
-            ("magnitude_persistence", 0.0, 1.0),
-        ):
+        for name in (f.name for f in fields(self)):
+            least, most = 0.0, np.inf if name in ("magnitude", "spread") else 1.0
             low, high = getattr(self, name)
             if not least <= low <= high <= most or (name in ("rate", "topic", "magnitude") and low == 0):
                 raise UsageError(f"sources: {name} {low} to {high} must be a range within {least:g} to {most:g}")

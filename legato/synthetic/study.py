@@ -147,14 +147,7 @@ def study(
         "arms": {
             arm.name: {
                 "recipe": {key: value for key, value in recipe(arm).items() if key != "seed"},
-                "core": {key: float(np.mean([each.core[key] for each in judged[arm.name]])) for key in ("fvu", "l0")},
-                "mcc": _scores([each.decoder.score_F for each in judged[arm.name]], persistence),
-                "code_mcc": _scores([each.code.score_F for each in judged[arm.name]], persistence),
-                "advantage": {
-                    key: _scores(_differences(judged[arm.name], judged[BASELINE], key), persistence)
-                    for key in ("decoder", "code")
-                },
-                "recovered": float(np.mean([(each.code.score_F >= RECOVERED).mean() for each in judged[arm.name]])),
+                **_recovery(judged[arm.name], judged[BASELINE], persistence),
                 "metrics": rank_correlations([each.columns for each in judged[arm.name]], planted),
             }
             for arm in arms
@@ -162,8 +155,22 @@ def study(
     }
 
 
-def _differences(mine: Sequence[Judgement], baseline: Sequence[Judgement], key: str) -> list[Floats]:
-    return [getattr(a, key).score_F - getattr(b, key).score_F for a, b in zip(mine, baseline, strict=True)]
+def _recovery(
+    judged: Sequence[Judgement], baseline: Sequence[Judgement], persistence: Sequence[Floats]
+) -> dict[str, Any]:
+    """What an arm recovers, over seeds, and how much more than the baseline."""
+
+    def gained(key: str) -> list[Floats]:
+        both = zip(judged, baseline, strict=True)
+        return [getattr(mine, key).score_F - getattr(theirs, key).score_F for mine, theirs in both]
+
+    return {
+        "core": {key: float(np.mean([each.core[key] for each in judged])) for key in ("fvu", "l0")},
+        "mcc": _scores([each.decoder.score_F for each in judged], persistence),
+        "code_mcc": _scores([each.code.score_F for each in judged], persistence),
+        "advantage": {key: _scores(gained(key), persistence) for key in ("decoder", "code")},
+        "recovered": float(np.mean([(each.code.score_F >= RECOVERED).mean() for each in judged])),
+    }
 
 
 def _scores(scores: Sequence[Floats], persistence: Sequence[Floats]) -> dict[str, Any]:

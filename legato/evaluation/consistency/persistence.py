@@ -38,12 +38,15 @@ class Persistence:
     cross_null_FK: Floats
 
     @property
-    def excess_within_FK(self) -> Floats:
-        return self.real_FK - self.within_null_FK
-
-    @property
-    def excess_cross_FK(self) -> Floats:
-        return self.real_FK - self.cross_null_FK
+    def by_suffix(self) -> dict[str, Floats]:
+        """The correlations, their nulls and their excesses over these, by the suffix of their columns."""
+        return {
+            "": self.real_FK,
+            "_within_null": self.within_null_FK,
+            "_cross_null": self.cross_null_FK,
+            "_excess_within": self.real_FK - self.within_null_FK,
+            "_excess_cross": self.real_FK - self.cross_null_FK,
+        }
 
 
 def lag_correlation(counts: PairCounts, sums: PairSums) -> Persistence:
@@ -158,12 +161,9 @@ def consistency_features(sums: CodeSums) -> dict[str, np.ndarray]:
     ac, kappa = lag_correlation(sums.counts, sums.value), lag_correlation(sums.counts, sums.firing)
     columns: dict[str, np.ndarray] = {}
     for name, measured in (("ac", ac), ("kappa", kappa)):
+        series = measured.by_suffix
         for k, lag in enumerate(measured.lags):
-            columns[f"{name}{lag}"] = measured.real_FK[:, k]
-            columns[f"{name}{lag}_within_null"] = measured.within_null_FK[:, k]
-            columns[f"{name}{lag}_cross_null"] = measured.cross_null_FK[:, k]
-            columns[f"{name}{lag}_excess_within"] = measured.excess_within_FK[:, k]
-            columns[f"{name}{lag}_excess_cross"] = measured.excess_cross_FK[:, k]
+            columns |= {f"{name}{lag}{suffix}": values_FK[:, k] for suffix, values_FK in series.items()}
     columns["half_life"], columns["half_life_censored"] = half_life(ac.lags, ac.real_FK)
     columns["run_length_ratio"] = run_length_ratio(sums)
     if 1 in sums.counts.lags:
@@ -214,18 +214,9 @@ def consistency_metrics(sums: CodeSums) -> dict[str, Any]:
 
 def raw_stream_metrics(counts: PairCounts, sums: PairSums) -> dict[str, Any]:
     """Average autocorrelation and nulls of the raw stream over dimensions, as a yardstick for the codes."""
-    ac = lag_correlation(counts, sums)
-    series = {
-        "mean": ac.real_FK,
-        "within_null": ac.within_null_FK,
-        "cross_null": ac.cross_null_FK,
-        "excess_within": ac.excess_within_FK,
-        "excess_cross": ac.excess_cross_FK,
-    }
-    return {
-        "lags": list(counts.lags),
-        "ac": {name: [mean(column_F) for column_F in values_FK.T] for name, values_FK in series.items()},
-    }
+    series = lag_correlation(counts, sums).by_suffix
+    means = {suffix: [mean(column_F) for column_F in values_FK.T] for suffix, values_FK in series.items()}
+    return {"lags": list(counts.lags), "ac": {suffix[1:] or "mean": values for suffix, values in means.items()}}
 
 
 def mean(values_F: np.ndarray, chosen_F: np.ndarray | bool = True, weight_F: np.ndarray | None = None) -> float | None:
@@ -234,6 +225,10 @@ def mean(values_F: np.ndarray, chosen_F: np.ndarray | bool = True, weight_F: np.
     if not use_F.any():
         return None
     return float(np.average(values_F[use_F], weights=None if weight_F is None else weight_F[use_F]))
+
+
+def finite_or_none(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
 
 
 def rate_bins(rate_F: Floats) -> list[tuple[tuple[float, float], np.ndarray]]:

@@ -61,14 +61,23 @@ class SaeBenchSums(Summed):
         for start in range(0, len(mask), ROWS_PER_BATCH):
             rows = slice(start, start + ROWS_PER_BATCH)
             where = mask[rows]
-            if where.any():
-                self._add_batch(
-                    errors.square_in_BL[rows][where],
-                    errors.square_out_BL[rows][where],
-                    errors.dot_BL[rows][where],
-                    errors.error_BL[rows][where],
-                    spread_BL[rows][where],
-                )
+            if not where.any():
+                continue
+            sums = (errors.square_in_BL, errors.square_out_BL, errors.dot_BL, errors.error_BL, spread_BL)
+            square_in_N, square_out_N, dot_N, error_N, spread_N = (sum_BL[rows][where] for sum_BL in sums)
+            norm_in_N, norm_out_N = np.sqrt(square_in_N), np.sqrt(square_out_N)
+            self.tokens += error_N.size
+            self.batches += 1
+            self.l2_norm_in += float(norm_in_N.sum())
+            self.l2_norm_out += float(norm_out_N.sum())
+            self.l2_ratio += float((norm_out_N / np.where(norm_in_N < _SMALL_NORM, 1.0, norm_in_N)).sum())
+            self.mse += float(error_N.mean())
+            with np.errstate(invalid="ignore", divide="ignore"):  # undefined values are written as -1 in the end
+                self.cossim += float((dot_N / (norm_in_N * norm_out_N)).sum())
+                self.explained_variance_legacy += float((1.0 - error_N / spread_N).sum())
+                self.batch_bias += float(square_out_N.sum() / dot_N.sum())
+            self.batch_square += float(square_in_N.mean())
+            self.batch_error += float(error_N.mean())
 
     def add_codes(self, codes: SparseCodes) -> None:
         """Add codes at the positions that count; equal to the SAE's own scale where decoder rows have unit norm."""
@@ -79,23 +88,6 @@ class SaeBenchSums(Summed):
         fires_BF[row_P, latent_P] = True
         self.rows_F += fires_BF.sum(0)
         self.l1 += float(codes.value_P.double().sum())
-
-    def _add_batch(
-        self, square_in_N: Floats, square_out_N: Floats, dot_N: Floats, error_N: Floats, spread_N: Floats
-    ) -> None:
-        norm_in_N, norm_out_N = np.sqrt(square_in_N), np.sqrt(square_out_N)
-        self.tokens += error_N.size
-        self.batches += 1
-        self.l2_norm_in += float(norm_in_N.sum())
-        self.l2_norm_out += float(norm_out_N.sum())
-        self.l2_ratio += float((norm_out_N / np.where(norm_in_N < _SMALL_NORM, 1.0, norm_in_N)).sum())
-        self.mse += float(error_N.mean())
-        with np.errstate(invalid="ignore", divide="ignore"):  # undefined values are written as -1 in the end
-            self.cossim += float((dot_N / (norm_in_N * norm_out_N)).sum())
-            self.explained_variance_legacy += float((1.0 - error_N / spread_N).sum())
-            self.batch_bias += float(square_out_N.sum() / dot_N.sum())
-        self.batch_square += float(square_in_N.mean())
-        self.batch_error += float(error_N.mean())
 
 
 def batch_spread(acts_BLD: Tensor, mask_BL: Tensor) -> Floats:

@@ -158,17 +158,8 @@ def choose_passages(order: PairsByLatent, context_length: int, seed: int = 0) ->
     F = order.n_latents
     chosen = {name: np.full((F, size), -1, np.int32) for name, size in sizes.items()}
     draws_FR = np.random.default_rng(seed).random((F, 4 * RANDOM))
-    _choose(
-        order.ptr_F,
-        order.token_Q,
-        order.value_Q,
-        context_length,
-        np.array(QUANTILES),
-        draws_FR,
-        chosen["top"],
-        chosen["quantile"],
-        chosen["random"],
-    )
+    quantiles_Q = np.array(QUANTILES)
+    _choose(order.ptr_F, order.token_Q, order.value_Q, context_length, quantiles_Q, draws_FR, *chosen.values())
     return chosen
 
 

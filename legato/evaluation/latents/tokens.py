@@ -35,10 +35,6 @@ class TokenCounts(Summed):
     _pending: list[Ints] = field(default_factory=list)
     _n_pending: int = 0
 
-    @classmethod
-    def zero(cls, n_latents: int) -> "TokenCounts":
-        return cls(n_latents)
-
     def add(self, tokens_BL: Tensor, layout: LagPairs, order: PairsByLatent) -> None:
         """Add a batch. tokens_BL: token ids, read at valid positions only."""
         if order.n_latents != self.n_latents or tuple(tokens_BL.shape) != layout.shape:

@@ -8,7 +8,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from legato.evaluation.consistency.persistence import mean
+from legato.evaluation.consistency.persistence import finite_or_none, mean
 from legato.evaluation.sums.accumulators import CodeSums, share_between_groups
 from legato.evaluation.sums.lag_pairs import Floats, LagPairs
 from legato.sae.kernels.pairs import PairsByLatent
@@ -97,14 +97,14 @@ def position_metrics(sums: CodeSums) -> dict[str, Any]:
         "eta2_weighted": mean(eta2_F, alive_F, count_F),
         "mi_mean": mean(mi_F, alive_F),
         "mi_weighted": mean(mi_F, alive_F, count_F),
-        "l0_by_position": [_number(v) for v in mean_L],
-        "l0_by_position_low": [_number(v) for v in low_L],
-        "l0_by_position_high": [_number(v) for v in high_L],
+        "l0_by_position": [finite_or_none(v) for v in mean_L],
+        "l0_by_position_low": [finite_or_none(v) for v in low_L],
+        "l0_by_position_high": [finite_or_none(v) for v in high_L],
         "first_positions": [
-            {"position": t, "tokens": int(sums.counts.tokens_L[t]), "l0": _number(mean_L[t])}
+            {"position": t, "tokens": int(sums.counts.tokens_L[t]), "l0": finite_or_none(mean_L[t])}
             for t in range(min(FIRST_POSITIONS, mean_L.size))
         ],
-        "l0_elsewhere": _number(
+        "l0_elsewhere": finite_or_none(
             sums.l0_L[FIRST_POSITIONS:].sum() / (sums.counts.tokens_L[FIRST_POSITIONS:].sum() or np.nan)
         ),
     }
@@ -119,7 +119,8 @@ def position_matrix(layout: LagPairs, order: PairsByLatent) -> Floats:
     B, L = layout.shape
     stretch_BL = layout.stretch_N.reshape(B, L)
     rows_LL = _paired_rows(stretch_BL)
-    sum_LL, latents_LL = _matrix_sums(order.ptr_F, order.token_Q, order.value_Q, stretch_BL, rows_LL)
+    upper = (sums.sum(0) for sums in _matrix_sums(order.ptr_F, order.token_Q, order.value_Q, stretch_BL, rows_LL))
+    sum_LL, latents_LL = (upper_LL + np.triu(upper_LL, 1).T for upper_LL in upper)
     with np.errstate(invalid="ignore"):
         return sum_LL / np.where(latents_LL > 0, latents_LL, np.nan)
 
@@ -180,19 +181,4 @@ def _matrix_sums(start_F, token_P, value_P, stretch_BL, rows_LL):  # type: ignor
                         covariance = product[t, u] - total[t, u] * total[u, t] / n
                         sum_GLL[g, t, u] += covariance / np.sqrt(variance_t * variance_u)
                         latents_GLL[g, t, u] += 1.0
-    total_LL = np.zeros((L, L))
-    latents_LL = np.zeros((L, L))
-    for g in range(MATRIX_GROUPS):
-        for t in range(L):
-            for u in range(t, L):
-                total_LL[t, u] += sum_GLL[g, t, u]
-                latents_LL[t, u] += latents_GLL[g, t, u]
-    for t in range(L):
-        for u in range(t):
-            total_LL[t, u] = total_LL[u, t]
-            latents_LL[t, u] = latents_LL[u, t]
-    return total_LL, latents_LL
-
-
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
+    return sum_GLL, latents_GLL

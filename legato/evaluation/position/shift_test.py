@@ -91,11 +91,13 @@ def _read(
     """Read the text as it is, and by (mode, shift); the same positions are valid in all of them."""
     tokens_BL, doc_BL = tokens.tokens_BL[:rows, :length].long(), tokens.doc_BL[:rows, :length].int()
     acts = {("", 0): model.activations(tokens_BL, layer, site)}
-    for shift in shifts:
-        if model.positions != "fixed":
-            acts["position_ids", shift] = model.activations(tokens_BL, layer, site, first_position=shift)
+    for shift in shifts if model.positions != "fixed" else ():
+        acts["position_ids", shift] = model.activations(tokens_BL, layer, site, first_position=shift)
     n_bos = int(tokens.bos)
-    neutral = _neutral_token(model, tokens)
+    # The line break; the most frequent token of the text where the tokenizer has none.
+    ids = model.tokenizer("\n", add_special_tokens=False)["input_ids"]
+    has_break = bool(ids) and ids[-1] not in model.special_token_ids
+    neutral = int(ids[-1] if has_break else tokens.tokens_BL[tokens.mask_BL].mode().values)
     for shift in shifts:
         prefix_BS = tokens_BL.new_full((len(tokens_BL), shift), neutral)
         longer_BL = torch.cat([tokens_BL[:, :n_bos], prefix_BS, tokens_BL[:, n_bos:]], 1)
@@ -111,18 +113,6 @@ def _read(
         mask_BL = mask_BL & (norm_BL <= limit)
     batches = {key: ActivationBatch(acts_BLD, mask_BL, doc_BL, tokens_BL) for key, acts_BLD in acts.items()}
     return batches.pop(("", 0)), batches
-
-
-def _stands_still(
-    model: LanguageModel, own: ActivationBatch, readings: Mapping[tuple[str, int], ActivationBatch]
-) -> dict[str, Any] | None:
-    """Check, for a model of relative positions, that shifted position ids do not change the activations."""
-    if model.positions != "relative":
-        return None
-    shifted = [batch for (mode, _), batch in readings.items() if mode == "position_ids"]
-    movement = max(_movement(own, batch)["movement"] or 0.0 for batch in shifted)
-    tolerance = ROUNDING.get(model.dtype, COARSE_ROUNDING)
-    return {"movement": movement, "tolerance": tolerance, "holds": movement <= tolerance}
 
 
 def _movement(own: ActivationBatch, other: ActivationBatch) -> dict[str, float | None]:
@@ -145,13 +135,6 @@ def _other_token(batch: ActivationBatch, seed: int = 0) -> NDArray[np.int64]:
         if len(members) > 1:
             other_N[members] = np.roll(members, rng.integers(1, len(members)))
     return other_N
-
-
-def _moved_to(codes: SparseCodes, place_N: NDArray[np.int64]) -> SparseCodes:
-    """Move the codes of token n to token place_N[n]; drop them where that is -1."""
-    token_P = torch.from_numpy(place_N)[codes.token_P]
-    kept = token_P >= 0
-    return SparseCodes(token_P[kept], codes.latent_P[kept], codes.value_P[kept], codes.shape)
 
 
 @torch.no_grad()
@@ -185,12 +168,18 @@ def offset_test(
         )
     own, readings = _read(model, tokens, layer, site, shifts, rows, length)
     column = ("position_ids" if model.positions == "absolute" else "prefix", max(shifts))
+    stands_still = None
+    if model.positions == "relative":  # then shifted position ids must not change the activations
+        shifted = [batch for (mode, _), batch in readings.items() if mode == "position_ids"]
+        movement = max(_movement(own, batch)["movement"] or 0.0 for batch in shifted)
+        tolerance = ROUNDING.get(model.dtype, COARSE_ROUNDING)
+        stands_still = {"movement": movement, "tolerance": tolerance, "holds": movement <= tolerance}
     shared = {
         "rows": len(own.mask_BL),
         "positions": length,
         "tokens": int(own.mask_BL.sum()),
         "model_positions": model.positions,
-        "stands_still": _stands_still(model, own, readings),
+        "stands_still": stands_still,
     }
     partner_N = _other_token(own)
     results = {}
@@ -201,7 +190,10 @@ def offset_test(
         for (mode, shift), batch in readings.items():
             after = sae.encode_sparse(batch)
             agreement = Agreement.of(before, after)
-            null = Agreement.of(before, _moved_to(after, partner_N))
+            token_P = torch.from_numpy(partner_N)[after.token_P]
+            kept_P = token_P >= 0
+            moved = SparseCodes(token_P[kept_P], after.latent_P[kept_P], after.value_P[kept_P], after.shape)
+            null = Agreement.of(before, moved)
             finite_F = agreement.jaccard_F[np.isfinite(agreement.jaccard_F)]
             entry = {
                 "shift": shift,
@@ -216,11 +208,3 @@ def offset_test(
                 jaccard_F = agreement.jaccard_F
         results[name] = OffsetResult({**shared, **modes}, jaccard_F)
     return results
-
-
-def _neutral_token(model: LanguageModel, tokens: TokenSet) -> int:
-    """Return the line break; the most frequent token of the text where the tokenizer has none."""
-    ids = model.tokenizer("\n", add_special_tokens=False)["input_ids"]
-    if ids and ids[-1] not in model.special_token_ids:
-        return int(ids[-1])
-    return int(tokens.tokens_BL[tokens.mask_BL].mode().values)

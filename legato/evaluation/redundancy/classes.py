@@ -124,20 +124,14 @@ def lagged_pairs(
     the largest such excess."""
     inverse_F = np.divide(1.0, sums.deviation_F, out=np.zeros(chosen_F.size), where=chosen_F)
     left_FV, right_FV = sums.ends()
+    gained = left_FV - sums.left_FV, right_FV - sums.right_FV
     return kernels.lagged_pairs(
         (order.ptr_F, order.token_Q, order.value_Q),
         kernels.sort_by_token(order.ptr_F, order.token_Q, order.value_Q, layout.stretch_N.size),
         layout.stretch_N,
         inverse_F,
         floor,
-        (
-            sums.mean_F,
-            left_FV - sums.left_FV,
-            right_FV - sums.right_FV,
-            sums.rate_FL,
-            sums.pairs_VL,
-            sums.pairs_VL.sum(1),
-        ),
+        (sums.mean_F, *gained, sums.rate_FL, sums.pairs_VL, sums.pairs_VL.sum(1)),
     )
 
 
@@ -160,7 +154,9 @@ def classify(evidence: PairEvidence, limits: Limits, similarity: float) -> dict[
     W = excess_CK.shape[1] // 2
     similar_C = cosine_C >= similarity
     same_C = excess_CK[:, W]
-    lag_C, ahead_C = _best_lag(excess_CK)
+    others_CK = excess_CK.copy()
+    others_CK[:, W] = -np.inf
+    lag_C, ahead_C = others_CK.argmax(1) - W, others_CK.max(1)
 
     p_CK = ndtr(-correlations.z_CK)
     tests_C = np.where(similar_C, p_CK[:, W], 1.0)
@@ -201,14 +197,6 @@ def classify(evidence: PairEvidence, limits: Limits, similarity: float) -> dict[
         "density_a": evidence.density_F[first_R],
         "density_b": evidence.density_F[second_R],
     }
-
-
-def _best_lag(excess_CK: Floats) -> tuple[Ints, Floats]:
-    """Find the lag other than 0 with the largest excess, and that excess."""
-    W = excess_CK.shape[1] // 2
-    others_CK = excess_CK.copy()
-    others_CK[:, W] = -np.inf
-    return others_CK.argmax(1) - W, others_CK.max(1)
 
 
 def adjusted(p_X: Floats, n_tests: int) -> Floats:

@@ -13,7 +13,7 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from legato.evaluation.redundancy.sums import Candidates, CandidateSums, Correlations, LatentSums
-from legato.evaluation.sums.lag_pairs import Floats, Ints, LagPairs
+from legato.evaluation.sums.lag_pairs import Ints, LagPairs
 from legato.sae.kernels.pairs import PairsByLatent
 
 CONTEXTS = 3
@@ -88,7 +88,10 @@ def heat_map(latents: Ints, sums: LatentSums, layout: LagPairs, order: PairsByLa
     pair_sums = CandidateSums.zero(candidates, W)
     pair_sums.add(layout, order)
     correlations = Correlations.of(sums, pair_sums)
-    c_KHH, excess_KHH = (_square(x_CK, i, j, H) for x_CK in (correlations.real_CK, correlations.excess_CK))
+    c_KHH, excess_KHH = np.zeros((2, 2 * W + 1, H, H))
+    for x_KHH, x_CK in ((c_KHH, correlations.real_CK), (excess_KHH, correlations.excess_CK)):
+        x_KHH[:, i, j] = x_CK.T
+        x_KHH[:, j, i] = x_CK.T[::-1]  # C_ji(lag) = C_ij(-lag)
     if H > 2:
         distance_HH = 1.0 - np.minimum(np.abs(excess_KHH).max(0), 1.0)
         np.fill_diagonal(distance_HH, 0.0)
@@ -101,10 +104,3 @@ def heat_map(latents: Ints, sums: LatentSums, layout: LagPairs, order: PairsByLa
         "c": c_KHH.astype(np.float32),
         "excess": excess_KHH.astype(np.float32),
     }
-
-
-def _square(x_CK: Floats, i: Ints, j: Ints, H: int) -> Floats:
-    x_KHH = np.zeros((x_CK.shape[1], H, H))
-    x_KHH[:, i, j] = x_CK.T
-    x_KHH[:, j, i] = x_CK.T[::-1]  # C_ji(lag) = C_ij(-lag)
-    return x_KHH

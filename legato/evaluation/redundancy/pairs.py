@@ -31,16 +31,8 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from legato.common.errors import LegatoError, UsageError
-from legato.evaluation.redundancy.classes import (
-    ANTIPODAL,
-    CLASSES,
-    DUPLICATE,
-    LEAD_LAG,
-    POSITION_SPLIT,
-    Limits,
-    PairEvidence,
-    classify,
-)
+from legato.evaluation.redundancy import classes
+from legato.evaluation.redundancy.classes import ANTIPODAL, CLASSES, DUPLICATE, LEAD_LAG, POSITION_SPLIT, Limits
 from legato.evaluation.redundancy.examples import Contexts, heat_map
 from legato.evaluation.redundancy.sums import LatentSums
 from legato.evaluation.sums.code_buffer import CodeBuffer
@@ -91,8 +83,8 @@ def redundancy(
         raise LegatoError("no latent fires on the rows given: there is nothing to compare")
     similarity = limits.similarity(W_dec.shape[1])
     directions_FD = torch.nn.functional.normalize(W_dec.detach().float().cpu(), dim=1).numpy()
-    evidence = PairEvidence.of(sums, layout, order, directions_FD, similarity, limits.correlation)
-    pairs = classify(evidence, limits, similarity)
+    evidence = classes.PairEvidence.of(sums, layout, order, directions_FD, similarity, limits.correlation)
+    pairs = classes.classify(evidence, limits, similarity)
     group_F = groups(pairs, kept.n_latents)
     pairs["group"] = np.where(_is_redundant(pairs), group_F[pairs["latent_a"]], -1)
     contexts = None if decode is None else Contexts(layout, order, tokens_BL, kept.doc_BL, decode)
@@ -107,7 +99,11 @@ def redundancy(
         "pairs_left_out": evidence.n_left_out,
         **_aggregates(pairs, group_F, sums.count_F),
     }
-    return Redundancy(metrics, pairs, heat_map(_most_redundant(pairs), sums, layout, order))
+    # The heat map shows the latents of the first pairs of the table, without antipodal ones.
+    chosen_R = pairs["class"] != ANTIPODAL
+    both = np.stack([pairs["latent_a"][chosen_R], pairs["latent_b"][chosen_R]], 1).ravel()
+    _, first = np.unique(both, return_index=True)
+    return Redundancy(metrics, pairs, heat_map(both[np.sort(first)[:HEAT_MAP_LATENTS]], sums, layout, order))
 
 
 def _is_redundant(pairs: Mapping[str, Any]) -> NDArray[np.bool_]:
@@ -140,16 +136,12 @@ def _aggregates(pairs: Mapping[str, Any], group_F: Ints, count_F: Floats) -> dic
         "examples": [
             {
                 "class": str(pairs["class"][row]),
-                **{key: _number(pairs[key][row].item()) for key in keys},
+                **{key: value if np.isfinite(value := pairs[key][row].item()) else None for key in keys},
                 "contexts": pairs["examples"][row],
             }
             for row in np.concatenate(strongest)
         ],
     }
-
-
-def _number(value: float) -> float | None:
-    return value if np.isfinite(value) else None
 
 
 def _examples(pairs: Mapping[str, Any], contexts: Contexts | None) -> list[list[str]]:
@@ -165,11 +157,3 @@ def _examples(pairs: Mapping[str, Any], contexts: Contexts | None) -> list[list[
             else:
                 examples[row] = contexts.apart(a, b)
     return examples
-
-
-def _most_redundant(pairs: Mapping[str, Any]) -> Ints:
-    """Take the latents of the first pairs of the table, without antipodal ones, up to HEAT_MAP_LATENTS."""
-    chosen_R = pairs["class"] != ANTIPODAL
-    both = np.stack([pairs["latent_a"][chosen_R], pairs["latent_b"][chosen_R]], 1).ravel()
-    _, first = np.unique(both, return_index=True)
-    return both[np.sort(first)[:HEAT_MAP_LATENTS]]

@@ -16,7 +16,6 @@ redundancy/<arm>.npz: the clustered heat map, `latents`, `lags`, `c` and `excess
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -43,17 +42,8 @@ def write_redundancy(folder: str | Path, name: str, result: Redundancy) -> None:
     """Write <name>.parquet and <name>.npz into a folder, which is made if need be."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    columns = dict(result.pairs)
-    columns["group"] = np.ma.masked_less(columns["group"], 0)
-    arrays = [
-        pa.array(columns[field.name], type=field.type)
-        if field.name in ("class", "examples")
-        else pa.array(np.ma.getdata(columns[field.name]), mask=_undefined(columns[field.name])).cast(field.type)
-        for field in SCHEMA
-    ]
+    group_R = result.pairs["group"]
+    columns = {**result.pairs, "group": np.where(group_R < 0, np.nan, group_R)}
+    arrays = [pa.array(columns[field.name], field.type, from_pandas=True) for field in SCHEMA]  # NaN is null
     pq.write_table(pa.table(arrays, schema=SCHEMA), folder / f"{name}.parquet", compression="zstd")
     np.savez_compressed(folder / f"{name}.npz", allow_pickle=False, **result.arrays)
-
-
-def _undefined(values: Any) -> np.ndarray:
-    return np.ma.getmaskarray(np.ma.masked_invalid(values))

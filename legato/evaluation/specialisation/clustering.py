@@ -97,7 +97,9 @@ def cluster(values_MX: Floats, *, seed: int = 0) -> Clustering:
     aris: dict[int, list[float]] = {}
     candidates = []
     for k in LISTED_K:
-        centres[k] = _ordered(_centres(scaled_MX, k, seed), scaled_MX)
+        centres[k] = _centres(scaled_MX, k, seed)
+        size_K = np.bincount(nearest(scaled_MX, centres[k]), minlength=k)
+        centres[k] = centres[k][np.argsort(-size_K, kind="stable")]  # the largest cluster first
         label_M = nearest(scaled_MX, centres[k])
         aris[k] = [
             adjusted_rand_score(label_M, nearest(scaled_MX, _centres(scaled_MX[sample], k, seed + 1 + number)))
@@ -129,10 +131,8 @@ def agreement(first_MX: Floats, second_MX: Floats, k: int, *, seed: int = 0) -> 
     of the other and compared with the other's own (as in prediction strength, Tibshirani & Walther 2005).
     """
     scalers = [Scaler.fit(values_MX) for values_MX in (first_MX, second_MX)]
-    own = [
-        _centres(scaler.apply(values_MX), k, seed)
-        for scaler, values_MX in zip(scalers, (first_MX, second_MX), strict=True)
-    ]
+    both = zip(scalers, (first_MX, second_MX), strict=True)
+    own = [_centres(scaler.apply(values_MX), k, seed) for scaler, values_MX in both]
     aris = []
     for values_MX in (first_MX, second_MX):
         labels = [nearest(scaler.apply(values_MX), centre_KX) for scaler, centre_KX in zip(scalers, own, strict=True)]
@@ -142,11 +142,6 @@ def agreement(first_MX: Floats, second_MX: Floats, k: int, *, seed: int = 0) -> 
 
 def _centres(scaled_MX: Floats, k: int, seed: int) -> Floats:
     return KMeans(k, n_init=4, random_state=seed).fit(scaled_MX).cluster_centers_
-
-
-def _ordered(centre_KX: Floats, scaled_MX: Floats) -> Floats:
-    size_K = np.bincount(nearest(scaled_MX, centre_KX), minlength=len(centre_KX))
-    return centre_KX[np.argsort(-size_K, kind="stable")]
 
 
 def _silhouette(scaled_MX: Floats, label_M: Ints, shown: Ints) -> float:

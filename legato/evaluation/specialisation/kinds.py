@@ -49,16 +49,28 @@ def specialise(
     decode: token id -> text, for the examples. Latents that fire fewer than 20 times are left out.
     An SAE of which fewer than 50 remain has no clusters: `note` says so, its columns are null.
     """
-    chosen = {name: _fires_enough(table, n_tokens) for name, table in tables.items()}
+    chosen = {
+        name: np.round(np.asarray(table["density"], np.float64) * n_tokens) >= MIN_FIRINGS
+        for name, table in tables.items()
+    }
     used = _defined_descriptors(tables, {name: in_F for name, in_F in chosen.items() if in_F.sum() >= MIN_LATENTS})
     values = {name: describe(table, used) for name, table in tables.items()}
     for name, values_FX in values.items():
         chosen[name] &= np.isfinite(values_FX).all(1)
     enough = {name: in_F for name, in_F in chosen.items() if len(np.unique(values[name][in_F], axis=0)) >= MIN_LATENTS}
-    results = {name: _without_clusters(tables[name], int(in_F.sum())) for name, in_F in chosen.items()}
+    results = {}
+    for name, in_F in chosen.items():
+        note = (
+            f"no clusters: {int(in_F.sum())} latents fire {MIN_FIRINGS} times or more and can be described, "
+            f"{MIN_LATENTS} that differ are needed; judge on more text"
+        )
+        section = {"note": note, "k": 0, "latents": 0, "clusters": [], "min_firings": MIN_FIRINGS}
+        results[name] = Specialisation(section, _null_columns(in_F.size))
     if not enough:
         return results
-    fitted_MX = _sample([values[name][in_F] for name, in_F in enough.items()], seed)
+    rng, most = np.random.default_rng(seed), FIT_LATENTS // len(enough)
+    parts = [values[name][in_F] for name, in_F in enough.items()]
+    fitted_MX = np.concatenate([part[np.sort(rng.permutation(len(part))[:most])] for part in parts])
     clustering = cluster(fitted_MX, seed=seed)
     label_M = clustering.predict(fitted_MX)
     names = [name_of(medians(fitted_MX[label_M == number], used)) for number in range(clustering.k)]
@@ -84,30 +96,19 @@ def specialise(
     return results
 
 
-def _fires_enough(table: Table, n_tokens: int) -> NDArray[np.bool_]:
-    return np.round(np.asarray(table["density"], np.float64) * n_tokens) >= MIN_FIRINGS
-
-
 def _defined_descriptors(
     tables: Mapping[str, Table], chosen: Mapping[str, NDArray[np.bool_]]
 ) -> tuple[Descriptor, ...]:
     """Find the descriptors defined for at least half of each SAE's latents; lags beyond the context never are."""
-
-    def is_defined(descriptor: Descriptor) -> bool:
-        if descriptor.undefined_is is not None:
-            return True
-        return all(
+    return tuple(
+        descriptor
+        for descriptor in DESCRIPTORS
+        if descriptor.undefined_is is not None
+        or all(
             descriptor.column in tables[name] and np.isfinite(tables[name][descriptor.column][chosen_F]).mean() >= 0.5
             for name, chosen_F in chosen.items()
         )
-
-    return tuple(descriptor for descriptor in DESCRIPTORS if is_defined(descriptor))
-
-
-def _sample(parts: Sequence[Floats], seed: int) -> Floats:
-    rng = np.random.default_rng(seed)
-    most = FIT_LATENTS // len(parts)
-    return np.concatenate([part[np.sort(rng.permutation(len(part))[:most])] for part in parts])
+    )
 
 
 def _trust(clustering: Clustering) -> dict[str, Any]:
@@ -137,11 +138,12 @@ def _columns(
 
 
 def _null_columns(n_latents: int) -> dict[str, NDArray[Any]]:
+    undefined_F, nameless_F = np.full(n_latents, np.nan), np.full(n_latents, None, dtype=object)
     return {
-        "cluster": np.full(n_latents, np.nan),
-        "cluster_name": np.full(n_latents, None, dtype=object),
-        "map_x": np.full(n_latents, np.nan),
-        "map_y": np.full(n_latents, np.nan),
+        "cluster": undefined_F,
+        "cluster_name": nameless_F,
+        "map_x": undefined_F.copy(),
+        "map_y": undefined_F.copy(),
     }
 
 
@@ -174,15 +176,10 @@ def _shares(
         member_M = np.flatnonzero(in_F)
         distance_M = np.square(clustering.scaler.apply(values_FX[in_F]) - clustering.centre_KX[number]).sum(1)
         typical = member_M[np.argsort(distance_M, kind="stable")[:EXAMPLES]]
-        clusters.append(
-            {
-                "cluster": number,
-                "name": name,
-                **share(in_F),
-                "centroid": medians(values_FX[in_F], used) if member_M.size else None,
-                "examples": [_example(table, int(latent), decode) for latent in typical],
-            }
-        )
+        cluster = {"cluster": number, "name": name, **share(in_F)}
+        cluster["centroid"] = medians(values_FX[in_F], used) if member_M.size else None
+        cluster["examples"] = [_example(table, int(latent), decode) for latent in typical]
+        clusters.append(cluster)
     return {
         "latents": int(in_any_F.sum()),
         "left_out": int((density_F > 0).sum() - in_any_F.sum()),
@@ -202,12 +199,3 @@ def _example(table: Table, latent: int, decode: Callable[[int], str]) -> dict[st
         "tokens": [decode(int(token)) for token in ids if np.isfinite(token)],
         "top_token_share": float(table["top_token_share"][latent]),
     }
-
-
-def _without_clusters(table: Table, described: int) -> Specialisation:
-    note = (
-        f"no clusters: {described} latents fire {MIN_FIRINGS} times or more and can be described, {MIN_LATENTS} that "
-        "differ are needed; judge on more text"
-    )
-    section = {"note": note, "k": 0, "latents": 0, "clusters": [], "min_firings": MIN_FIRINGS}
-    return Specialisation(section, _null_columns(len(table["density"])))

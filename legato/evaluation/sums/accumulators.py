@@ -191,19 +191,13 @@ class CodeSums(Summed):
             self.n_rows_with_steps += layout.valid_rows()
             step_N = step_BL.detach().cpu().double().numpy().ravel()
             inverse_step_N = np.divide(1.0, step_N, out=np.zeros_like(step_N), where=step_N > 0)
+        places = (layout.stretch_N, layout.left_N, layout.right_N)
         distinct_B = _distinct_latents(order.ptr_F, order.token_Q, layout.shape[0], layout.shape[1])
         _add_latents(
             order.ptr_F,
             order.token_Q,
             order.value_Q,
-            (
-                np.asarray(layout.lags, np.int64),
-                layout.stretch_N,
-                layout.left_N,
-                layout.right_N,
-                layout.size_S,
-                layout.pairs_SK,
-            ),
+            (np.asarray(layout.lags, np.int64), *places, layout.size_S, layout.pairs_SK),
             layout.shape[1],
             inverse_step_N,
             distinct_B,

@@ -3,10 +3,11 @@
 Shape legend: N positions of the text shown, F latents, P firings by latent then position, K entries of a list.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +15,6 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from legato.common.errors import LegatoError
-
-Opened = TypeVar("Opened")
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,11 @@ class ShownText:
     @classmethod
     def read(cls, path: Path) -> "ShownText":
         """Raises LegatoError where the file is damaged."""
-
-        def opened() -> ShownText:
+        with _blaming(path):
             table = pq.read_table(path)
             token_N, text_N, doc_N, valid_N = (table[name].to_numpy() for name in ("token", "text", "doc", "valid"))
-            return cls(token_N, text_N, doc_N, valid_N, int(table.schema.metadata[b"context_length"]))
-
-        return _opening(path, opened)
+            text = cls(token_N, text_N, doc_N, valid_N, int(table.schema.metadata[b"context_length"]))
+        return text
 
 
 @dataclass(frozen=True)
@@ -61,31 +58,27 @@ class StripTable:
     @classmethod
     def read(cls, path: Path) -> "StripTable":
         """Raises LegatoError where the file is damaged."""
-
-        def opened() -> StripTable:
+        with _blaming(path):
             table = pq.read_table(path).combine_chunks()
             columns = {name: _whole(table[name]) for name in table.column_names}
             others = [name.removeprefix("match/") for name in columns if name.startswith("match/")]
             lists = ("similar", "together", "promoted", "suppressed")
             names = [n for name in lists for n in columns if n == name or n.startswith(f"{name}_")]
-            return cls(
+
+            def filled(name: str, filler: int) -> NDArray[Any]:
+                return columns[name].fill_null(filler).to_numpy(zero_copy_only=False)
+
+            strips = cls(
                 columns["tokens"].offsets.to_numpy().astype(np.int64),
                 columns["tokens"].flatten().to_numpy(),
                 columns["values"].flatten().to_numpy(),
-                columns["max_activation"].fill_null(0).to_numpy(zero_copy_only=False),
+                filled("max_activation", 0),
                 {name: _padded(columns[name]) for name in ("top", "quantile", "random")},
                 np.maximum(_padded(columns["histogram"]), 0),
                 {name: _padded(columns[name]) for name in names},
-                {
-                    other: (
-                        columns[f"match/{other}"].fill_null(-1).to_numpy(zero_copy_only=False),
-                        columns[f"match_cosine/{other}"].fill_null(0).to_numpy(zero_copy_only=False),
-                    )
-                    for other in others
-                },
+                {other: (filled(f"match/{other}", -1), filled(f"match_cosine/{other}", 0)) for other in others},
             )
-
-        return _opening(path, opened)
+        return strips
 
     @property
     def n_latents(self) -> int:
@@ -102,9 +95,10 @@ class StripTable:
         return replace(self, start_F=start_F, token_P=self.token_P[keep_P], value_P=self.value_P[keep_P])
 
 
-def _opening(path: Path, opened: Callable[[], Opened]) -> Opened:
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
     try:
-        return opened()
+        yield
     except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
         raise LegatoError(f"{path} is damaged ({str(error).splitlines()[0]}): run the evaluation again") from error
 

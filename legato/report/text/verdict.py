@@ -81,13 +81,17 @@ def _compare(arms: Sequence[Arm], base: Sequence[Arm]) -> Comparison:
     fallen = _collapse(arms[0], base[0])
     error, outcome, matched, times, mechanism, kept = None, "collapsed" if fallen else "unknown", False, None, None, ""
     if ours is not None and theirs is not None and not fallen:
-        error = _error_of_difference(arms, base, KAPPA_EXCESS)
+        samples = [[v for arm in group if (v := arm.value(KAPPA_EXCESS)) is not None] for group in (arms, base)]
+        error = math.hypot(*map(standard_error, samples)) if min(map(len, samples)) > 1 else None
         limit = NOTICEABLE * abs(theirs) if error is None else STANDARD_ERRORS * error
         outcome = "same" if abs(ours - theirs) <= limit else "higher" if ours > theirs else "lower"
         matched = _near(l0) and _near(fvu, or_below=True)
         times = ours / theirs if theirs > 0 else None
         if outcome == "higher":
             mechanism, kept = made_by_itself(arms, base)
+    # A gain by firing more often shows in no bin of the firing rate.
+    ours_in, theirs_in = arms[0].rate_bins, base[0].rate_bins
+    bins = [b for b in ours_in if b in theirs_in and min(ours_in[b][1], theirs_in[b][1]) >= MIN_LATENTS_IN_BIN]
     told = paragraphs(
         "comparison",
         arm=arms[0].group,
@@ -103,7 +107,7 @@ def _compare(arms: Sequence[Arm], base: Sequence[Arm]) -> Comparison:
         matched=matched,
         unmatched=["reconstruction"] * (not _near(fvu, or_below=True)) + ["sparsity"] * (not _near(l0)),
         beyond_position=_both(arms, base, "consistency.kappa1_excess_cross"),
-        bins=_bins_ahead(arms[0], base[0]),
+        bins=(sum(ours_in[b][0] > theirs_in[b][0] for b in bins), len(bins)),
         latents_in_bin=MIN_LATENTS_IN_BIN,
         mechanism=mechanism,
         mostly=MOSTLY_MECHANISM,
@@ -148,19 +152,3 @@ def _near(pair: tuple[float | None, float | None], or_below: bool = False) -> bo
         return False
     change = ours / theirs - 1
     return change <= SAME if or_below else abs(change) <= SAME
-
-
-def _bins_ahead(arm: Arm, base: Arm) -> tuple[int, int]:
-    """In how many firing-rate bins the arm is ahead, of how many: a gain by firing more often shows in none of them."""
-    ours, theirs = arm.rate_bins, base.rate_bins
-    shared = [
-        edges for edges in ours if edges in theirs and min(ours[edges][1], theirs[edges][1]) >= MIN_LATENTS_IN_BIN
-    ]
-    return sum(ours[edges][0] > theirs[edges][0] for edges in shared), len(shared)
-
-
-def _error_of_difference(arms: Sequence[Arm], base: Sequence[Arm], key: str) -> float | None:
-    samples = [[value for arm in group if (value := arm.value(key)) is not None] for group in (arms, base)]
-    if min(map(len, samples)) < 2:
-        return None
-    return math.hypot(*(standard_error(sample) for sample in samples))

@@ -15,8 +15,7 @@ _TEXT = ("dataset", "text_column", "held_out", "context_length", "bos", "held_ou
 _WHY_PLACE = {
     "model": "Another model has other activations, and may have another tokenizer: FVU, L0 and CE score are on another "
     "scale, and a lag of one token is another stretch of text.",
-    "layer": "Another layer has other activations, which hold more or less by themselves.",
-    "site": "Another site has other activations, which hold more or less by themselves.",
+    **{name: f"Another {name} has other activations, which hold more or less by themselves." for name in _PLACE[1:]},
 }
 _WHY_TEXT = "How long features hold depends on the text, and rare latents on how much of it there is."
 
@@ -36,11 +35,9 @@ def places(runs: Mapping[str, SavedRun]) -> list[list[str]]:
 def barriers(runs: Mapping[str, SavedRun]) -> list[str]:
     """Say why the numbers of these runs do not compare, a sentence or two each; empty where they compare."""
     found = []
-    unknown = [label for label, run in runs.items() if not run.config]
-    if unknown:
-        found.append(
-            f"{joined(unknown)} saved no configuration (config.yaml), so what it read and was judged on is unknown."
-        )
+    if unknown := [label for label, run in runs.items() if not run.config]:
+        told = joined(unknown)
+        found.append(f"{told} saved no configuration (config.yaml), so what it read and was judged on is unknown.")
     known = {label: run for label, run in runs.items() if run.config}
     for name in _PLACE:
         if differ := _differ(known, name):
@@ -100,9 +97,8 @@ def _text(value: Any) -> str:
 
 
 def _setting(run: SavedRun, name: str) -> Any:
-    return next(
-        (found for stage in ("model", "data", "evaluation") if (found := run.setting(stage, name)) is not None), None
-    )
+    found = [run.setting(stage, name) for stage in ("model", "data", "evaluation")]
+    return next((value for value in found if value is not None), None)
 
 
 def _differ(runs: Mapping[str, SavedRun], name: str) -> str:

@@ -7,7 +7,6 @@ of the same seed, and averaged afterwards.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +43,7 @@ HOW = {
 }
 
 
-@dataclass(frozen=True)
-class Match:
-    """A method and the baseline at the place where they are compared, for one seed."""
-
-    method: Point
-    baseline: Point
+Match = tuple[Point, Point]  # a method and the baseline at the place where they are compared, for one seed
 
 
 def match_methods(runs: Sequence[SavedRun]) -> dict[str, Any]:
@@ -62,16 +56,18 @@ def match_methods(runs: Sequence[SavedRun]) -> dict[str, Any]:
     baseline = next((method for method in methods.values() if method.role == "baseline"), None)
     if baseline is None:
         raise UsageError(f"{' and '.join(run.name for run in runs)}: no baseline to compare with")
+    compared = {}
+    for name, method in methods.items():
+        if method is not baseline:
+            found = {place: _at(method, baseline, axis) for place, axis in _AXES.items()}
+            verdict = targets_met(found["at_l0"]) if found["at_l0"]["matched"] else None
+            compared[name] = {"role": method.role, **_as_trained(method), **found, "verdict": verdict}
     return {
         "runs": [run.name for run in runs],
         "equal_within": SAME,
         "left_out": ["CE loss score: the runs measured it on different contexts"] if unequal_ce(runs) else [],
         "baseline": _as_trained(baseline),
-        "methods": {
-            name: {"role": method.role, **_as_trained(method), **_compared(method, baseline)}
-            for name, method in methods.items()
-            if method is not baseline
-        },
+        "methods": compared,
     }
 
 
@@ -97,12 +93,6 @@ def _as_trained(method: Method) -> dict[str, Any]:
     }
 
 
-def _compared(method: Method, baseline: Method) -> dict[str, Any]:
-    compared: dict[str, Any] = {place: _at(method, baseline, axis) for place, axis in _AXES.items()}
-    compared["verdict"] = targets_met(compared["at_l0"]) if compared["at_l0"]["matched"] else None
-    return compared
-
-
 def _at(method: Method, baseline: Method, axis: str) -> dict[str, Any]:
     how, matches, reasons = matched_seeds(method, baseline, axis)
     if not matches:
@@ -112,7 +102,7 @@ def _at(method: Method, baseline: Method, axis: str) -> dict[str, Any]:
         "along": how,
         "seeds": list(matches),
         "reasons": reasons,
-        **{cost: found for cost in COSTS if (found := _entry(matches, cost)) is not None},
+        **{cost: found for cost in COSTS if (found := between(*_sides(matches), cost, cost)) is not None},
         "populations": {name: _population(matches, name) for name in (ALL, *method.groups)},
         "shuffled": {
             measure: found
@@ -148,12 +138,12 @@ def _match(method: Sweep, baseline: Sweep, axis: str, way: str) -> Match | None:
     if ours is None or theirs is None:
         return None
     if way == "equal":
-        return Match(method.main, baseline.main) if abs(ours / theirs - 1) <= SAME else None
+        return (method.main, baseline.main) if abs(ours / theirs - 1) <= SAME else None
     if way == "method":
         found = along((method.main, *method.others), axis, theirs)
-        return None if found is None else Match(found, baseline.main)
+        return None if found is None else (found, baseline.main)
     found = along((baseline.main, *baseline.others), axis, ours)
-    return None if found is None else Match(method.main, found)
+    return None if found is None else (method.main, found)
 
 
 def _why_not(method: Sweep, baseline: Sweep, axis: str) -> str:
@@ -167,24 +157,20 @@ def _why_not(method: Sweep, baseline: Sweep, axis: str) -> str:
     return f"{what}, which no sweep reaches; nothing is extrapolated"
 
 
-def _entry(matches: Mapping[int, Match], key: str, baseline_key: str | None = None) -> dict[str, Any] | None:
-    """Give a number of the method and the baseline, and their ratio; None where a seed did not save it."""
-    return between(*_sides(matches), key, baseline_key or key)
-
-
 def _sides(matches: Mapping[int, Match]) -> tuple[list[Point], list[Point]]:
-    return [match.method for match in matches.values()], [match.baseline for match in matches.values()]
+    return [method for method, _ in matches.values()], [baseline for _, baseline in matches.values()]
 
 
 def _population(matches: Mapping[int, Match], name: str) -> dict[str, Any]:
     """Compare a part of the method's latents with all of the baseline's; overall and by firing-rate bin."""
 
-    def of(prefix: str, baseline_prefix: str) -> dict[str, Any]:
-        found = {key: _entry(matches, f"{prefix}/{key}", f"{baseline_prefix}/{key}") for key in (*MEASURES, "latents")}
+    def of(place: str = "") -> dict[str, Any]:
+        keys = {key: f"{place}/{key}" for key in (*MEASURES, "latents")}
+        found = {key: between(*_sides(matches), name + end, ALL + end) for key, end in keys.items()}
         return {key: entry for key, entry in found.items() if entry is not None}
 
-    rows = [{"bin": list(edges), **of(f"{name}/{bin_key(edges)}", f"{ALL}/{bin_key(edges)}")} for edges in BINS]
-    return {**of(name, ALL), "by_rate_bin": [row for row in rows if MEASURES[0] in row]}
+    rows = [{"bin": list(edges), **of(f"/{bin_key(edges)}")} for edges in BINS]
+    return {**of(), "by_rate_bin": [row for row in rows if MEASURES[0] in row]}
 
 
 def targets_met(at_l0: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -213,14 +199,8 @@ def targets_met(at_l0: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _criterion(name: str, bound: str, value: float | None, target: float, below: bool = False) -> dict[str, Any]:
     met = None if value is None else bool(value <= target if below else value >= target)
-    return {
-        "criterion": name,
-        "bound": bound,
-        "target": target,
-        "value": value,
-        "met": met,
-        "beyond_intervals": None,
-    }
+    row = {"criterion": name, "bound": bound, "target": target, "value": value, "met": met}
+    return {**row, "beyond_intervals": None}
 
 
 def _ratio(entry: Mapping[str, Any] | None, less: float = 0.0) -> float | None:

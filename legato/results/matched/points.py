@@ -84,7 +84,18 @@ def methods_of(runs: Sequence[SavedRun]) -> dict[str, Method]:
 
 def what_sets_apart(runs: Sequence[SavedRun]) -> str:
     """Say why the runs' numbers may not stand in one table; empty where they may."""
-    settings = _conditions if any(run.setting("judged", "saes") for run in runs) else _settings
+    judged = any(run.setting("judged", "saes") for run in runs)
+
+    def settings(run: SavedRun) -> dict[str, Any]:
+        if judged:  # SAEs from anywhere: the same place, and as many tokens of one text
+            keys = ("model", "layer", "site", "dtype", "dataset", "context_length", "bos", "held_out_tokens")
+            return {key: (run.config.get("resolved") or {}).get(key) for key in keys}
+        config, free = run.config.get("config") or {}, {"training": ("seeds",), "evaluation": ("controls", "ce_rows")}
+        return {
+            stage: {key: value for key, value in (config.get(stage) or {}).items() if key not in free.get(stage, ())}
+            for stage in ("model", "data", "training", "evaluation")
+        }
+
     for run in runs[1:]:
         if difference := changes(settings(run), settings(runs[0])):
             return f"{run.name} differs from {runs[0].name} ({difference})"
@@ -98,23 +109,6 @@ def _sweeps(seeds: Mapping[int, Mapping[tuple[str, float | None], Point]]) -> di
         if mains:
             sweeps[seed] = Sweep(mains[0], tuple(point for (place, _), point in points.items() if place == "sweep"))
     return sweeps
-
-
-def _settings(run: SavedRun) -> dict[str, Any]:
-    """Return the settings that two runs must share for their numbers to stand in one table."""
-    config = run.config.get("config") or {}
-    stages = {stage: dict(config.get(stage) or {}) for stage in ("model", "data", "training", "evaluation")}
-    stages["training"].pop("seeds", None)
-    for name in ("controls", "ce_rows"):
-        stages["evaluation"].pop(name, None)
-    return stages
-
-
-def _conditions(run: SavedRun) -> dict[str, Any]:
-    """Return the settings that SAEs from anywhere must share: the same place, and as many tokens of one text."""
-    keys = ("model", "layer", "site", "dtype", "dataset", "context_length", "bos", "held_out_tokens")
-    resolved = run.config.get("resolved") or {}
-    return {key: resolved.get(key) for key in keys}
 
 
 def unequal_ce(runs: Sequence[SavedRun]) -> bool:
