@@ -115,16 +115,21 @@ def evaluate(
                 part.get().add_to(judges)
             shared.ce_rows += n_rows
         progress(int(shared.rows))
-    if shared is None or not shared.inputs.tokens:
-        why = "there are no rows" if shared is None else "every token is special, padding or an outlier"
-        raise LegatoError(f"no position is valid to evaluate on ({why}): harvest held-out text")
-    result = partial(_result, bank, judges, kept, shared, bootstrap)
-    results, names = {}, list(judges)
-    for name, outcome in zip(names, map_over_ranks(result, names, together=together), strict=True):
+    shared, results = _with_tokens(shared), {}
+    made = map_over_ranks(partial(_result, bank, judges, kept, shared, bootstrap), list(judges), together=together)
+    for number, (name, outcome) in enumerate(zip(list(judges), made, strict=True), int(shared.rows) + 1):
         with _failing(name, judges, failures):
             results[name] = outcome.get()
-        progress(int(shared.rows) + names.index(name) + 1)
+        progress(number)
     return results if isinstance(sae, Mapping) else results[_SINGLE]
+
+
+def _with_tokens(shared: "_Shared | None") -> "_Shared":
+    if shared is None:
+        raise LegatoError("there are no activations to evaluate on: harvest held-out text first")
+    if not shared.inputs.tokens:
+        raise LegatoError("no position is valid: every token is special, padding or an outlier")
+    return shared
 
 
 def _add(

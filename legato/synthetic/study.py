@@ -158,7 +158,7 @@ def study(
 def _recovery(
     judged: Sequence[Judgement], baseline: Sequence[Judgement], persistence: Sequence[Floats]
 ) -> dict[str, Any]:
-    """What an arm recovers, over seeds, and how much more than the baseline."""
+    """Summarise what an arm recovers, over seeds, and how much more than the baseline."""
 
     def gained(key: str) -> list[Floats]:
         both = zip(judged, baseline, strict=True)
