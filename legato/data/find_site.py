@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from legato.common.errors import UsageError
-from legato.data.sites import CENTRED, INPUT, SITES, Site, hidden_of, subtracts_mean
+from legato.data.sites import CENTRED, INPUT, SITES, Site, check_finite, hidden_of, subtracts_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,6 +108,7 @@ def trace_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     finally:
         for handle in handles:
             handle.remove()
+    check_finite(y_BLD)
     return LayerTrace(
         x_BLD.detach().float(),
         y_BLD.detach().float(),

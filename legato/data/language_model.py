@@ -22,7 +22,7 @@ from legato.data.fast_layers import MAX_CONTEXT as FUSED_MAX_CONTEXT
 from legato.data.fast_layers import FusedDecoder
 from legato.data.find_site import LayerTrace, find_layers, find_site, trace_layer
 from legato.data.model_files import located, quiet_loading, sha256_of_model, usable_device, usable_dtype
-from legato.data.sites import Site, hidden_of
+from legato.data.sites import Site, check_finite, hidden_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -125,6 +125,7 @@ class LanguageModel:
                 raise UsageError(
                     f"{self.name}: {found} hands out {[*value.shape]}, not one vector a token, and is not read"
                 )
+            check_finite(value)
             self._sites[layer, site] = replace(found, width=value.shape[-1], dtype=value.dtype)
         return self._sites[layer, site]
 

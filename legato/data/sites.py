@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from legato.common.errors import UsageError
+from legato.common.errors import LegatoError, UsageError
 
 SITES = ("resid_post", "attn_out", "mlp_out", "resid_pre", "resid_mid", "attn_z")
 CENTRED, INPUT = ":centred", ":input"
@@ -123,6 +123,12 @@ def _replaced(module: nn.Module, is_input: bool, change: Callable[[Tensor], Tens
         yield
     finally:
         handle.remove()
+
+
+def check_finite(acts_BLD: Tensor) -> None:
+    """Raise LegatoError for activations that are not finite."""
+    if not torch.isfinite(acts_BLD).all():
+        raise LegatoError("the model's activations are not finite: load it in float32 (--dtype float32)")
 
 
 def hidden_of(output: Any) -> Tensor:
