@@ -299,7 +299,7 @@ def test_folders_that_cannot_be_reproduced_are_refused(tmp_path):
     for change, message in [
         ({"metadata": {}}, "before version 6"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm'"),
-        ({"reshape_activations": "hook_z"}, "reshape_activations='hook_z'"),
+        ({"reshape_activations": "heads"}, "reshape_activations='heads'"),
         ({"architecture": "temporal"}, "architecture 'temporal'"),
         ({"architecture": "topk"}, "without a usable k"),
         ({"architecture": "hysteresis"}, "missing threshold"),

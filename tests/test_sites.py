@@ -18,7 +18,7 @@ SEQUENTIAL = (
     "qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3_text vaultgemma olmo olmo2 olmo3 olmoe flex_olmo glm glm4 "
     "glm4_moe exaone4 granite granitemoe granitemoeshared minicpm3 smollm3 seed_oss nemotron persimmon "
     "deepseek_v2 dots1 ernie4_5_moe gpt_oss lfm2 llama4_text phimoe arcee apertus helium nanochat hunyuan_v1_moe "
-    "jetmoe kimi_linear "
+    "jetmoe "
 )
 PARALLEL = "gptj gpt_neox codegen phi cohere cohere2"
 MULTIMODAL = "llama4 gemma3"
