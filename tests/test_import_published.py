@@ -64,6 +64,7 @@ GEMMA_SCOPE_2 = {
     "architecture": "jump_relu",
     "model_name": "google/gemma-v3-270m-pt",
     "hf_hook_point_in": "model.layers.9.output",
+    "hf_hook_point_out": "model.layers.9.output",  # of an SAE the same, of a transcoder another
     "width": 48,
     "l0": 60,
     "type": "sae",
@@ -154,7 +155,7 @@ def test_llama_scope(tmp_path, includes_norm):
     w = {name: tensor.double() for name, tensor in weights.items()}
     factor = D**0.5 / norm
     pre_NF = (acts().double() * factor) @ w["W_enc"] + w["b_enc"]
-    score_NF = pre_NF * w["W_dec"].norm(dim=1) if includes_norm else pre_NF
+    score_NF = pre_NF / factor * (w["W_dec"].norm(dim=1) if includes_norm else 1)  # in units of the raw activations
     codes_NF = torch.where(score_NF > 0.53, pre_NF, 0)
     for path in (folder, folder / "checkpoints" / "final.safetensors"):
         sae = SparseAutoencoder.load(path)

@@ -57,15 +57,17 @@ def read_gemma_scope_2(path: Path) -> SAEWeights:
     weights = {re.sub("^w_", "W_", name): tensor.float() for name, tensor in read_safetensors(path).items()}
     config = read_json_object(path.parent / "config.json") if (path.parent / "config.json").is_file() else {}
     folders = path.absolute().parent.as_posix()
-    if config.get("hf_hook_point_out") or "affine_skip_connection" in weights or re.search("transcoder|/clt", folders):
+    hook_in, hook_out = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")  # of an SAE they are the same
+    writes_elsewhere = hook_out is not None and hook_out != hook_in
+    if writes_elsewhere or "affine_skip_connection" in weights or re.search("transcoder|/clt", folders):
         raise LegatoError(f"{path} is a transcoder, which reads one place and writes another; only SAEs can be read")
     if config.get("architecture", "jump_relu") != "jump_relu":
         raise LegatoError(f"{path} is a {config['architecture']!r} SAE; of Gemma Scope 2 jump_relu can be read")
     found, layer = _GEMMA_2_PLACE.search(folders), re.search(r"/layer_(\d+)_", f"{folders}_")
     site = next((site for name, site in _GEMMA_2_SITES.items() if re.search(rf"/{name}(_all)?/", folders)), None)
     details: dict[str, Any] = known(layer=None if layer is None else int(layer[1]), site=site)
-    if hook := config.get("hf_hook_point_in"):
-        details["layer"], details["site"] = _hugging_face_hook(str(hook))
+    if hook_in:
+        details["layer"], details["site"] = _hugging_face_hook(str(hook_in))
     model = config.get("model_name") or (f"gemma-3-{found['model']}" if found else None)
     if model is not None:  # some of the published files say gemma-v3; the smallest model's id has no -pt
         model = str(model).rpartition("/")[2].replace("-v3-", "-3-").replace("270m-pt", "270m")
@@ -86,9 +88,9 @@ def _hugging_face_hook(hook: str) -> tuple[int, str]:
 def read_llama_scope(folder: Path) -> SAEWeights:
     """A folder of `hyperparams.json` and `checkpoints/final.safetensors`: one JumpReLU threshold for all latents.
 
-    The SAE takes activations times sqrt(D) / their average norm over the data set, and its threshold is compared with
-    codes times decoder norm where `sparsity_include_decoder_norm`; both are folded in. (SAELens 6.54 multiplies the
-    threshold by the factor of the activations once more.)
+    The SAE takes activations times sqrt(D) / their average norm over the data set. Its threshold was measured after
+    that factor was folded into the biases and the decoder rows (where `sparsity_include_decoder_norm`) made of unit norm, so
+    it is in units of the raw activations: Language-Model-SAEs f0058a58, `from_config`, `post_processing.py`.
     """
     config, path = read_json_object(folder / LLAMA_SCOPE), folder / "checkpoints/final.safetensors"
     hook = str(config.get("hook_point_in"))
@@ -111,9 +113,9 @@ def read_llama_scope(folder: Path) -> SAEWeights:
         weights["W_enc"] *= D**0.5 / scales[0]
         weights["W_dec"] *= scales[1] / D**0.5
         weights["b_dec"] *= scales[1] / D**0.5
-        norm_F = weights["W_dec"].norm(dim=1) * D**0.5 / scales[1]
+        unit = scales[0] / D**0.5
     elif config.get("norm_activation", "inference") in ("inference", "none"):
-        norm_F = weights["W_dec"].norm(dim=1)
+        unit = 1.0
     else:
         raise LegatoError(f"{folder}: its norm_activation {config['norm_activation']!r} cannot be read here")
     threshold = config.get("jump_relu_threshold")
@@ -121,7 +123,9 @@ def read_llama_scope(folder: Path) -> SAEWeights:
         raise LegatoError(f"{folder}: its jump_relu_threshold is {threshold!r}")
     weights["threshold"] = torch.full_like(weights["b_enc"], threshold)
     if config.get("sparsity_include_decoder_norm", True):
-        weights["threshold"] /= norm_F.clamp_min(torch.finfo(torch.float32).tiny)
+        weights["threshold"] /= weights["W_dec"].norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    else:
+        weights["threshold"] /= unit
     details = {"model": "meta-llama/Llama-3.1-8B"} if "Llama3_1-8B-Base" in folder.absolute().as_posix() else {}
     try:
         place = layer_and_site(hook)

@@ -36,6 +36,9 @@ def read_sparsify(folder: Path) -> SAEWeights:
     read), skip connections and groupmax.
     """
     cfg = read_json_object(folder / CFG_FILENAME)
+    config = folder.absolute().parent / "config.json"
+    if config.is_file() and read_json_object(config).get("transcode"):  # before 2025-02-12 cfg.json did not say so
+        cfg["transcode"] = True
     for key, why in (
         ("transcode", "it is a transcoder, which reads one place and writes another"),
         ("skip_connection", "it has a skip connection past its latents"),
