@@ -89,8 +89,8 @@ def read_llama_scope(folder: Path) -> SAEWeights:
     """A folder of `hyperparams.json` and `checkpoints/final.safetensors`: one JumpReLU threshold for all latents.
 
     The SAE takes activations times sqrt(D) / their average norm over the data set. Its threshold was measured after
-    that factor was folded into the biases and the decoder rows (where `sparsity_include_decoder_norm`) made of unit norm, so
-    it is in units of the raw activations: Language-Model-SAEs f0058a58, `from_config`, `post_processing.py`.
+    that factor was folded into the biases, and the decoder rows (where `sparsity_include_decoder_norm`) made of unit
+    norm, so it is in units of the raw activations: Language-Model-SAEs f0058a58, `from_config`, `post_processing.py`.
     """
     config, path = read_json_object(folder / LLAMA_SCOPE), folder / "checkpoints/final.safetensors"
     hook = str(config.get("hook_point_in"))
