@@ -115,6 +115,7 @@ class ActivationStream(ActivationSource):
         self.module_path, self.d_in, self.dtype = str(at), at.width, at.dtype
         self.n_rows = len(self.tokens)
         self.context_length = self.tokens.context_length
+        self._yardstick: Tensor | None = None  # activations of the rows of the median
 
     def first_tokens(self, n_rows: int) -> Tensor:
         """Return int64 input ids [n_rows, L] of the first rows, or of all if there are fewer."""
@@ -134,11 +135,22 @@ class ActivationStream(ActivationSource):
 
         Raises LegatoError for activations that are not finite.
         """
-        acts_BLD = self._forward(rows)
-        is_text_BL = self.tokens.mask_BL[rows]
-        is_outlier_BL = is_text_BL & (_finite_norms(acts_BLD) > self.outlier_factor * self.median_norm)
-        tokens_BL, doc_BL = self.tokens.tokens_BL[rows].long(), self.tokens.doc_BL[rows].int()
-        return ActivationBatch(acts_BLD, is_text_BL & ~is_outlier_BL, doc_BL, tokens_BL), is_outlier_BL.sum(1).numpy()
+        outlier_norm, self._yardstick = self.outlier_factor * self.median_norm, None
+        return self._masked(rows, self._forward(rows), outlier_norm)
+
+    def compute_in_order(self, rows: np.ndarray) -> tuple[ActivationBatch, np.ndarray]:
+        """Like `compute`, for a caller that reads all rows in order: rows of the median come from its forward pass.
+
+        That pass is not run twice, but it is run if the median is known already: the last bits of a row may depend on
+        the other rows in its forward pass.
+        """
+        first = self._rows_of_median()
+        if not np.isin(rows, first).all():
+            return self.compute(rows)
+        if self._yardstick is None:
+            self._yardstick = self._forward(first)
+        outlier_norm = self.outlier_factor * self.median_norm
+        return self._masked(rows, self._yardstick[np.searchsorted(first, rows)], outlier_norm)
 
     @cached_property
     def median_norm(self) -> float:
@@ -146,10 +158,12 @@ class ActivationStream(ActivationSource):
 
         Raises LegatoError if there is no text or if the norms are zero or not finite.
         """
-        rows = np.flatnonzero(self.tokens.mask_BL.any(1).numpy())[:MEDIAN_ROWS]
+        rows = self._rows_of_median()
         if not len(rows):
             raise LegatoError("the rows hold no text: every token is BOS, separator, pad or otherwise special")
-        median = float(_finite_norms(self._forward(rows))[self.tokens.mask_BL[rows]].median())
+        acts_BLD = self._forward(rows)
+        self._yardstick = acts_BLD
+        median = float(_finite_norms(acts_BLD)[self.tokens.mask_BL[rows]].median())
         if median == 0:
             raise LegatoError(f"{self.module_path} puts out nothing but zeros")
         return median
@@ -182,8 +196,17 @@ class ActivationStream(ActivationSource):
             "transformers": version("transformers"),
         }
 
+    def _rows_of_median(self) -> np.ndarray:
+        return np.flatnonzero(self.tokens.mask_BL.any(1).numpy())[:MEDIAN_ROWS]
+
     def _forward(self, rows: np.ndarray) -> Tensor:
         return self.language_model.activations(self.tokens.tokens_BL[rows], self.layer, self.site).cpu()
+
+    def _masked(self, rows: np.ndarray, acts_BLD: Tensor, outlier_norm: float) -> tuple[ActivationBatch, np.ndarray]:
+        is_text_BL = self.tokens.mask_BL[rows]
+        is_outlier_BL = is_text_BL & (_finite_norms(acts_BLD) > outlier_norm)
+        tokens_BL, doc_BL = self.tokens.tokens_BL[rows].long(), self.tokens.doc_BL[rows].int()
+        return ActivationBatch(acts_BLD, is_text_BL & ~is_outlier_BL, doc_BL, tokens_BL), is_outlier_BL.sum(1).numpy()
 
 
 def _finite_norms(acts_BLD: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ def _fill(
             in_shard = np.asarray(manifest.rows_of(number))
             for start in range(0, len(in_shard), batch_rows):
                 rows = in_shard[start : start + batch_rows]
-                writer.put(number, *stream.compute(rows))
+                writer.put(number, *stream.compute_in_order(rows))
                 done += len(rows)
                 progress(stream.n_rows - n_lacking + n_lacking * done // n_own)
 
