@@ -16,7 +16,7 @@ from legato.sae.formats import safetensors_file as one_file
 from legato.sae.formats.weights import SAEWeights
 
 # A folder is of the first format whose file lies in it.
-_FOLDERS: tuple[tuple[str, Callable[[Path], SAEWeights]], ...] = (
+FOLDERS: tuple[tuple[str, Callable[[Path], SAEWeights]], ...] = (
     (saelens_folder.WEIGHTS_FILENAME, saelens_folder.read_saelens_folder),
     (sparsify.WEIGHTS_FILENAME, sparsify.read_sparsify),
     (dictionary_learning.WEIGHTS_FILENAME, dictionary_learning.read_run),
@@ -36,7 +36,7 @@ def read_sae(path: str | Path) -> SAEWeights:
     """
     path = Path(path)
     if os.path.isdir(path):
-        for filename, read in _FOLDERS:
+        for filename, read in FOLDERS:
             if (path / filename).is_file():
                 return read(path)
         raise UsageError(_nothing_in(path))
@@ -55,7 +55,7 @@ def read_sae(path: str | Path) -> SAEWeights:
         return published.read_llama_scope(path.parent.parent)
     if path.suffix == ".safetensors" and one_file.is_one_file(path):
         return one_file.read_one_file(path)
-    for filename, read in _FOLDERS:
+    for filename, read in FOLDERS:
         if path.name in (filename, saelens_folder.CFG_FILENAME) and (path.parent / filename).is_file():
             return read(path.parent)
     raise UsageError(f"{path} is no file of an SAE that can be read; {_CAN_BE_READ}")
@@ -74,7 +74,7 @@ _CAN_BE_READ = "can be read: " + ", ".join(
 
 def _nothing_in(folder: Path) -> str:
     """Why no SAE was found in a folder: it holds several in its subfolders, or none."""
-    filenames = [filename for filename, _ in _FOLDERS]
+    filenames = [filename for filename, _ in FOLDERS]
     below = sorted({file.parent for name in filenames for file in folder.glob(f"*/{name}")})
     if not below:
         return f"{folder} holds no SAE; {_CAN_BE_READ}"

@@ -10,16 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from legato.common.errors import LegatoError, UsageError, one_line
+from legato.sae.formats.detect import FOLDERS
 
-# A folder with one of them is an SAE.
-SAE_FILES = (
-    "sae_weights.safetensors",
-    "sae.safetensors",
-    "ae.pt",
-    "params.npz",
-    "params.safetensors",
-    "hyperparams.json",
-)
+SAE_FILES = tuple(filename for filename, _ in FOLDERS)  # a folder with one of them is an SAE
 HUB_TIMEOUT_SECONDS = 10.0
 _LISTED = 6
 

@@ -10,7 +10,7 @@ Shape legend: D activation width, F latents.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -107,7 +107,9 @@ def read_llama_scope(folder: Path) -> SAEWeights:
     D = weights["W_enc"].shape[0]
     if config.get("norm_activation") == "dataset-wise":
         norms = as_dict(config.get("dataset_average_activation_norm"))
-        scales = [norm for norm in (norms.get("in"), norms.get("out", norms.get("in"))) if _is_positive(norm)]
+        scales = [
+            norm for norm in (norms.get("in"), norms.get("out", norms.get("in"))) if _is_number(norm) and norm > 0
+        ]
         if len(scales) != 2:
             raise LegatoError(f"{folder}: its hyperparams.json does not say dataset_average_activation_norm")
         weights["W_enc"] *= D**0.5 / scales[0]
@@ -119,23 +121,24 @@ def read_llama_scope(folder: Path) -> SAEWeights:
     else:
         raise LegatoError(f"{folder}: its norm_activation {config['norm_activation']!r} cannot be read here")
     threshold = config.get("jump_relu_threshold")
-    if not isinstance(threshold, (int, float)) or isinstance(threshold, bool) or threshold < 0:
+    if not _is_number(threshold) or threshold < 0:
         raise LegatoError(f"{folder}: its jump_relu_threshold is {threshold!r}")
     weights["threshold"] = torch.full_like(weights["b_enc"], threshold)
     if config.get("sparsity_include_decoder_norm", True):
         weights["threshold"] /= weights["W_dec"].norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
     else:
         weights["threshold"] /= unit
-    details = {"model": "meta-llama/Llama-3.1-8B"} if "Llama3_1-8B-Base" in folder.absolute().as_posix() else {}
+    is_base = "Llama3_1-8B-Base" in folder.absolute().as_posix()
+    details: dict[str, Any] = {"model": "meta-llama/Llama-3.1-8B"} if is_base else {}
     try:
-        place = layer_and_site(hook)
+        details["layer"], details["site"] = layer_and_site(hook)
     except UsageError:  # whoever evaluates it says the place
-        return _read("jumprelu", weights, folder, "llama-scope", {**details, "module_path": hook})
-    return _read("jumprelu", weights, folder, "llama-scope", {**details, "layer": place[0], "site": place[1]})
+        details["module_path"] = hook
+    return _read("jumprelu", weights, folder, "llama-scope", details)
 
 
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def read_qwen_scope(path: Path) -> SAEWeights:

@@ -134,10 +134,8 @@ def read_saelens_folder(path: str | Path) -> SAEWeights:
         raise LegatoError(f"{path} holds architecture {saved_as!r}; can be read: {can}")
     if metadata.get("hook_head_index") is not None:
         raise LegatoError(f"{path} reads head {metadata['hook_head_index']} alone, which is no site here")
-    if cfg.get("reshape_activations", "none") not in (
-        "none",
-        "hook_z",
-    ):  # hook_z: heads side by side, as attn_z is read
+    # hook_z puts the heads side by side, as the site attn_z is read.
+    if cfg.get("reshape_activations", "none") not in ("none", "hook_z"):
         raise LegatoError(f"{path} asks for reshape_activations={cfg['reshape_activations']!r}: it cannot be read here")
     normaliser = training_normaliser(path, cfg)
 

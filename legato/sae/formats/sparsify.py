@@ -37,7 +37,8 @@ def read_sparsify(folder: Path) -> SAEWeights:
     """
     cfg = read_json_object(folder / CFG_FILENAME)
     config = folder.absolute().parent / "config.json"
-    if config.is_file() and read_json_object(config).get("transcode"):  # before 2025-02-12 cfg.json did not say so
+    run = read_json_object(config) if config.is_file() else {}
+    if run.get("transcode"):  # before 2025-02-12 cfg.json did not say so
         cfg["transcode"] = True
     for key, why in (
         ("transcode", "it is a transcoder, which reads one place and writes another"),
@@ -67,15 +68,12 @@ def read_sparsify(folder: Path) -> SAEWeights:
         architecture="topk",
         weights=weights,
         apply_b_dec_to_input=True,
-        details=as_dict(cfg.get(LEGATO_KEY)) or _details(folder, cfg),
+        details=as_dict(cfg.get(LEGATO_KEY)) or _details(folder.absolute().name, cfg, run),
         numbers=numbers,
     )
 
 
-def _details(folder: Path, cfg: Mapping[str, Any]) -> dict[str, Any]:
-    config = folder.absolute().parent / "config.json"
-    run = read_json_object(config) if config.is_file() else {}
-    hookpoint = folder.absolute().name
+def _details(hookpoint: str, cfg: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
     try:
         layer, site = layer_and_site(hookpoint)
     except LegatoError:  # renamed: whoever evaluates it says the place
