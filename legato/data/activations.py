@@ -21,6 +21,7 @@ from legato.common.errors import LegatoError
 from legato.common.files import sha256_json
 from legato.common.hardware import single_threaded
 from legato.data.language_model import LanguageModel
+from legato.data.sites import check_finite
 from legato.data.tokens import TokenSet
 
 OUTLIER_FACTOR = 8.0
@@ -211,8 +212,7 @@ class ActivationStream(ActivationSource):
 
 def _finite_norms(acts_BLD: Tensor) -> Tensor:
     norms_BL = torch.linalg.vector_norm(acts_BLD, dim=-1, dtype=torch.float32)
-    if not norms_BL.isfinite().all():
-        raise LegatoError("the model's activations are not finite: load it in float32 (--dtype float32)")
+    check_finite(norms_BL)
     return norms_BL
 
 

@@ -10,6 +10,7 @@ Shape legend: B rows (contexts), L positions, D width.
 import copy
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from legato.common.errors import UsageError
-from legato.data.sites import CENTRED, INPUT, SITES, Site, check_finite, hidden_of, subtracts_mean
+from legato.data.sites import CENTRED, INPUT, SITES, Site, check_finite, given_to, hidden_of, subtracts_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,7 +89,7 @@ def trace_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     if not is_exact and sum(weight.numel() for weight in weights) <= COPIED_PARAMETERS:
         layer, is_exact = copy.deepcopy(layer).float(), True
         args, kwargs = _as_float32(args), _as_float32(kwargs)
-    x_BLD = args[0] if args else kwargs["hidden_states"]
+    x_BLD = given_to(args, kwargs)
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
@@ -102,12 +103,10 @@ def trace_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         return hook
 
     modules = {path: module for path, module in layer.named_modules() if path}
-    handles = [module.register_forward_hook(keep(path), with_kwargs=True) for path, module in modules.items()]
-    try:
+    with ExitStack() as hooks:
+        for path, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(keep(path), with_kwargs=True))
         y_BLD = hidden_of(layer(*args, **kwargs))
-    finally:
-        for handle in handles:
-            handle.remove()
     check_finite(y_BLD)
     return LayerTrace(
         x_BLD.detach().float(),

@@ -22,7 +22,7 @@ from legato.data.fast_layers import MAX_CONTEXT as FUSED_MAX_CONTEXT
 from legato.data.fast_layers import FusedDecoder
 from legato.data.find_site import LayerTrace, find_layers, find_site, trace_layer
 from legato.data.model_files import located, quiet_loading, sha256_of_model, usable_device, usable_dtype
-from legato.data.sites import Site, check_finite, hidden_of
+from legato.data.sites import Site, check_finite, given_to, hidden_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -113,7 +113,7 @@ class LanguageModel:
         if not 0 <= layer < self.n_layers:
             raise UsageError(f"{self.name} has no layer {layer}: choose 0 to {self.n_layers - 1}")
         if (layer, site) not in self._sites:
-            tokens_BL = (torch.arange(CHECK_TOKENS) % self.vocab_size)[None]
+            tokens_BL = self._check_tokens
             try:
                 found = find_site(
                     site, layer, f"{self._layers_path}.{layer}", self.model, lambda: self._trace(layer, tokens_BL)
@@ -128,6 +128,10 @@ class LanguageModel:
             check_finite(value)
             self._sites[layer, site] = replace(found, width=value.shape[-1], dtype=value.dtype)
         return self._sites[layer, site]
+
+    @property
+    def _check_tokens(self) -> Tensor:
+        return torch.arange(CHECK_TOKENS)[None] % self.vocab_size
 
     @cached_property
     def can_unembed(self) -> bool:
@@ -146,7 +150,7 @@ class LanguageModel:
         self.site(layer, site)
         if splice:
             try:
-                self._check_restart((torch.arange(CHECK_TOKENS) % self.vocab_size)[None], layer, site)
+                self._check_restart(self._check_tokens, layer, site)
             except LegatoError as error:
                 raise UsageError(f"{error}; --ce_rows 0 leaves the language model's loss out") from None
 
@@ -230,7 +234,7 @@ class LanguageModel:
         fused = FusedDecoder.of(self._decoder, self._layers, self._text_config)
         if fused is None:
             return None
-        tokens_BL = torch.arange(CHECK_TOKENS)[None] % self.vocab_size
+        tokens_BL = self._check_tokens
         own = hidden_of(self._output_of(self._layers[-1], tokens_BL)).float()
         error = (fused.run(self._embedded(tokens_BL), 0, self.n_layers - 1).float() - own).norm() / own.norm()
         if not error > (1e-4 if self.dtype == torch.float32 else 0.1):  # weights that are not finite are found later
@@ -247,8 +251,7 @@ class LanguageModel:
 
     def _embedded(self, tokens_BL: Tensor) -> Tensor:
         """Compute hidden_BLD, the input of the first layer."""
-        args, kwargs = self._input_of(self._layers[0], tokens_BL)
-        return args[0] if args else kwargs["hidden_states"]
+        return given_to(*self._input_of(self._layers[0], tokens_BL))
 
     def _trace(self, layer: int, tokens_BL: Tensor) -> LayerTrace:
         return trace_layer(self._layers[layer], *self._input_of(self._layers[layer], tokens_BL))

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from legato.common.errors import LegatoError, UsageError
 
@@ -114,21 +113,22 @@ def _replaced(module: nn.Module, is_input: bool, change: Callable[[Tensor], Tens
     def after(_module: nn.Module, _args: object, output: Any) -> Any:
         return type(output)((change(output[0]), *output[1:])) if isinstance(output, (tuple, list)) else change(output)
 
-    handle: RemovableHandle
-    if is_input:
-        handle = module.register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        handle = module.register_forward_hook(after)
-    try:
+    hook = (
+        module.register_forward_pre_hook(before, with_kwargs=True) if is_input else module.register_forward_hook(after)
+    )
+    with hook:  # which its end removes
         yield
-    finally:
-        handle.remove()
 
 
-def check_finite(acts_BLD: Tensor) -> None:
-    """Raise LegatoError for activations that are not finite."""
-    if not torch.isfinite(acts_BLD).all():
+def check_finite(values: Tensor) -> None:
+    """Raise LegatoError for activations, or norms of them, that are not finite."""
+    if not torch.isfinite(values).all():
         raise LegatoError("the model's activations are not finite: load it in float32 (--dtype float32)")
+
+
+def given_to(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the hidden states among a module's arguments."""
+    return args[0] if args else kwargs["hidden_states"]
 
 
 def hidden_of(output: Any) -> Tensor:
