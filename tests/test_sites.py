@@ -183,6 +183,8 @@ def test_centred_is_less_the_mean_where_the_norms_subtract_it() -> None:
         lm = loaded(name)
         plain, centred = (lm.activations(TOKENS_BL, 1, site) for site in ("resid_post", "resid_post:centred"))
         assert torch.allclose(centred, plain - plain.mean(-1, keepdim=True) if is_centred else plain, atol=1e-6)
+        whole = f"{lm.module_path(1)}:centred"  # a path in the model is the same place, centred too
+        assert torch.equal(lm.activations(TOKENS_BL, 1, whole), centred)
         own = lm.unembed(lm.resume(centred, TOKENS_BL, 1, "resid_post:centred").flatten(0, 1))
         assert_near(own, plain_pass(lm, 1)[2].flatten(0, 1), 1e-4)  # no norm after it sees the mean
 

@@ -220,7 +220,7 @@ def find_site(name: str, layer: int, layer_path: str, model: nn.Module, trace: C
     subtract it anyway. trace: traces the layer on a few tokens.
     Raises UsageError for a name that is none of these, and where no module holds what is asked for.
     """
-    plain = name.removesuffix(CENTRED)
+    plain, is_relative = name.removesuffix(CENTRED), True
     if plain == "resid_post":
         found = Site("")
     elif plain == "resid_pre":
@@ -230,14 +230,15 @@ def find_site(name: str, layer: int, layer_path: str, model: nn.Module, trace: C
     else:
         path = plain.removesuffix(INPUT)
         modules = dict(model.named_modules())
-        if f"{layer_path}.{path}" not in modules and path in modules and path:
-            inside = re.match(re.escape(layer_path.rpartition(".")[0]) + r"\.(\d+)(?:\.|$)", path)
-            return Site(path, int(inside[1]) if inside else None, plain.endswith(INPUT))
-        if f"{layer_path}.{path}" not in modules or not path:
+        is_relative = f"{layer_path}.{path}" in modules
+        if not path or not (is_relative or path in modules):
             inner = ", ".join(at for at, _ in modules[layer_path].named_children())
             raise UsageError(f"unknown site {name!r}: give {', '.join(SITES)} or the path of a module ({inner}, ...)")
         found = Site(path, is_input=plain.endswith(INPUT))
     centred = name.endswith(CENTRED) and _norms_subtract_means(model.get_submodule(layer_path))
+    if not is_relative:
+        inside = re.match(re.escape(layer_path.rpartition(".")[0]) + r"\.(\d+)(?:\.|$)", found.path)
+        return replace(found, layer=int(inside[1]) if inside else None, centred=centred)
 
     def full(path: str) -> str:
         return f"{layer_path}.{path}" if path else layer_path
