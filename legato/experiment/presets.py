@@ -26,7 +26,7 @@ _GEMMA_2_2B: dict[str, Any] = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Within 20 minutes on two cores without bfloat16; demo-long is what was measured in docs/findings.md.
+    # Meant for 20 minutes on two cores without bfloat16, not yet timed; demo-long is what docs/findings.md measured.
     "demo": {"corpus_tokens": 300_000, "tokens": 600_000, "grid": "2,8,32x0.1,1", "eval_rows": 256},
     "demo-long": {},
     "smoke": {
